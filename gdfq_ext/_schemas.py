@@ -1,0 +1,173 @@
+"""Every op's schema and fake kernel, once: the contract between the reference, the native kernels and autograd.
+
+What holds for all ops:
+
+* **Layout.** `x` and `weight` are dense: contiguous, or (4-D only) contiguous in `channels_last`. A tensor that is both
+  (size-1 dimensions) counts as contiguous. Outputs of the input's shape have the input's layout, and "memory order"
+  below means the order of elements in that layout. A gradient arrives in the layout of the tensor that it belongs to.
+  The public functions in `ops.py` and the formulas in `autograd.py` see to all this; a kernel may refuse anything else.
+  Dense says nothing about alignment: a slice may start at any element.
+* **Types.** `x`, `weight` of the quantizer and gradients of their shape are float32, float16 or bfloat16; arithmetic is
+  float32; results are converted to the type of `x` last. Everything else (ranges, state, statistics, BN parameters,
+  logits) is float32 and contiguous, labels are int64.
+* **Devices.** All tensors of a call are on one device, and nothing reads a value back to the host.
+* **Empty inputs** (numel 0) return early; what is returned then is said at each op.
+* **Encodings.** `act`: 0 none, 1 ReLU, 2 ReLU6. `axis`: -1 for one range per tensor, else 0 <= axis < x.dim().
+  `clipped`: the straight-through kind, False identity, True clipped.
+
+The quantizer (GDFQ, ECCV 2020, Eq. 6), in float32, each operation rounded on its own (no FMA), `round` half to even:
+
+    scale = u >= l ? (2^k - 1) / max(u - l, 1e-8) : NaN      zero = round(scale * l) + 2^(k-1)
+    level = round(scale * x - zero)                          q = clamp(level, -2^(k-1), 2^(k-1) - 1)
+    y = (q + zero) / scale
+
+`!(u >= l)` covers inverted and NaN ranges; an infinite range gives NaN through the same arithmetic; the clamp passes
+NaN. An element is "inside" when !(level < -2^(k-1)) && !(level > 2^(k-1) - 1): NaN is inside and keeps its gradient.
+
+Frozen batch normalisation, per channel c (dimension 1), in float32, each operation rounded on its own (no FMA):
+
+    inv_std = 1.0f / sqrtf(running_var + (float)eps)       scale_c = weight * inv_std      (inv_std without a weight)
+    shift_c = bias - running_mean * scale_c                (0.0f - running_mean * scale_c without a bias)
+    z = x * scale_c + shift_c                              a = act(z), NaN passes
+    active(z): none true, ReLU !(z <= 0), ReLU6 !(z <= 0) && !(z >= 6)
+"""
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
+
+library = torch.library.Library("gdfq_ext", "DEF")
+
+SCHEMAS = {
+    # y of x's shape, type and layout. lower, upper: one element (axis -1) or (x.shape[axis],). The channel of the
+    # element at memory offset i is (i / x.stride(axis)) % x.shape[axis]. Identity gradient, so no backward op.
+    "fake_quantize": "(Tensor x, Tensor lower, Tensor upper, int bits, int axis) -> Tensor",
+    # (y, mask). mask: uint8, (ceil(numel / 8),): bit i % 8 of byte i / 8 is set where element i in memory order is
+    # inside; the unused bits of the last byte are 0.
+    "fake_quantize_clipped": "(Tensor x, Tensor lower, Tensor upper, int bits, int axis) -> (Tensor, Tensor)",
+    # grad_x: grad_y where the bit is set, else +0. grad_y has the layout that x had.
+    "fake_quantize_clipped_backward": "(Tensor grad_y, Tensor mask) -> Tensor",
+    # Ranges are the minimum and maximum of weight[c], NaN if any element is NaN. weight: 1-D or more.
+    # Channel c is the c-th of shape[0] equal, consecutive pieces of memory in both layouts.
+    "fake_quantize_weight": "(Tensor weight, int bits) -> Tensor",
+    # The same for all layers in one call: weights may differ in shape and type; bits has one value per weight.
+    "fake_quantize_weights": "(Tensor[] weights, int[] bits) -> Tensor[]",
+    # state, (3,) float32, updated in place: [raw average of min, raw average of max, accumulated weight];
+    # average = m * average + (1 - m) * new, weight = m * weight + (1 - m), with (float)m and (float)(1.0 - m), no FMA.
+    # Returns the new (2,) float32 [state[0] / state[2], state[1] / state[2]]. NaN in x makes both averages NaN.
+    # Empty x: the state stays as it is, the result is computed from it (0 / 0 = NaN before the first batch).
+    "observe_range": "(Tensor x, Tensor(a!) state, float momentum) -> Tensor",
+    # y = quantize(act(bn(x))), x: (N, C, *spatial). `clipped` changes the gradient only.
+    "batch_norm_act_fake_quantize": "(Tensor x, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, "
+    "Tensor lower, Tensor upper, int bits, float eps, int act, bool clipped) -> Tensor",
+    # (grad_x, grad_weight, grad_bias). Recomputes z. With dz = grad_y where active(z) and, if clipped, inside(act(z)),
+    # else +0: grad_x = dz * scale_c, x's type and layout; grad_weight = sum dz * ((x - running_mean) * inv_std) and
+    # grad_bias = sum dz, (C,) float32, returned always. Zeros for empty x.
+    "batch_norm_act_fake_quantize_backward": "(Tensor grad_y, Tensor x, Tensor running_mean, Tensor running_var, "
+    "Tensor? weight, Tensor? bias, Tensor lower, Tensor upper, int bits, float eps, int act, bool clipped) "
+    "-> (Tensor, Tensor, Tensor)",
+    # (y, mean, var): y = act(bn(x)) in x's type and layout; mean and biased variance of x per channel over N and
+    # spatial, (C,) float32. Deviations are taken from running_mean or by Welford, never as E[x^2] - E[x]^2.
+    # Empty x: NaN statistics.
+    "batch_norm_act_moments": "(Tensor x, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, "
+    "float eps, int act) -> (Tensor, Tensor, Tensor)",
+    # grad_x = (grad_y where active(z), else 0) * scale_c + grad_mean / n + (grad_var * 2 / n) * (x - mean),
+    # n = numel / C. mean is the forward's second result; grad_mean and grad_var are (C,) float32.
+    "batch_norm_act_moments_backward": "(Tensor grad_y, Tensor grad_mean, Tensor grad_var, Tensor x, Tensor mean, "
+    "Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, float eps, int act) -> Tensor",
+    # (loss, gradient). Layer l contributes |mean - running_mean|^2 + |var - running_var|^2, summed (mean False), or
+    # divided by its number of channels and averaged over layers (mean True). loss: () float32.
+    # gradient: (2 * sum C_l,) float32, d loss / d mean of all layers in order, then d loss / d var of all layers.
+    # The C_l may differ; all lists have the same length >= 1.
+    "bns_loss": "(Tensor[] means, Tensor[] variances, Tensor[] running_means, Tensor[] running_vars, bool mean) "
+    "-> (Tensor, Tensor)",
+    # (loss, cross_entropy, kl, gradient). student = z_Q, teacher = z_P: (B, C) float32; labels: (B,) int64.
+    # cross_entropy = mean over B of -log softmax(z_Q)[label]; kl = sum softmax(z_P / T) * (log softmax(z_P / T) -
+    # log softmax(z_Q / T)) divided by B * C, or by B (batchmean True); loss = cross_entropy_weight * cross_entropy +
+    # distillation_weight * T^2 * kl; all () float32. gradient: (B, C) float32, d loss / d z_Q.
+    # A label outside 0..C-1 makes cross_entropy, loss and that row's gradient NaN. B = 0: NaN losses, empty gradient.
+    "distillation_loss": "(Tensor student_logits, Tensor teacher_logits, Tensor labels, float temperature, "
+    "float cross_entropy_weight, float distillation_weight, bool batchmean) -> (Tensor, Tensor, Tensor, Tensor)",
+}
+
+for _name, _schema in SCHEMAS.items():
+    # Exact strides: under torch.compile the kernels get the layouts that they were traced with.
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+
+
+def dense_format(x: Tensor) -> torch.memory_format:
+    """The layout that the ops keep for `x`: channels_last where only that fits, contiguous otherwise."""
+    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def empty_dense_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor of `x`'s shape and kept layout."""
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device, memory_format=dense_format(x))
+
+
+def _fake(name: str):
+    return torch.library.register_fake(f"gdfq_ext::{name}", lib=library)
+
+
+@_fake("fake_quantize")
+def _(x, lower, upper, bits, axis):
+    return empty_dense_like(x)
+
+
+@_fake("fake_quantize_clipped")
+def _(x, lower, upper, bits, axis):
+    return empty_dense_like(x), x.new_empty(((x.numel() + 7) // 8,), dtype=torch.uint8)
+
+
+@_fake("fake_quantize_clipped_backward")
+def _(grad_y, mask):
+    return empty_dense_like(grad_y)
+
+
+@_fake("fake_quantize_weight")
+def _(weight, bits):
+    return empty_dense_like(weight)
+
+
+@_fake("fake_quantize_weights")
+def _(weights, bits):
+    return [empty_dense_like(weight) for weight in weights]
+
+
+@_fake("observe_range")
+def _(x, state, momentum):
+    return state.new_empty((2,))
+
+
+@_fake("batch_norm_act_fake_quantize")
+def _(x, running_mean, running_var, weight, bias, lower, upper, bits, eps, act, clipped):
+    return empty_dense_like(x)
+
+
+@_fake("batch_norm_act_fake_quantize_backward")
+def _(grad_y, x, running_mean, running_var, weight, bias, lower, upper, bits, eps, act, clipped):
+    return empty_dense_like(x), torch.empty_like(running_mean), torch.empty_like(running_mean)
+
+
+@_fake("batch_norm_act_moments")
+def _(x, running_mean, running_var, weight, bias, eps, act):
+    return empty_dense_like(x), torch.empty_like(running_mean), torch.empty_like(running_mean)
+
+
+@_fake("batch_norm_act_moments_backward")
+def _(grad_y, grad_mean, grad_var, x, mean, running_mean, running_var, weight, bias, eps, act):
+    return empty_dense_like(x)
+
+
+@_fake("bns_loss")
+def _(means, variances, running_means, running_vars, mean):
+    return means[0].new_empty(()), means[0].new_empty((2 * sum(layer.numel() for layer in means),))
+
+
+@_fake("distillation_loss")
+def _(student_logits, teacher_logits, labels, temperature, cross_entropy_weight, distillation_weight, batchmean):
+    loss, cross_entropy, kl = (student_logits.new_empty(()) for _ in range(3))
+    return loss, cross_entropy, kl, torch.empty_like(student_logits, memory_format=torch.contiguous_format)
