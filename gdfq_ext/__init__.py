@@ -1,0 +1,46 @@
+"""Fused operators for data-free quantization: Eq. 5, 6 and 10 of GDFQ (ECCV 2020) with their gradients.
+
+Every op works in pure PyTorch; a compiled library, where there is one, takes over its CPU and CUDA kernels.
+`backend_report()` says which is used.
+"""
+
+from pathlib import Path
+
+from . import autograd, reference
+from ._loader import load_library as _load_library
+from .backend import BackendReport
+from .backend import report as _report
+from .ops import (
+    batch_norm_act_fake_quantize,
+    batch_norm_act_moments,
+    bns_loss,
+    distillation_loss,
+    fake_quantize,
+    fake_quantize_weight,
+    fake_quantize_weights,
+    observe_range,
+    range_of,
+)
+
+__all__ = [
+    "BackendReport",
+    "autograd",
+    "backend_report",
+    "batch_norm_act_fake_quantize",
+    "batch_norm_act_moments",
+    "bns_loss",
+    "distillation_loss",
+    "fake_quantize",
+    "fake_quantize_weight",
+    "fake_quantize_weights",
+    "observe_range",
+    "range_of",
+    "reference",
+]
+
+_loaded = _load_library(Path(__file__).parent)
+
+
+def backend_report() -> BackendReport:
+    """Which backend every op uses on the CPU and on CUDA, and why: `str()` for reading, `.as_dict()` for JSON."""
+    return _report(_loaded)

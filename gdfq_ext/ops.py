@@ -1,0 +1,395 @@
+"""The public functions: checked arguments, documented shapes, one call of an op each.
+
+All take float32, float16 or bfloat16 and compute in float32. A 4-D tensor in `channels_last` stays so; any other layout
+that is not contiguous is made contiguous once. Ranges, statistics and BN parameters may have any floating type and are
+converted to float32. Nothing waits for the device. Gradients can be taken once (no double backward through the ops,
+apart from the identity straight-through quantizer, which is linear in the gradient).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ._schemas import ACTIVATIONS, dense_format
+from .reference import channel_range
+
+StraightThrough = Literal["identity", "clipped"]
+Activation = Literal["none", "relu", "relu6"]
+
+_ops = torch.ops.gdfq_ext
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def fake_quantize(
+    x: Tensor, lower: Tensor, upper: Tensor, bits: int, *, axis: int | None = None, ste: StraightThrough = "identity"
+) -> Tensor:
+    """Rounds `x` to the `2**bits` values of an asymmetric quantizer with a given range (GDFQ, ECCV 2020, Eq. 6).
+
+        scale = (2^k - 1) / max(u - l, 1e-8)        zero = round(scale * l) + 2^(k-1)
+        q = clamp(round(scale * x - zero), -2^(k-1), 2^(k-1) - 1)        y = (q + zero) / scale
+
+    in float32 and in this order, `round` half to even. NaN in `x` stays NaN; an infinite `x` takes the end level. An
+    inverted, infinite or NaN range gives NaN. The gradient of `x` is straight-through; the range takes none.
+
+    Args:
+        x: any shape; float32, float16 or bfloat16.
+        lower: l; one element, or `(x.shape[axis],)` with `axis`.
+        upper: u; like `lower`.
+        bits: k, 2..8.
+        axis: the dimension that has a range of its own per index; None: one range for the tensor.
+        ste: "identity" passes the gradient unchanged; "clipped" makes it zero where `round(scale * x - zero)` was
+            clamped.
+
+    Returns:
+        y, with the shape and type of `x`.
+
+    Raises:
+        TypeError: `x` is not of an allowed type.
+        ValueError: `bits`, `axis` or `ste` is out of range, or a range has the wrong number of elements or device.
+    """
+    _check_input("x", x)
+    _check_bits(bits)
+    _check_choice("ste", ste, ("identity", "clipped"))
+    axis = -1 if axis is None else _check_axis(axis, x)
+    count = 1 if axis < 0 else x.shape[axis]
+    lower, upper = _parameter("lower", lower, count, x), _parameter("upper", upper, count, x)
+    x = _dense(x)
+    if ste == "clipped" and torch.is_grad_enabled() and x.requires_grad:
+        return _ops.fake_quantize_clipped(x, lower, upper, bits, axis)[0]
+    return _ops.fake_quantize(x, lower, upper, bits, axis)
+
+
+def fake_quantize_weight(weight: Tensor, bits: int, *, ste: StraightThrough = "identity") -> Tensor:
+    """Quantizes a weight per output channel, each with its own minimum and maximum as the range (Eq. 6).
+
+    The ranges are taken anew in every call and take no gradient. A channel that holds NaN or Inf becomes NaN.
+
+    Args:
+        weight: `(out_channels, ...)`; float32, float16 or bfloat16.
+        bits: k, 2..8.
+        ste: see `fake_quantize`. With "clipped" only the rare maximum that rounds past the top level has no gradient.
+
+    Returns:
+        The quantized weight, with the shape and type of `weight`.
+
+    Raises:
+        TypeError, ValueError: as `fake_quantize`; ValueError also for a 0-dimensional weight.
+    """
+    _check_weight("weight", weight)
+    _check_bits(bits)
+    _check_choice("ste", ste, ("identity", "clipped"))
+    if ste == "clipped" and weight.numel() > 0:
+        return fake_quantize(weight, *channel_range(weight), bits, axis=0, ste=ste)
+    return _ops.fake_quantize_weight(_dense(weight), bits)
+
+
+def fake_quantize_weights(
+    weights: Sequence[Tensor], bits: int | Sequence[int], *, ste: StraightThrough = "identity"
+) -> list[Tensor]:
+    """`fake_quantize_weight` for all layers in one call.
+
+    Args:
+        weights: tensors of any shapes and allowed types, on one device.
+        bits: one value for all, or one per weight.
+        ste: see `fake_quantize_weight`.
+
+    Returns:
+        The quantized weights, in order.
+
+    Raises:
+        TypeError, ValueError: as `fake_quantize_weight`; ValueError also where the length of `bits` is not that of
+            `weights`.
+    """
+    weights = list(weights)
+    bits = [bits] * len(weights) if isinstance(bits, int) else list(bits)
+    if len(bits) != len(weights):
+        raise ValueError(f"bits has {len(bits)} values for {len(weights)} weights; give one number, or one per weight")
+    if ste == "clipped":
+        return [fake_quantize_weight(weight, b, ste=ste) for weight, b in zip(weights, bits, strict=True)]
+    _check_choice("ste", ste, ("identity", "clipped"))
+    for index, (weight, weight_bits) in enumerate(zip(weights, bits, strict=True)):
+        _check_weight(f"weights[{index}]", weight)
+        _check_device(f"weights[{index}]", weight, weights[0])
+        _check_bits(weight_bits)
+    if not weights:
+        return []
+    return _ops.fake_quantize_weights([_dense(weight) for weight in weights], bits)
+
+
+def observe_range(x: Tensor, state: Tensor, momentum: float = 0.9) -> Tensor:
+    """Takes the minimum and maximum of `x` into an exponential moving average and returns the corrected range.
+
+    `state` keeps raw averages, `average = m * average + (1 - m) * new` from 0, and the weight that they have gathered,
+    `weight = m * weight + (1 - m)`; the range is average / weight, unbiased from the first batch on.
+
+    Args:
+        x: any shape; float32, float16 or bfloat16. Empty: the state stays as it is. NaN makes the range NaN for good.
+        state: `(3,)` float32, contiguous: [average of min, average of max, weight]. Zeros at first, updated in place.
+        momentum: m, in [0, 1).
+
+    Returns:
+        `(2,)` float32: [lower, upper]. No gradient.
+
+    Raises:
+        TypeError: `x` or `state` is not of an allowed type.
+        ValueError: `state` has another shape or device, or `momentum` is out of range.
+    """
+    _check_input("x", x)
+    _check_state(state)
+    _check_device("state", state, x)
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum is {momentum}; allowed is 0 <= momentum < 1")
+    return _ops.observe_range(_dense(x.detach()), state, momentum)
+
+
+def range_of(state: Tensor) -> Tensor:
+    """The range that `observe_range` last returned: `(2,)` float32 [lower, upper], NaN before the first observation.
+
+    Raises:
+        TypeError, ValueError: `state` is not as `observe_range` wants it.
+    """
+    _check_state(state)
+    state = state.detach()
+    return state[:2] / state[2]
+
+
+def batch_norm_act_fake_quantize(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None,
+    lower: Tensor, upper: Tensor, bits: int,
+    *, eps: float = 1e-5, act: Activation = "none", ste: StraightThrough = "identity",
+) -> Tensor:  # fmt: skip
+    """Frozen batch normalisation, activation and per-tensor quantizer (Eq. 6) in one pass.
+
+        scale_c = weight * (1 / sqrt(running_var + eps))        shift_c = bias - running_mean * scale_c
+        z = x * scale_c + shift_c        y = fake_quantize(act(z), lower, upper, bits)
+
+    in float32, each operation rounded on its own. `running_mean` and `running_var` are not updated. Gradients go to
+    `x`, `weight` and `bias`; the backward saves `x` alone and recomputes z.
+
+    Args:
+        x: `(N, C, *spatial)`, `(N, C)` included; float32, float16 or bfloat16.
+        running_mean: `(C,)`.
+        running_var: `(C,)`.
+        weight: gamma, `(C,)`, or None for 1.
+        bias: beta, `(C,)`, or None for 0.
+        lower: l, one element.
+        upper: u, one element.
+        bits: k, 2..8.
+        eps: added to the variance.
+        act: "none", "relu" or "relu6"; its gradient is zero at the kinks.
+        ste: see `fake_quantize`.
+
+    Returns:
+        y, with the shape and type of `x`.
+
+    Raises:
+        TypeError: `x` is not of an allowed type.
+        ValueError: another argument has a wrong shape, value or device.
+    """
+    _check_channels(x)
+    _check_bits(bits)
+    _check_choice("act", act, ACTIVATIONS)
+    _check_choice("ste", ste, ("identity", "clipped"))
+    parameters = _batch_norm_parameters(x, running_mean, running_var, weight, bias)
+    lower, upper = _parameter("lower", lower, 1, x), _parameter("upper", upper, 1, x)
+    return _ops.batch_norm_act_fake_quantize(
+        _dense(x), *parameters, lower, upper, bits, eps, ACTIVATIONS[act], ste == "clipped"
+    )
+
+
+def batch_norm_act_moments(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None,
+    *, eps: float = 1e-5, act: Activation = "none",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Frozen batch normalisation and activation, with the statistics of the BN input for Eq. 5, in one read of `x`.
+
+    y is computed as in `batch_norm_act_fake_quantize`, without the quantizer. Gradients go to `x`, from all three
+    results. `weight` and `bias` belong to a frozen teacher and take none.
+
+    Args:
+        x: `(N, C, *spatial)`, `(N, C)` included; float32, float16 or bfloat16.
+        running_mean, running_var, weight, bias, eps, act: as `batch_norm_act_fake_quantize`.
+
+    Returns:
+        y, with the shape and type of `x`; mean and biased variance of `x` per channel over N and the spatial
+        dimensions, `(C,)` float32, NaN for empty `x`.
+
+    Raises:
+        TypeError: `x` is not of an allowed type.
+        ValueError: another argument has a wrong shape, value or device, or `weight` or `bias` requires a gradient.
+    """
+    _check_channels(x)
+    _check_choice("act", act, ACTIVATIONS)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires a gradient, which batch_norm_act_moments does not compute: the teacher is frozen; "
+                "call requires_grad_(False) on its parameters"
+            )
+    parameters = _batch_norm_parameters(x, running_mean, running_var, weight, bias)
+    return _ops.batch_norm_act_moments(_dense(x), *parameters, eps, ACTIVATIONS[act])
+
+
+def bns_loss(
+    means: Sequence[Tensor], variances: Sequence[Tensor], running_means: Sequence[Tensor],
+    running_vars: Sequence[Tensor], *, reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:  # fmt: skip
+    """The batch-normalisation-statistics loss over all layers (Eq. 5).
+
+        sum_l |mean_l - running_mean_l|^2 + |var_l - running_var_l|^2
+
+    Args:
+        means, variances: batch statistics, one `(C_l,)` tensor per layer; the gradient goes to these.
+        running_means, running_vars: the teacher's statistics, likewise.
+        reduction: "sum" is the equation; "mean" divides each layer's term by C_l and averages over layers, as the
+            published numbers were made.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ValueError: the lists are empty or differ in length, a layer's tensors differ in shape or device, or `reduction`
+            is not known.
+    """
+    _check_choice("reduction", reduction, ("mean", "sum"))
+    lists = {
+        "means": list(means), "variances": list(variances),
+        "running_means": list(running_means), "running_vars": list(running_vars),
+    }  # fmt: skip
+    layers = len(lists["means"])
+    if layers == 0:
+        raise ValueError("means is empty; the loss needs at least one batch-normalisation layer")
+    for name, tensors in lists.items():
+        if len(tensors) != layers:
+            raise ValueError(f"{name} has {len(tensors)} layers and means has {layers}; give one tensor per layer")
+        for index, tensor in enumerate(tensors):
+            like = lists["means"][index]
+            if tensor.dim() != 1 or tensor.shape != like.shape or tensor.numel() == 0:
+                shapes = f"{tuple(tensor.shape)}, means[{index}] {tuple(like.shape)}"
+                raise ValueError(f"{name}[{index}] has shape {shapes}; all must be (C,) with one C >= 1 per layer")
+            _check_device(f"{name}[{index}]", tensor, lists["means"][0])
+            tensors[index] = tensor.float().contiguous()
+    return _ops.bns_loss(*lists.values(), reduction == "mean")[0]
+
+
+def distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor,
+    *, temperature: float = 20.0, cross_entropy_weight: float = 1.0, distillation_weight: float = 1.0,
+    reduction: Literal["mean", "batchmean"] = "mean",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The student's loss (Eq. 10): cross-entropy and knowledge distillation with z_Q = student, z_P = teacher.
+
+        loss = cross_entropy_weight * CE(z_Q, labels) + distillation_weight * T^2 * KL(softmax(z_P/T) || softmax(z_Q/T))
+
+    computed in float32. The gradient goes to `student_logits` only.
+
+    Args:
+        student_logits: `(B, C)`, floating.
+        teacher_logits: `(B, C)`, floating.
+        labels: `(B,)` int64, each in 0..C-1; another value makes the loss NaN (checking it would wait for the device).
+        temperature: T, above 0.
+        cross_entropy_weight, distillation_weight: weights of the two parts.
+        reduction: KL is divided by B*C ("mean", as the published numbers were made) or by B ("batchmean").
+
+    Returns:
+        loss, cross_entropy, kl: float32 scalars. The last two are for logging, unweighted, KL without T^2, and take no
+        gradient. NaN for an empty batch.
+
+    Raises:
+        TypeError: logits are not floating, or labels not int64.
+        ValueError: shapes or devices do not fit, `temperature` is not positive, or `reduction` is not known.
+    """
+    _check_choice("reduction", reduction, ("mean", "batchmean"))
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; allowed is a number above 0")
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if not logits.is_floating_point():
+            raise TypeError(f"{name} is {logits.dtype}; allowed is a floating type")
+        if logits.dim() != 2 or logits.shape != student_logits.shape or logits.shape[1] == 0:
+            raise ValueError(
+                f"{name} has shape {tuple(logits.shape)}, student_logits {tuple(student_logits.shape)}; "
+                "both must be the same (B, C), C >= 1"
+            )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels is {labels.dtype}; allowed is torch.int64")
+    if labels.shape != student_logits.shape[:1]:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; allowed is {tuple(student_logits.shape[:1])}")
+    _check_device("teacher_logits", teacher_logits, student_logits)
+    _check_device("labels", labels, student_logits)
+    loss, cross_entropy, kl, _ = _ops.distillation_loss(
+        student_logits.float().contiguous(), teacher_logits.detach().float().contiguous(), labels.contiguous(),
+        temperature, cross_entropy_weight, distillation_weight, reduction == "batchmean",
+    )  # fmt: skip
+    return loss, cross_entropy, kl
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=dense_format(x))
+
+
+def _check_input(name: str, x: Tensor) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} is {x.dtype}; allowed are float32, float16 and bfloat16")
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    _check_input(name, weight)
+    if weight.dim() == 0:
+        raise ValueError(f"{name} has no dimensions; a weight is (out_channels, ...)")
+
+
+def _check_channels(x: Tensor) -> None:
+    _check_input("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; allowed is (N, C, *spatial)")
+
+
+def _check_bits(bits: int) -> None:
+    if not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"bits is {bits!r}; allowed is an integer from 2 to 8")
+
+
+def _check_choice(name: str, value: str, allowed) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+
+
+def _check_axis(axis: int, x: Tensor) -> int:
+    """`axis` counted from the front."""
+    if not -x.dim() <= axis < x.dim():
+        raise ValueError(f"axis is {axis}; x has {x.dim()} dimensions")
+    return axis % x.dim()
+
+
+def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, the input on {like.device}; move both to one device")
+
+
+def _check_state(state: Tensor) -> None:
+    if state.dtype != torch.float32:
+        raise TypeError(f"state is {state.dtype}; allowed is float32")
+    if state.shape != (3,) or not state.is_contiguous():
+        raise ValueError(f"state has shape {tuple(state.shape)}; allowed is a contiguous (3,)")
+
+
+def _parameter(name: str, tensor: Tensor, count: int, x: Tensor) -> Tensor:
+    """`tensor` as float32, contiguous, `(count,)`."""
+    if tensor.numel() != count or (count != 1 and tensor.dim() != 1):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is ({count},)")
+    _check_device(name, tensor, x)
+    return tensor.float().reshape(count).contiguous()
+
+
+def _batch_norm_parameters(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    channels = x.shape[1]
+    return (
+        _parameter("running_mean", running_mean, channels, x),
+        _parameter("running_var", running_var, channels, x),
+        None if weight is None else _parameter("weight", weight, channels, x),
+        None if bias is None else _parameter("bias", bias, channels, x),
+    )

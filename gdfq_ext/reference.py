@@ -1,0 +1,232 @@
+"""The ops in pure PyTorch: the default on every device, and what native kernels are tested against.
+
+The formulas, types and layouts are those of `_schemas.py`. Two habits keep the quantizer's levels exact: every
+operation is a separate PyTorch call (no FMA), and none is `number / tensor`, which PyTorch computes as
+`reciprocal() * number`.
+"""
+
+import torch
+from torch import Tensor
+
+from ._schemas import SCHEMAS, dense_format, empty_dense_like, library
+
+
+def fake_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int, axis: int) -> Tensor:
+    scale, zero = _coefficients(x, lower, upper, bits, axis)
+    return _like(_dequantize(_level(x.float(), scale, zero), scale, zero, bits), x)
+
+
+def fake_quantize_clipped(x: Tensor, lower: Tensor, upper: Tensor, bits: int, axis: int) -> tuple[Tensor, Tensor]:
+    scale, zero = _coefficients(x, lower, upper, bits, axis)
+    level = _level(x.float(), scale, zero)
+    mask = _pack(_memory_order(_inside(level, bits), dense_format(x)))
+    return _like(_dequantize(level, scale, zero, bits), x), mask
+
+
+def fake_quantize_clipped_backward(grad_y: Tensor, mask: Tensor) -> Tensor:
+    inside = _unpack(mask, grad_y.numel())
+    gradient = torch.where(inside, _memory_order(grad_y, dense_format(grad_y)), 0)
+    return _from_memory_order(gradient, grad_y)
+
+
+def fake_quantize_weight(weight: Tensor, bits: int) -> Tensor:
+    if weight.numel() == 0:
+        return empty_dense_like(weight)
+    lower, upper = channel_range(weight)
+    return fake_quantize(weight, lower, upper, bits, axis=0)
+
+
+def fake_quantize_weights(weights: list[Tensor], bits: list[int]) -> list[Tensor]:
+    return [fake_quantize_weight(weight, weight_bits) for weight, weight_bits in zip(weights, bits, strict=True)]
+
+
+def channel_range(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of each `weight[c]`, (shape[0],) float32; NaN where the channel holds one."""
+    lower, upper = weight.detach().float().reshape(weight.shape[0], -1).aminmax(dim=1)
+    return lower, upper
+
+
+def observe_range(x: Tensor, state: Tensor, momentum: float) -> Tensor:
+    if x.numel() > 0:
+        lower, upper = x.aminmax()
+        observed = torch.stack([lower.float(), upper.float(), state.new_ones(())])
+        state.mul_(momentum).add_(observed.mul_(1.0 - momentum))
+    return state[:2] / state[2]
+
+
+def batch_norm_act_fake_quantize(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None,
+    lower: Tensor, upper: Tensor, bits: int, eps: float, act: int, clipped: bool,
+) -> Tensor:  # fmt: skip
+    _, bn_scale, bn_shift = _fold(running_mean, running_var, weight, bias, eps)
+    activation = _activate(_normalise(x, bn_scale, bn_shift), act)
+    scale, zero = _coefficients(x, lower, upper, bits, -1)
+    return _like(_dequantize(_level(activation, scale, zero), scale, zero, bits), x)
+
+
+def batch_norm_act_fake_quantize_backward(
+    grad_y: Tensor, x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None,
+    lower: Tensor, upper: Tensor, bits: int, eps: float, act: int, clipped: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    inv_std, bn_scale, bn_shift = _fold(running_mean, running_var, weight, bias, eps)
+    z = _normalise(x, bn_scale, bn_shift)
+    passes = _active(z, act)
+    if clipped:
+        level = _level(_activate(z, act), *_coefficients(x, lower, upper, bits, -1))
+        passes &= _inside(level, bits)
+    grad_z = torch.where(passes, grad_y.float(), 0)
+    normalised = (x.float() - _per_channel(running_mean, x)).mul_(_per_channel(inv_std, x))
+    grad_weight = normalised.mul_(grad_z).sum(_reduced_dims(x))
+    grad_bias = grad_z.sum(_reduced_dims(x))
+    return _like(grad_z.mul_(_per_channel(bn_scale, x)), x), grad_weight, grad_bias
+
+
+def batch_norm_act_moments(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None,
+    eps: float, act: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _, bn_scale, bn_shift = _fold(running_mean, running_var, weight, bias, eps)
+    y = _activate(_normalise(x, bn_scale, bn_shift), act)
+    deviation = x.float() - _per_channel(running_mean, x)
+    shift = deviation.mean(_reduced_dims(x))
+    var = deviation.sub_(_per_channel(shift, x)).square_().mean(_reduced_dims(x))
+    return _like(y, x), running_mean + shift, var
+
+
+def batch_norm_act_moments_backward(
+    grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor, x: Tensor, mean: Tensor,
+    running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: int,
+) -> Tensor:  # fmt: skip
+    if x.numel() == 0:
+        return empty_dense_like(x)
+    count = x.numel() // x.shape[1]
+    _, bn_scale, bn_shift = _fold(running_mean, running_var, weight, bias, eps)
+    active = _active(_normalise(x, bn_scale, bn_shift), act)
+    gradient = torch.where(active, grad_y.float(), 0).mul_(_per_channel(bn_scale, x))
+    gradient.add_(_per_channel(grad_mean / count, x))
+    deviation = x.float() - _per_channel(mean, x)
+    return _like(gradient.add_(deviation.mul_(_per_channel(grad_var * (2 / count), x))), x)
+
+
+def bns_loss(
+    means: list[Tensor], variances: list[Tensor], running_means: list[Tensor], running_vars: list[Tensor], mean: bool
+) -> tuple[Tensor, Tensor]:
+    deviation = torch.cat([*means, *variances]) - torch.cat([*running_means, *running_vars])
+    factors = [1 / (layer.numel() * len(means)) if mean else 1.0 for layer in means]
+    factor = torch.cat([layer.new_full(layer.shape, f) for layer, f in zip(means, factors, strict=True)]).repeat(2)
+    gradient = factor * deviation
+    return (gradient * deviation).sum(), gradient.mul_(2)
+
+
+def distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor,
+    temperature: float, cross_entropy_weight: float, distillation_weight: float, batchmean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, classes = student_logits.shape
+    valid = (labels >= 0) & (labels < classes)
+    index = torch.where(valid, labels, 0).unsqueeze(1)
+    log_q = student_logits.log_softmax(1)
+    cross_entropy = torch.where(valid, -log_q.gather(1, index).squeeze(1), torch.nan).mean()
+
+    log_soft_q = (student_logits / temperature).log_softmax(1)
+    log_soft_p = (teacher_logits / temperature).log_softmax(1)
+    soft_p = log_soft_p.exp()
+    count = batch if batchmean else batch * classes
+    kl = (soft_p * (log_soft_p - log_soft_q)).sum() / count
+    loss = cross_entropy_weight * cross_entropy + (distillation_weight * temperature**2) * kl
+
+    gradient = log_q.exp().scatter_add_(1, index, torch.full_like(log_q[:, :1], -1.0))
+    gradient.mul_(cross_entropy_weight / max(batch, 1))
+    gradient.add_(log_soft_q.exp_().sub_(soft_p), alpha=distillation_weight * temperature / max(count, 1))
+    return loss, cross_entropy, kl, torch.where(valid.unsqueeze(1), gradient, torch.nan)
+
+
+def _coefficients(x: Tensor, lower: Tensor, upper: Tensor, bits: int, axis: int) -> tuple[Tensor, Tensor]:
+    """scale and zero of Eq. 6, shaped to broadcast against `x`."""
+    width = (upper - lower).clamp(min=1e-8)
+    scale = torch.where(upper >= lower, torch.full_like(width, 2**bits - 1) / width, torch.nan)
+    zero = torch.round(scale * lower) + 2 ** (bits - 1)
+    shape = [] if axis < 0 else [-1 if dim == axis else 1 for dim in range(x.dim())]
+    return scale.reshape(shape), zero.reshape(shape)
+
+
+def _level(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """round(scale * x - zero), not yet clamped."""
+    return (x * scale).sub_(zero).round_()
+
+
+def _dequantize(level: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """(clamp(level) + zero) / scale, computed in the memory of `level`."""
+    return level.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).add_(zero).div_(scale)
+
+
+def _inside(level: Tensor, bits: int) -> Tensor:
+    return ~((level < -(2 ** (bits - 1))) | (level > 2 ** (bits - 1) - 1))
+
+
+def _fold(
+    running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """inv_std, scale_c and shift_c of the frozen batch normalisation, each (C,)."""
+    inv_std = (running_var + eps).sqrt_().reciprocal_()
+    scale = inv_std if weight is None else weight * inv_std
+    shift = (torch.zeros_like(scale) if bias is None else bias) - running_mean * scale
+    return inv_std, scale, shift
+
+
+def _normalise(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """z = x * scale_c + shift_c, float32."""
+    return (x.float() * _per_channel(scale, x)).add_(_per_channel(shift, x))
+
+
+def _activate(z: Tensor, act: int) -> Tensor:
+    if act == 0:
+        return z
+    return z.clamp(min=0) if act == 1 else z.clamp(0, 6)
+
+
+def _active(z: Tensor, act: int) -> Tensor:
+    """Where the activation passes a gradient; NaN counts as passing."""
+    if act == 0:
+        return torch.ones_like(z, dtype=torch.bool)
+    return ~(z <= 0) if act == 1 else ~((z <= 0) | (z >= 6))
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.reshape(1, -1, *[1] * (x.dim() - 2))
+
+
+def _reduced_dims(x: Tensor) -> list[int]:
+    return [dim for dim in range(x.dim()) if dim != 1]
+
+
+def _like(result: Tensor, x: Tensor) -> Tensor:
+    """`result` in the type and kept layout of `x`."""
+    return result.to(x.dtype).contiguous(memory_format=dense_format(x))
+
+
+def _memory_order(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """The elements of `x` as they lie in memory in `layout`, 1-D."""
+    return (x.permute(0, 2, 3, 1) if layout is torch.channels_last else x).reshape(-1)
+
+
+def _from_memory_order(elements: Tensor, like: Tensor) -> Tensor:
+    if dense_format(like) is torch.contiguous_format:
+        return elements.view(like.shape)
+    batch, channels, height, width = like.shape
+    return elements.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _pack(flags: Tensor) -> Tensor:
+    """Eight flags a byte, the first in the lowest bit."""
+    octets = torch.nn.functional.pad(flags.to(torch.uint8), (0, -flags.numel() % 8)).view(-1, 8)
+    return (octets << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(1, dtype=torch.uint8)
+
+
+def _unpack(mask: Tensor, count: int) -> Tensor:
+    bits = mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (bits & 1).view(-1)[:count].bool()
+
+
+for _name in SCHEMAS:
+    library.impl(_name, globals()[_name], "CompositeExplicitAutograd")
