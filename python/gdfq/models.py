@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import os
 import pickle
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -240,13 +242,15 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
 def _torch_load(path: Path) -> Any:
     convert = "if you trust the file, load the model and save its weights alone: torch.save(model.state_dict(), FILE)"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's advice on formats; the errors below say it in one line
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        first = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), None)
-        if first is None:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is None:
             raise GdfqError(f"{path} is truncated or is no state dict; copy or download it again") from error
         raise GdfqError(
-            f"{path} holds more than tensors ({first}), and reading that could run any code; {convert}"
+            f"{path} is truncated or holds more than tensors ({refused[1]}), and to read that could run any code; "
+            f"{convert}"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         if "TorchScript" in str(error):
