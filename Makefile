@@ -1,0 +1,64 @@
+# make demo    quantize the built-in network and print what each method reaches
+# make test    run every test
+# make lint    check the style of the Python code
+# make clean   remove what was built and measured; .venv stays
+#
+# Each sets up what it needs in .venv, once. PY=python3 uses that Python's environment as it is instead: nothing is
+# installed into it, its torch (a CUDA build, say) stays, and what it lacks is said.
+
+PYTHON ?= python3
+PYTEST_ARGS ?= -n 2
+
+ifdef PY
+INTERPRETER := $(PY)
+RUNTIME := check-runtime
+DEVELOPMENT := check-development
+BUILT := build/.built-by-$(subst /,-,$(PY))
+export PYTHONPATH := $(CURDIR)/python:$(CURDIR)
+else
+INTERPRETER := .venv/bin/python
+RUNTIME := .venv/.runtime
+DEVELOPMENT := .venv/.development
+BUILT := build/.built
+# torch looks for ninja on the path.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+endif
+
+INSTALL := .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# The package itself goes in without compiling: $(BUILT) compiles in place, and only what changed.
+INSTALL_PACKAGE := GDFQ_BUILD=off $(INSTALL) --no-build-isolation --editable
+
+.PHONY: demo test lint clean check-runtime check-development
+
+demo: $(RUNTIME) $(BUILT)
+	$(INTERPRETER) -m gdfq.demo --out demo-output
+
+test: $(DEVELOPMENT) $(BUILT)
+	OMP_NUM_THREADS=1 $(INTERPRETER) -m pytest $(PYTEST_ARGS)
+
+lint: $(DEVELOPMENT)
+	$(INTERPRETER) -m ruff check .
+
+.venv/.runtime: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) torch "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
+	$(INSTALL_PACKAGE) .
+	touch $@
+
+.venv/.development: .venv/.runtime
+	$(INSTALL_PACKAGE) ".[dev]"
+	touch $@
+
+$(BUILT): setup.py $(shell find csrc -type f) | $(RUNTIME)
+	$(INTERPRETER) setup.py build_ext --inplace
+	touch $@
+
+check-runtime:
+	$(PY) .ci/missing_requirements.py
+
+check-development:
+	$(PY) .ci/missing_requirements.py --development
+
+clean:
+	rm -rf build dist demo-output *.egg-info python/*.egg-info gdfq_ext/*.so
+	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
