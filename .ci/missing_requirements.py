@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  (any Python may be given)
         sys.exit(f"gdfq needs Python 3.11 or later; this is {sys.version.split()[0]}")
     import tomllib  # not before the version is known
 
@@ -29,8 +29,8 @@ def main() -> None:
         sys.exit(f"{sys.executable} lacks {missing[0]}: install it as https://pytorch.org says for this machine")
     # Naming the installed torch keeps pip from replacing it.
     packages = [f"torch=={version('torch')}", *(pinned(requirement) for requirement in missing)]
-    quoted = " ".join(f"'{package}'" for package in packages)
-    sys.exit(f"{sys.executable} lacks {', '.join(missing)}; install with:\n    {sys.executable} -m pip install {quoted}")
+    command = f"{sys.executable} -m pip install " + " ".join(f"'{package}'" for package in packages)
+    sys.exit(f"{sys.executable} lacks {', '.join(missing)}; install with:\n    {command}")
 
 
 def satisfied(requirement: str) -> bool:
