@@ -1,0 +1,19 @@
+#pragma once
+
+#include "channels.h"
+#include "element_type.h"
+#include "frozen_batch_norm.h"
+#include "parallel.h"
+
+namespace gdfq::cpu {
+
+// mean and variance (biased) of x hold shape.channels values and are always written: NaN where there are no elements.
+void batch_norm_act_moments(const void* x, void* y, float* mean, float* variance, ElementType type, ChannelShape shape,
+                            const FrozenBatchNorm& norm, Activation activation, const Parallel& parallel);
+
+void batch_norm_act_moments_backward(const void* grad_y, const float* grad_mean, const float* grad_variance,
+                                     const void* x, const float* mean, void* grad_x, ElementType type,
+                                     ChannelShape shape, const FrozenBatchNorm& norm, Activation activation,
+                                     const Parallel& parallel);
+
+}  // namespace gdfq::cpu

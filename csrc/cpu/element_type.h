@@ -1,0 +1,52 @@
+// The element types that the kernels read and write, and the switches from a value to a template argument.
+#pragma once
+
+#include <type_traits>
+
+#include "../kernels/float16.h"
+#include "../kernels/quantizer.h"
+
+namespace gdfq::cpu {
+
+enum class ElementType { kFloat32, kFloat16, kBFloat16 };
+
+template <class T>
+struct TypeTag {
+  using type = T;
+};
+
+// Calls f(TypeTag<T>()) with the C++ type of the elements.
+template <class F>
+void with_type(ElementType type, const F& f) {
+  switch (type) {
+    case ElementType::kFloat32:
+      return f(TypeTag<float>());
+    case ElementType::kFloat16:
+      return f(TypeTag<Half>());
+    case ElementType::kBFloat16:
+      return f(TypeTag<BFloat16>());
+  }
+}
+
+template <class F>
+void with_activation(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::kNone:
+      return f(std::integral_constant<Activation, Activation::kNone>());
+    case Activation::kRelu:
+      return f(std::integral_constant<Activation, Activation::kRelu>());
+    case Activation::kRelu6:
+      return f(std::integral_constant<Activation, Activation::kRelu6>());
+  }
+}
+
+template <class F>
+void with_bool(bool value, const F& f) {
+  if (value) {
+    f(std::true_type());
+  } else {
+    f(std::false_type());
+  }
+}
+
+}  // namespace gdfq::cpu

@@ -1,0 +1,22 @@
+#pragma once
+
+#include <cstdint>
+
+#include "channels.h"
+#include "element_type.h"
+#include "parallel.h"
+
+namespace gdfq::cpu {
+
+// lower and upper hold one range for each of shape.channels channels.
+void fake_quantize(const void* x, void* y, ElementType type, ChannelShape shape, const float* lower,
+                   const float* upper, int bits, const Parallel& parallel);
+
+// Also writes the bit mask of the elements that were not clipped: ceil(numel / 8) bytes.
+void fake_quantize_clipped(const void* x, void* y, std::uint8_t* mask, ElementType type, ChannelShape shape,
+                           const float* lower, const float* upper, int bits, const Parallel& parallel);
+
+void fake_quantize_clipped_backward(const void* grad_y, const std::uint8_t* mask, void* grad_x, ElementType type,
+                                    std::int64_t numel, const Parallel& parallel);
+
+}  // namespace gdfq::cpu

@@ -1,0 +1,50 @@
+// The least and the greatest of some elements; NaN if any of them is NaN.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "channels.h"
+#include "element_type.h"
+#include "simd.h"
+
+namespace gdfq::cpu {
+
+struct Range {
+  float lower = std::numeric_limits<float>::infinity();
+  float upper = -std::numeric_limits<float>::infinity();
+
+  // Once NaN, a bound stays NaN: every comparison with it is false.
+  GDFQ_HD void include(float below, float above) {
+    lower = (below < lower || below != below) ? below : lower;
+    upper = (above > upper || above != above) ? above : upper;
+  }
+};
+
+namespace {
+
+template <class T>
+GDFQ_CLONES Range range_of(const T* x, std::int64_t length) {
+  float lower[kLanes], upper[kLanes];
+  const Range nothing;
+  for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+    lower[lane] = nothing.lower;
+    upper[lane] = nothing.upper;
+  }
+  const std::int64_t whole = length - length % kLanes;
+  for (std::int64_t begin = 0; begin < whole; begin += kLanes) {
+    GDFQ_SIMD
+    for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+      const float value = to_float(x[begin + lane]);
+      lower[lane] = (value < lower[lane]) | (value != value) ? value : lower[lane];
+      upper[lane] = (value > upper[lane]) | (value != value) ? value : upper[lane];
+    }
+  }
+  Range range;
+  for (std::int64_t i = whole; i < length; ++i) range.include(to_float(x[i]), to_float(x[i]));
+  for (std::int64_t lane = 0; lane < kLanes; ++lane) range.include(lower[lane], upper[lane]);
+  return range;
+}
+
+}  // namespace
+}  // namespace gdfq::cpu

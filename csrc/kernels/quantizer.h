@@ -1,0 +1,164 @@
+// The quantizer's arithmetic (GDFQ, Eq. 6), frozen batch normalization and its activation: one element at a time,
+// for the host and for CUDA.
+//
+//   scale = (2^k - 1) / max(u - l, 1e-8)         zero = round(scale * l) + 2^(k-1)
+//   q     = clamp(round(scale * x - zero), -2^(k-1), 2^(k-1) - 1)
+//   y     = (q + zero) / scale
+//
+// Every operation is a single float32 operation rounded to nearest, in exactly this order, so that the CPU, CUDA and
+// PyTorch agree level by level. Host code must be compiled with -ffp-contract=off; device code names the rounding.
+// NaN propagates everywhere: clamps are comparisons, because fminf and fmaxf swallow NaN.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define GDFQ_HD __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define GDFQ_HD inline __attribute__((always_inline))  // inlined, a function takes its caller's instruction set
+#else
+#define GDFQ_HD inline
+#endif
+
+namespace gdfq {
+
+namespace fp32 {
+
+// Products, sums and quotients that no compiler may fuse into a multiply-add.
+GDFQ_HD float multiply(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+GDFQ_HD float add(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
+GDFQ_HD float subtract(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fsub_rn(a, b);
+#else
+  return a - b;
+#endif
+}
+
+GDFQ_HD float divide(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+
+GDFQ_HD float square_root(float a) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(a);
+#else
+  return sqrtf(a);
+#endif
+}
+
+GDFQ_HD float round_half_even(float a) {
+#if defined(__GNUC__) && !defined(__CUDA_ARCH__)
+  return __builtin_rintf(a);
+#else
+  return rintf(a);
+#endif
+}
+
+}  // namespace fp32
+
+// Eq. 6 for one range. `low` and `high` are the first and the last level, -2^(k-1) and 2^(k-1) - 1.
+struct Quantizer {
+  float scale;
+  float zero;
+  float low;
+  float high;
+};
+
+// An inverted range means that something upstream is broken: it gives NaN, as NaN and infinite ranges do by themselves.
+GDFQ_HD Quantizer make_quantizer(float lower, float upper, int bits) {
+  const float half = static_cast<float>(1 << (bits - 1));
+  const float levels = static_cast<float>((1 << bits) - 1);
+  float range = fp32::subtract(upper, lower);
+  range = upper < lower ? std::numeric_limits<float>::quiet_NaN() : range;
+  range = range < 1e-8f ? 1e-8f : range;
+  Quantizer quantizer;
+  quantizer.scale = fp32::divide(levels, range);
+  quantizer.zero = fp32::add(fp32::round_half_even(fp32::multiply(quantizer.scale, lower)), half);
+  quantizer.low = -half;
+  quantizer.high = half - 1.0f;
+  return quantizer;
+}
+
+// round(scale * x - zero), not yet clamped: outside [low, high] the element is clipped.
+GDFQ_HD float round_to_level(float x, const Quantizer& quantizer) {
+  return fp32::round_half_even(fp32::subtract(fp32::multiply(quantizer.scale, x), quantizer.zero));
+}
+
+GDFQ_HD float clamp_level(float level, const Quantizer& quantizer) {
+  level = level < quantizer.low ? quantizer.low : level;
+  return level > quantizer.high ? quantizer.high : level;
+}
+
+GDFQ_HD float dequantize(float level, const Quantizer& quantizer) {
+  return fp32::divide(fp32::add(level, quantizer.zero), quantizer.scale);
+}
+
+// The clipped straight-through gradient passes where the level was not clamped. NaN was not, and keeps its gradient.
+GDFQ_HD bool is_inside(float level, const Quantizer& quantizer) {
+  return !(level < quantizer.low) && !(level > quantizer.high);
+}
+
+GDFQ_HD float fake_quantize(float x, const Quantizer& quantizer) {
+  return dequantize(clamp_level(round_to_level(x, quantizer), quantizer), quantizer);
+}
+
+// Frozen batch normalization of one channel: z = x * scale + shift.
+struct Affine {
+  float scale;
+  float shift;
+};
+
+GDFQ_HD float inverse_std(float variance, float epsilon) {
+  return fp32::divide(1.0f, fp32::square_root(fp32::add(variance, epsilon)));
+}
+
+GDFQ_HD Affine make_affine(float gamma, float beta, float mean, float variance, float epsilon) {
+  Affine affine;
+  affine.scale = fp32::multiply(gamma, inverse_std(variance, epsilon));
+  affine.shift = fp32::subtract(beta, fp32::multiply(mean, affine.scale));
+  return affine;
+}
+
+GDFQ_HD float apply_affine(float x, const Affine& affine) {
+  return fp32::add(fp32::multiply(x, affine.scale), affine.shift);
+}
+
+enum class Activation : int { kNone = 0, kRelu = 1, kRelu6 = 2 };
+
+template <Activation activation>
+GDFQ_HD float activate(float z) {
+  if (activation != Activation::kNone) z = z < 0.0f ? 0.0f : z;
+  if (activation == Activation::kRelu6) z = z > 6.0f ? 6.0f : z;
+  return z;
+}
+
+// Where the activation passes its gradient; NaN does.
+template <Activation activation>
+GDFQ_HD bool is_active(float z) {
+  bool active = true;
+  if (activation != Activation::kNone) active = !(z <= 0.0f);
+  if (activation == Activation::kRelu6) active = active && !(z >= 6.0f);
+  return active;
+}
+
+}  // namespace gdfq

@@ -1,0 +1,183 @@
+"""Builds the compiled parts of gdfq_ext; everything else about the package is in pyproject.toml.
+
+    gdfq_ext/_C*.so            the operators' kernels, on LibTorch's stable ABI
+    gdfq_ext/_build_info*.so   how they were built
+
+GDFQ_BUILD: `auto` (the default) compiles where a C++ compiler is found and otherwise installs pure PyTorch, `off` never
+compiles, `require` stops without a compiler. GDFQ_WERROR=1 makes warnings errors. GDFQ_CUDA_ARCHITECTURES lists the
+compute capabilities to compile CUDA kernels for, "80 90 100 120" unless given.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).resolve().parent
+# LibTorch's stable ABI of torch 2.11: the oldest torch that the binary loads in.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+# Contraction into multiply-adds would change quantization levels. OpenMP is not needed: threads are PyTorch's.
+CXX_FLAGS = [
+    "-O3",
+    "-g0",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+]
+NVCC_FLAGS = ["-O3", "--std=c++17", "-Xcompiler=-fPIC,-ffp-contract=off,-fvisibility=hidden"]
+
+
+def main() -> None:
+    mode = os.environ.get("GDFQ_BUILD", "auto")
+    if mode not in ("auto", "off", "require"):
+        sys.exit(f"gdfq: GDFQ_BUILD={mode!r} is not known; allowed are auto, off, require")
+    compiler = None if mode == "off" else find_compiler()
+    if compiler is None:
+        reason = "GDFQ_BUILD=off" if mode == "off" else "no C++ compiler was found (set CXX, or install g++ or clang++)"
+        if mode == "require":
+            sys.exit(f"gdfq: GDFQ_BUILD=require, but {reason}")
+        print(f"gdfq: {reason}: gdfq_ext is installed without compiled kernels and runs in pure PyTorch")
+        setup()
+        return
+    os.environ["CXX"] = compiler
+    setup(**compiled_parts())
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that CXX names, else the first usual one on the path."""
+    given = os.environ.get("CXX")
+    if given:
+        return given if shutil.which(given.split()[-1]) else None
+    return next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def compiled_parts() -> Mapping:
+    """The arguments of setup() that build the two libraries."""
+    try:
+        import pybind11
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
+    except ImportError as error:
+        sys.exit(
+            f"gdfq: the build needs {error.name}, which is not installed here. Install torch and pybind11 first, then "
+            "`pip install --no-build-isolation .`, or set GDFQ_BUILD=off for pure PyTorch"
+        )
+
+    warnings_are_errors = ["-Werror"] if os.environ.get("GDFQ_WERROR") == "1" else []
+    flags = [*CXX_FLAGS, *warnings_are_errors, f"-ffile-prefix-map={ROOT}=."]
+    cuda = find_cuda() if sources("cuda") else None
+    operators = Extension(
+        "gdfq_ext._C",
+        sources=[*sources("kernels"), *sources("binding"), *(sources("cuda_binding") if cuda else [])],
+        # Other people's headers as system headers: our warnings are about our code only.
+        extra_compile_args=[*flags, TORCH_TARGET, *system_includes([*include_paths(), *cuda_directory("include")])],
+        # libtorch alone brings in the CUDA half where torch has one: one binary serves both.
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
+        library_dirs=[*library_paths(), *cuda_directory("lib64")],
+        libraries=["cudart_static", "rt", "dl"] if cuda else [],
+        depends=headers(),
+        language="c++",
+    )
+    build_info = Extension(
+        "gdfq_ext._build_info",
+        sources=sources("build_info"),
+        define_macros=[
+            ("GDFQ_VERSION", quoted(project_version())),
+            ("GDFQ_FLAGS", quoted(" ".join([*CXX_FLAGS, *warnings_are_errors]))),
+            ("GDFQ_TORCH_VERSION", quoted(torch.__version__)),
+            ("GDFQ_CUDA_VERSION", quoted(cuda_version() if cuda else "")),
+            ("GDFQ_CUDA_ARCHITECTURES", quoted(" ".join(cuda_architectures()) if cuda else "")),
+        ],
+        extra_compile_args=[*flags, *system_includes([pybind11.get_include()])],
+        language="c++",
+    )
+
+    class Build(BuildExtension):
+        """Compiles the CUDA kernels itself: with a CPU-only torch, torch's own CUDA build refuses to."""
+
+        def build_extension(self, extension: Extension) -> None:
+            if cuda and extension is operators:
+                extension.extra_objects = compile_cuda(Path(self.build_temp))
+            super().build_extension(extension)
+
+    return {"ext_modules": [operators, build_info], "cmdclass": {"build_ext": Build}}
+
+
+def sources(part: str) -> list[str]:
+    """The source files of one part of the build, relative to the root as setuptools asks."""
+    lines = (ROOT / "csrc/sources.txt").read_text().splitlines()
+    entries = (line.split() for line in lines if line and not line.startswith("#"))
+    return [path for name, path in entries if name == part]
+
+
+def headers() -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h*"))
+
+
+def system_includes(directories: list[str]) -> list[str]:
+    return [argument for directory in directories for argument in ("-isystem", directory)]
+
+
+def project_version() -> str:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def quoted(text: str) -> str:
+    """A C++ string literal, as a macro's value on the command line."""
+    return f'"{text}"'
+
+
+@cache
+def find_cuda() -> Path | None:
+    """The CUDA toolkit: nvcc with its headers. Whether a GPU is here, or what torch was built for, plays no part."""
+    on_path = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if on_path:
+        candidates.append(str(Path(on_path).resolve().parents[1]))
+    for candidate in filter(None, candidates):
+        home = Path(candidate)
+        if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
+            return home
+    return None
+
+
+def cuda_directory(name: str) -> list[str]:
+    """[CUDA toolkit/name] where CUDA kernels are built."""
+    return [str(find_cuda() / name)] if sources("cuda") and find_cuda() else []
+
+
+def cuda_version() -> str:
+    text = subprocess.run([find_cuda() / "bin/nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    return text.split("release ")[1].split(",")[0]
+
+
+def cuda_architectures() -> list[str]:
+    return os.environ.get("GDFQ_CUDA_ARCHITECTURES", "80 90 100 120").replace(",", " ").split()
+
+
+def compile_cuda(directory: Path) -> list[str]:
+    """Compiles each .cu file for all architectures, with code that later GPUs can translate; returns the objects."""
+    architectures = cuda_architectures()
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    targets.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+    objects = []
+    for source in sources("cuda"):
+        object_file = directory / Path(source).with_suffix(".cu.o")
+        object_file.parent.mkdir(parents=True, exist_ok=True)
+        command = [find_cuda() / "bin/nvcc", *NVCC_FLAGS, *targets, "-c", source, "-o", object_file]
+        print(" ".join(map(str, command)))
+        subprocess.run(command, check=True, cwd=ROOT)
+        objects.append(str(object_file))
+    return objects
+
+
+main()
