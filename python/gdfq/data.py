@@ -38,6 +38,7 @@ FASHION_MNIST_CLASSES = (
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SPLITS = ("test", "train")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -148,8 +149,10 @@ def load_dataset(spec: str | Path, kind: str | None = None, **options: Any) -> L
 
 
 def _infer_kind(path: Path) -> str:
-    for kind, find in (("fashion-mnist", _find_idx), ("cifar10", _find_cifar), ("cifar100", _find_cifar)):
-        if any(find(path, kind, split) for split in ("test", "train")):
+    if any(_find_idx(path, split) for split in SPLITS):
+        return "fashion-mnist"
+    for kind in CIFAR_CLASSES:
+        if any(_find_cifar(path, kind, split) for split in SPLITS):
             return kind
     archives = _find_archives(path)
     if archives:
@@ -164,8 +167,8 @@ def _infer_kind(path: Path) -> str:
 
 
 def _check_split(split: str) -> None:
-    if split not in ("test", "train"):
-        raise GdfqError(f"split is test or train, not {split!r}")
+    if split not in SPLITS:
+        raise GdfqError(f"split is {' or '.join(SPLITS)}, not {split!r}")
 
 
 def _normalisation(mean: Any, std: Any, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,7 +234,7 @@ def read_idx(path: str | Path) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape).copy())
 
 
-def _find_idx(path: Path, kind: str, split: str) -> tuple[Path, Path] | None:
+def _find_idx(path: Path, split: str) -> tuple[Path, Path] | None:
     """The images' and the labels' file of `split`, in `path` or where torchvision puts them."""
     prefix = "t10k" if split == "test" else "train"
     for folder in (path, path / "FashionMNIST" / "raw"):
@@ -248,7 +251,7 @@ def _fashion_mnist(
     path: Path, split: str = "test", mean: Any = FASHION_MNIST_MEAN, std: Any = FASHION_MNIST_STD
 ) -> StoredImages:
     _check_split(split)
-    files = _find_idx(path, "fashion-mnist", split)
+    files = _find_idx(path, split)
     if files is None:
         prefix = "t10k" if split == "test" else "train"
         raise GdfqError(
@@ -276,7 +279,7 @@ CIFAR_CLASSES = {"cifar10": CIFAR10_CLASSES, "cifar100": tuple(str(number) for n
 
 
 def _find_cifar(path: Path, kind: str, split: str) -> list[Path]:
-    """The python or binary files of `split`, all of them or none, in `path` or in the folder the archive unpacks to."""
+    """The python or binary files of `split`, all or none, in `path` or in the folder that the archive unpacks to."""
     names = CIFAR_PYTHON[kind][split]
     for folder in (path, *(path / name for name in CIFAR_SUBFOLDERS[kind])):
         for suffix in ("", ".bin"):
