@@ -1,0 +1,26 @@
+"""Data-free quantization of CNNs: a trained network in, a low-bit network out, no data.
+
+    result = gdfq.quantize(model)
+    print(result.report)
+"""
+
+from gdfq.api import Result, quantize
+from gdfq.config import Config, parse_override
+from gdfq.errors import GdfqError
+from gdfq.evaluate import evaluate
+from gdfq.models import load_model
+from gdfq.run_folder import load_quantized, save_quantized
+from gdfq.training_run import Stopped
+
+__all__ = [
+    "Config",
+    "GdfqError",
+    "Result",
+    "Stopped",
+    "evaluate",
+    "load_model",
+    "load_quantized",
+    "parse_override",
+    "quantize",
+    "save_quantized",
+]

@@ -1,0 +1,1 @@
+"""Methods that GDFQ is compared with, behind the same interface (`gdfq.quantize` with another `method`)."""

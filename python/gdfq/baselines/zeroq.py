@@ -1,0 +1,65 @@
+"""ZeroQ (Cai et al., CVPR 2020): images optimised from noise until the BN statistics fit; no labels, no training."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from tqdm import trange
+
+import gdfq_ext
+from gdfq.calibrate import calibrate
+from gdfq.config import Config, ZeroqConfig
+from gdfq.graph import Teacher
+
+
+def zeroq(
+    teacher: Teacher,
+    student: nn.Module,
+    shape: tuple[int, int, int],
+    config: Config,
+    device: torch.device,
+    progress: bool = False,
+) -> Iterator[Tensor]:
+    """Calibrate `student` in place on distilled images; returns held-out distilled images
+    `(N, *shape)` in batches, which are only made when they are asked for."""
+    seed = config.run.seed
+    calibrate(student, [distill(teacher, shape, config.zeroq, seed, device, progress)])
+    return (distill(teacher, shape, config.zeroq, other_seed, device, progress) for other_seed in [seed + 1])
+
+
+def distill(
+    teacher: Teacher,
+    shape: tuple[int, int, int],
+    config: ZeroqConfig,
+    seed: int,
+    device: torch.device,
+    progress: bool = False,
+) -> Tensor:
+    """Images `(config.images, *shape)` that minimise, over the image itself and all BN inputs l,
+
+        sum_l |mean_l - mu_l|^2 + |std_l - sigma_l|^2        (ZeroQ, Eq. 3; per channel means of the squares)
+
+    with mu, sigma the running statistics, and 0, 1 for the image, which is in normalised pixels.
+    """
+    random = torch.Generator(device).manual_seed(seed)
+    images = torch.randn(config.images, *shape, generator=random, device=device)
+    images = images.contiguous(memory_format=torch.channels_last).requires_grad_(True)
+    optimizer = torch.optim.Adam([images], config.learning_rate)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, min_lr=1e-4, patience=100)
+    zero, one = torch.zeros(shape[0], device=device), torch.ones(shape[0], device=device)
+    target_means = [zero, *teacher.running_means]
+    target_stds = [one, *(_std(variance) for variance in teacher.running_vars)]
+    for _ in trange(config.iterations, disable=not progress, desc="ZeroQ images", unit="it", dynamic_ncols=True):
+        _, means, variances = teacher.with_moments(images)
+        image_variance, image_mean = torch.var_mean(images, (0, 2, 3), correction=0)
+        stds = [_std(variance) for variance in (image_variance, *variances)]
+        loss = gdfq_ext.bns_loss([image_mean, *means], stds, target_means, target_stds, reduction="mean")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step(loss.detach())
+    return images.detach()
+
+
+def _std(variance: Tensor) -> Tensor:
+    return (variance + 1e-6).sqrt()

@@ -1,0 +1,232 @@
+"""The command line: `gdfq quantize`, `gdfq evaluate`, `gdfq doctor`."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gdfq.config import Config, parse_override, presets
+from gdfq.errors import GdfqError
+
+app = typer.Typer(
+    help="Data-free quantization of CNNs: a trained network in, a low-bit network out, no data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="pytorchcv:NAME, timm:NAME, torchvision:NAME, package.module:factory or path/to/file.py:factory",
+    ),
+]
+WeightsOption = Annotated[
+    Path | None, typer.Option(help="trained weights: a safetensors file or a .pth state dict (never unpickled freely)")
+]
+ModelArgsOption = Annotated[
+    list[str] | None, typer.Option("--model-arg", help="name=value for the factory; may be repeated")
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(help="real labelled images, for evaluation only: a folder, or fashion-mnist (built in)"),
+]
+DataKindOption = Annotated[
+    str | None, typer.Option(help="fashion-mnist, cifar10, cifar100 or folder; default: read off the folder")
+]
+DataArgsOption = Annotated[
+    list[str] | None,
+    typer.Option("--data-arg", help="name=value, for example mean=[0.5,0.5,0.5] or crop=224; may be repeated"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON on standard output, nothing else")]
+
+
+@app.command()
+def quantize(
+    out: Annotated[Path | None, typer.Option(help="new folder for models, log, checkpoints and report")] = None,
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    model_arg: ModelArgsOption = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"{', '.join(presets())}, or a TOML file; default: by image size")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="gdfq, zeroq or minmax")] = None,
+    weight_bits: Annotated[int | None, typer.Option(help="2 to 8; default 4")] = None,
+    activation_bits: Annotated[int | None, typer.Option(help="2 to 8; default 4")] = None,
+    placement: Annotated[str | None, typer.Option(help="deploy or paper; default deploy")] = None,
+    image_size: Annotated[int | None, typer.Option(help="pixels; default: what the model says of itself")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; default auto")] = None,
+    seed: Annotated[int | None, typer.Option(help="default 0")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value, any setting of the preset; may be repeated")
+    ] = None,
+    data: DataOption = None,
+    data_kind: DataKindOption = None,
+    data_arg: DataArgsOption = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="go on with the run in this folder; no other option needed")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a trained model without data.
+
+    Example: gdfq quantize --model pytorchcv:resnet20_cifar10 --model-arg pretrained=True --out runs/resnet20
+    """
+    from gdfq import run_folder
+    from gdfq.api import default_preset
+    from gdfq.api import quantize as run
+
+    if resume is not None:
+        config, source = run_folder.read_run(resume)
+    elif model is None or out is None:
+        raise GdfqError("say what to quantize and where the result goes: --model SPEC --out FOLDER (see --help)")
+    else:
+        source = _source(model, weights, model_arg) | _data_source(data, data_kind, data_arg)
+    network = _load_model(source)
+    if resume is None:
+        shortcuts = {
+            "method": method,
+            "quantizer.weight_bits": weight_bits,
+            "quantizer.activation_bits": activation_bits,
+            "quantizer.placement": placement,
+            "model.image_size": image_size,
+            "run.device": device,
+            "run.seed": seed,
+        }
+        overrides = dict(parse_override(text) for text in settings or [])
+        overrides |= {key: value for key, value in shortcuts.items() if value is not None}
+        config = Config.load(preset or default_preset(network, image_size), overrides)
+    folder = resume or out
+    result = run(
+        network,
+        config,
+        run_dir=folder,
+        resume=resume is not None,
+        evaluate_on=_load_data(source),
+        progress=not as_json and sys.stderr.isatty(),
+        source=source,
+    )
+    typer.echo(result.report.to_json() if as_json else f"{result.report}\nwritten      {folder}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path | None, typer.Argument(help="folder of a run: its quantized model is evaluated")] = None,
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    model_arg: ModelArgsOption = None,
+    quantized: Annotated[
+        Path | None, typer.Option(help="a quantized model (model.safetensors of a run) of --model's architecture")
+    ] = None,
+    data: DataOption = None,
+    data_kind: DataKindOption = None,
+    data_arg: DataArgsOption = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Top-1 and top-5 on real labelled images, of a quantized or a float model.
+
+    Example: gdfq evaluate runs/resnet20 --data path/to/cifar-10-batches-py
+    """
+    import gdfq
+    from gdfq import run_folder
+
+    if run is not None:
+        _, source = run_folder.read_run(run)
+        quantized = run / run_folder.MODEL
+    elif model is not None:
+        source = _source(model, weights, model_arg)
+    else:
+        raise GdfqError("say what to evaluate: the folder of a run, or --model SPEC (see --help)")
+    if data is not None or run is None:
+        source |= _data_source(data, data_kind, data_arg)
+    dataset = _load_data(source)
+    if dataset is None:
+        raise GdfqError("say what to evaluate on: --data FOLDER, or --data fashion-mnist")
+    network = _load_model(source)
+    if quantized is not None:
+        network = gdfq.load_quantized(quantized, network)
+    figures = gdfq.evaluate(
+        network, dataset, batch_size=batch_size, device=device, progress=not as_json and sys.stderr.isatty()
+    )
+    text = f"top-1 {figures.top1:.2f}%  top-5 {figures.top5:.2f}%  {figures.images} images  {figures.seconds:.1f} s"
+    typer.echo(json.dumps(asdict(figures)) if as_json else text)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this installation can do: versions, devices, and which kernels every op uses and why."""
+    import gdfq_ext
+    from gdfq.report import versions
+
+    build = gdfq_ext.build_info()
+    backends = gdfq_ext.backend_report()
+    if as_json:
+        typer.echo(json.dumps({"versions": versions(), "build": build, "backends": backends.as_dict()}, indent=2))
+        return
+    for title, entries in (("versions", versions()), ("build", build or {"extension": "not built"})):
+        typer.echo(title)
+        for name, value in entries.items():
+            typer.echo(f"  {name:18} {value}")
+    typer.echo(str(backends))
+
+
+def _source(model: str, weights: Path | None, model_args: list[str] | None) -> dict[str, Any]:
+    """What it takes to load the model again, as JSON values."""
+    return {"model": model, "weights": weights and str(weights.absolute()), "model_args": model_args or []}
+
+
+def _data_source(data: str | None, kind: str | None, data_args: list[str] | None) -> dict[str, Any]:
+    folder = data and (str(Path(data).absolute()) if Path(data).exists() else data)
+    return {"data": folder, "data_kind": kind, "data_args": data_args or []}
+
+
+def _load_model(source: dict[str, Any]):
+    from gdfq.models import load_model, parse_model_args
+
+    return load_model(source["model"], source["weights"], **parse_model_args(source["model_args"]))
+
+
+def _load_data(source: dict[str, Any]):
+    from gdfq.data import load_dataset
+    from gdfq.models import parse_model_args
+
+    if source["data"] is None:
+        return None
+    return load_dataset(source["data"], source["data_kind"], **parse_model_args(source["data_args"]))
+
+
+def main() -> None:
+    """Run the command line: 0 after success, 2 after an error that is the user's to mend, 130 after Ctrl-C."""
+    from gdfq.training_run import Stopped
+
+    try:
+        app(standalone_mode=False)
+    except Stopped as stopped:
+        _exit(str(stopped), 130)
+    except GdfqError as error:
+        _exit(f"gdfq: {error}", 2)
+    except KeyboardInterrupt:
+        _exit("gdfq: interrupted", 130)
+    except typer.Abort:
+        _exit("gdfq: aborted", 130)
+    except Exception as error:
+        show = getattr(error, "show", None)  # an error of usage: typer says it better
+        if show is None:
+            raise
+        show()
+        sys.exit(2)
+
+
+def _exit(message: str, code: int) -> None:
+    typer.echo(message, err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""All settings, with their defaults, bounds and sources; read from TOML presets, overridable one by one.
+
+    config = Config.load("imagenet", {"quantizer.weight_bits": 3})
+
+A preset or file may begin with `extends = "NAME"`. The names of the paper's symbols stand in the descriptions.
+"""
+
+import json
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gdfq.errors import GdfqError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """What the model takes and gives. Everything is inferred from the model where that is possible."""
+
+    image_size: int | tuple[int, int] | None = Field(None, description="height and width of the input, pixels")
+    channels: int | None = Field(None, ge=1, description="channels of the input")
+    num_classes: int | None = Field(None, ge=2, description="length of the logits; given, it is checked")
+
+
+class QuantizerConfig(_Section):
+    """Eq. 6: what is quantized, to how many bits."""
+
+    weight_bits: int = Field(4, ge=2, le=8, description="bits of every weight, per output channel")
+    activation_bits: int = Field(4, ge=2, le=8, description="bits of every activation, per tensor")
+    input_bits: int = Field(8, ge=2, le=8, description="bits of the input image (images come in 8 bits); `deploy` only")
+    placement: Literal["deploy", "paper"] = Field(
+        "deploy",
+        description="deploy: the input of every convolution and linear layer and both inputs of every residual add; "
+        "paper: the outputs of ReLU and ReLU6 only",
+    )
+    straight_through: Literal["identity", "clipped"] = Field(
+        "identity", description="gradient of the quantizer where the value was clipped: passed on, or zero"
+    )
+
+
+class GeneratorConfig(_Section):
+    """G: its architecture (see `gdfq.generator`), optimizer (Adam) and loss CE + beta * BNS (Eq. 4, 5)."""
+
+    architecture: Literal["embedding", "conditional"] = Field(
+        "embedding", description="embedding: the paper's for CIFAR; conditional: the paper's for ImageNet"
+    )
+    latent_size: int = Field(100, ge=1, description="length of the noise z")
+    batch_norm_eps: float = Field(
+        0.8, gt=0, description="eps of the BNs after a convolution (0.8 in the released code)"
+    )
+    learning_rate: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = Field((0.5, 0.999), description="of Adam")
+    cross_entropy_weight: float = Field(1.0, ge=0, description="weight of the classification loss, Eq. 4")
+    bns_weight: float = Field(0.1, ge=0, description="beta: weight of the BNS loss, Eq. 5")
+    bns_reduction: Literal["mean", "sum"] = Field(
+        "mean", description="mean over channels and layers (released code), or the sum of squared norms (paper)"
+    )
+
+
+class StudentConfig(_Section):
+    """Q: its optimizer (SGD, Nesterov) and loss CE + gamma * T^2 * KL (Eq. 7 to 10)."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+    cross_entropy_weight: float = Field(1.0, ge=0)
+    distillation_weight: float = Field(1.0, ge=0, description="gamma")
+    temperature: float = Field(20.0, gt=0, description="T")
+    kd_reduction: Literal["mean", "batchmean"] = Field(
+        "mean", description="KL divided by batch and classes (released code), or by the batch"
+    )
+    fixed_bns: bool = Field(True, description="keep the teacher's BN statistics in Q; its gamma and beta are trained")
+
+
+class ScheduleConfig(_Section):
+    """Algorithm 1: how long, in which order."""
+
+    epochs: int = Field(400, ge=1)
+    iterations: int = Field(200, ge=1, description="per epoch; one iteration = a step of G and a step of Q")
+    batch_size: int = Field(200, ge=2)
+    warmup_epochs: int = Field(4, ge=1, description="G alone is trained")
+    range_epochs: int = Field(4, ge=1, description="first epochs, in which the activation ranges are observed")
+    reestimate_ranges: bool = Field(True, description="observe the ranges again, with the trained G, when warm-up ends")
+    range_batches: int = Field(50, ge=1, description="batches that a re-estimation or calibration looks at")
+    compare_with_calibration: bool = Field(
+        True, description="from 6 bits on, keep plain calibration where it is better on held-out synthetic images"
+    )
+    milestones: tuple[int, ...] = Field(
+        (100, 200, 300), description="epochs at which both learning rates are multiplied"
+    )
+    decay: float = Field(0.1, gt=0, le=1)
+
+
+class ZeroqConfig(_Section):
+    """ZeroQ: images optimised from noise until the BN statistics fit."""
+
+    iterations: int = Field(500, ge=1)
+    images: int = Field(64, ge=2)
+    learning_rate: float = Field(0.5, gt=0, description="of Adam, lowered on a plateau")
+
+
+class RunConfig(_Section):
+    """Where and how a run is carried out; nothing here changes what is computed, `seed` and `device` excepted."""
+
+    seed: int = 0
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    channels_last: bool = Field(True, description="memory format of the images and convolution weights")
+    log_every: int = Field(20, ge=1, description="iterations between two entries of the log")
+    checkpoint_every: int = Field(200, ge=1, description="iterations between two checkpoints")
+    held_out_images: int = Field(512, ge=2, description="synthetic images behind the data-free figures")
+
+
+class Config(_Section):
+    """Everything that decides a run. See the sections for each value."""
+
+    method: Literal["gdfq", "zeroq", "minmax"] = Field(
+        "gdfq", description="minmax: no training, ranges observed on Gaussian noise"
+    )
+    model: ModelConfig = ModelConfig()
+    quantizer: QuantizerConfig = QuantizerConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    student: StudentConfig = StudentConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    zeroq: ZeroqConfig = ZeroqConfig()
+    run: RunConfig = RunConfig()
+
+    @classmethod
+    def load(cls, preset: str | Path | None = None, overrides: dict[str, Any] | None = None) -> "Config":
+        """Read a preset by name (see `presets()`) or a TOML file by path, then apply `{"section.key": value}`.
+
+        Raises:
+            GdfqError: unknown preset or key, unreadable file, value out of range; all of them in one message.
+        """
+        tree = _read(preset) if preset is not None else {}
+        for key, value in (overrides or {}).items():
+            *path, leaf = key.split(".")
+            section = tree
+            for name in path:
+                section = section.setdefault(name, {})
+                if not isinstance(section, dict):
+                    raise GdfqError(f"setting '{key}': '{name}' is a value, not a section")
+            section[leaf] = value
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise GdfqError(_explain(error)) from None
+
+    def to_toml(self) -> str:
+        """The whole configuration; `Config.load(path)` reads it back."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def presets() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(file.name.removesuffix(".toml") for file in _preset_folder().iterdir() if file.name.endswith(".toml"))
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`section.key=value` as the command line gives it; the value is TOML or, where that fails, a plain string."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise GdfqError(f"setting '{text}' is not of the form section.key=value, for example schedule.epochs=10")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def _preset_folder():
+    return resources.files("gdfq.presets")
+
+
+def _read(preset: str | Path) -> dict[str, Any]:
+    name = str(preset)
+    if name in presets():
+        text = _preset_folder().joinpath(f"{name}.toml").read_text()
+    elif Path(preset).is_file():
+        text = Path(preset).read_text()
+    else:
+        raise GdfqError(f"'{name}' is neither a preset ({', '.join(presets())}) nor a TOML file")
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise GdfqError(f"{name} is not valid TOML: {error}") from None
+    base = tree.pop("extends", None)
+    return _merge(_read(base), tree) if base else tree
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    nested = {k: _merge(base[k], v) for k, v in change.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return {**base, **change, **nested}
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"] if isinstance(part, str) and part not in ("int", "tuple"))
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown setting '{name}'; there {_known(problem['loc'][:-1])}")
+        else:
+            lines.append(f"setting '{name}' = {json.dumps(problem['input'], default=str)}: {problem['msg'].lower()}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _known(path: tuple) -> str:
+    section: type[BaseModel] = Config
+    for name in path:
+        section = section.model_fields[name].annotation
+    return "are: " + ", ".join(section.model_fields)

@@ -1,0 +1,99 @@
+"""`python -m gdfq.demo`: the shipped ResNet-20 to W4A4 by three data-free methods, compared on real test images."""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import gdfq
+import gdfq_ext
+from gdfq import run_folder
+from gdfq.demo import CLASSES, teacher, test_set
+from gdfq.files import write_text
+from gdfq.generator import images_per_class
+from gdfq.report import save_picture
+
+METHODS = {"gdfq": "GDFQ", "zeroq": "ZeroQ", "minmax": "min-max, ranges from Gaussian noise"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m gdfq.demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="default: %(default)s")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="section.key=value", help="a setting; may be repeated"
+    )
+    args = parser.parse_args()
+    try:
+        run(args.out, args.seeds, dict(gdfq.parse_override(text) for text in args.set))
+    except gdfq.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(130)
+    except gdfq.GdfqError as error:
+        print(f"gdfq: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(out: Path, seeds: list[int], overrides: dict) -> list[dict]:
+    """Quantize with every method and seed, print the table, write it and the picture to `out`; returns the rows."""
+    print(f"{gdfq_ext.backend_report().cause}\n")
+    images = test_set()
+    float_top1 = gdfq.evaluate(teacher(), images).top1
+    rows: list[dict] = []
+    for seed in seeds:
+        rows += _one_seed(out, seed, overrides, lambda model: gdfq.evaluate(model, images).top1)
+    _show(float_top1, rows)
+    write_text(out / "table.json", json.dumps({"float_top1": float_top1, "rows": rows}, indent=2) + "\n")
+    print(f"\nwritten to {out}: table.json, images.png (generated images by class), and per seed the run of GDFQ with")
+    print(f"its log, settings, report and the quantized model ({run_folder.MODEL})")
+    return rows
+
+
+def _one_seed(out: Path, seed: int, overrides: dict, top1: Callable) -> list[dict]:
+    """All methods on one seed; the data-free figures of all are taken on the images of GDFQ's generator."""
+    rows, held_out = [], None
+    for method in METHODS:
+        config = gdfq.Config.load("demo", {**overrides, "method": method, "run.seed": seed})
+        folder = out / f"gdfq-seed{seed}" if method == "gdfq" else None
+        if folder is not None and (folder / run_folder.REPORT).exists():
+            shutil.rmtree(folder)  # a finished demonstration is repeated, an interrupted one goes on
+        resume = folder is not None and folder.exists()
+        result = gdfq.quantize(teacher(), config, run_dir=folder, resume=resume, held_out_images=held_out)
+        if method == "gdfq":
+            held_out = result.held_out_images
+            save_picture(out / "images.png", images_per_class(result.generator, len(CLASSES), 10), list(CLASSES))
+        report = result.report
+        row = {"method": method, "seed": seed, "top1": top1(result.model), "agreement": report.data_free.top1}
+        rows.append({**row, "kl": report.data_free.kl, "seconds": report.seconds})
+    return rows
+
+
+def _show(float_top1: float, rows: list[dict]) -> None:
+    table = Table(title="ResNet-20 on Fashion-MNIST, W4A4, no data used", title_justify="left")
+    table.add_column("method")
+    for title in ("top-1, 10,000 real test images", "agreement with float", "KL", "seconds"):
+        table.add_column(title, justify="right")
+    table.add_row("float", f"{float_top1:.2f}%", "", "", "")
+    for method, name in reversed(METHODS.items()):
+        columns = [[row[key] for row in rows if row["method"] == method] for key in ("top1", "agreement", "kl", "seconds")]
+        formats = ("{:.2f}%", "{:.1f}%", "{:.3f}", "{:.0f}")
+        table.add_row(name, *(_spread(values, form) for values, form in zip(columns, formats, strict=True)))
+    Console().print(table)
+    print("agreement and KL: on synthetic images of GDFQ's generator that no method was given")
+
+
+def _spread(values: list[float], form: str) -> str:
+    if len(values) == 1:
+        return form.format(values[0])
+    mean = form.format(statistics.mean(values))
+    return f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The paper's two generators: noise and a label in, an image of that class out (Eq. 2, 3).
+
+Images leave through a BatchNorm without parameters, so that every channel is about N(0, 1): the space of normalised
+pixels that the model was trained in. There is therefore nothing to know about the user's normalisation.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gdfq.config import GeneratorConfig
+
+
+class ConditionalBatchNorm(nn.Module):
+    """BatchNorm whose gamma and beta are looked up by label: categorical conditional BN.
+
+    Args:
+        channels: C.
+        num_classes: rows of the two embedding tables; gamma starts at one, beta at zero.
+        eps: as in BatchNorm.
+    """
+
+    def __init__(self, channels: int, num_classes: int, eps: float) -> None:
+        super().__init__()
+        self.normalize = nn.BatchNorm2d(channels, eps=eps, affine=False)
+        self.gamma = nn.Embedding(num_classes, channels)
+        self.beta = nn.Embedding(num_classes, channels)
+        nn.init.ones_(self.gamma.weight)
+        nn.init.zeros_(self.beta.weight)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        gamma, beta = (table(labels)[:, :, None, None] for table in (self.gamma, self.beta))
+        return torch.addcmul(beta, self.normalize(x), gamma)
+
+
+class Generator(nn.Module):
+    """Linear -> BN -> Up2 -> Conv 128 -> BN -> LeakyReLU -> Up2 -> Conv 64 -> BN -> LeakyReLU -> Conv -> Tanh -> BN.
+
+    `generator(noise, labels)`: noise `(N, latent_size)` float32, labels `(N,)` int64, gives `(N, channels, height,
+    width)` float32. Its state does not depend on the batch.
+
+    Args:
+        image_shape: `(channels, height, width)`, any size: the grid starts at a quarter, rounded up, and is cropped.
+        num_classes: labels are below it.
+        config: `architecture` is `embedding` (the noise is multiplied by an embedding of the label; the paper's for
+            CIFAR) or `conditional` (the BNs are conditional on the label; the paper's for ImageNet).
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, config: GeneratorConfig) -> None:
+        super().__init__()
+        channels, self.height, self.width = image_shape
+        self.conditional = config.architecture == "conditional"
+        self.start = (math.ceil(self.height / 4), math.ceil(self.width / 4))
+
+        def norm(width: int, eps: float) -> nn.Module:
+            return ConditionalBatchNorm(width, num_classes, eps) if self.conditional else nn.BatchNorm2d(width, eps=eps)
+
+        self.embedding = None if self.conditional else nn.Embedding(num_classes, config.latent_size)
+        self.linear = nn.Linear(config.latent_size, 128 * math.prod(self.start))
+        self.norm0 = norm(128, 1e-5)
+        self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
+        self.norm1 = norm(128, config.batch_norm_eps)
+        self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
+        self.norm2 = norm(64, config.batch_norm_eps)
+        self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
+        self.to_pixels = nn.BatchNorm2d(channels, affine=False)
+
+    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
+        def normalize(norm: nn.Module, x: Tensor) -> Tensor:
+            return norm(x, labels) if self.conditional else norm(x)
+
+        if self.embedding is not None:
+            noise = noise * self.embedding(labels)
+        x = self.linear(noise).view(len(noise), 128, *self.start)
+        x = x.contiguous(memory_format=_memory_format(self.conv1))
+        x = normalize(self.norm0, x)
+        x = F.leaky_relu(normalize(self.norm1, self.conv1(F.interpolate(x, scale_factor=2.0))), 0.2)
+        x = F.leaky_relu(normalize(self.norm2, self.conv2(F.interpolate(x, scale_factor=2.0))), 0.2)
+        x = torch.tanh(self.conv3(x)[:, :, : self.height, : self.width])
+        return self.to_pixels(x)
+
+
+def _memory_format(convolution: nn.Conv2d) -> torch.memory_format:
+    """The layout that the convolution's weight is in, so that `.to(memory_format=...)` decides for the images too."""
+    weight = convolution.weight
+    channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+class LatentSampler:
+    """Draws noise and labels with a random state of its own, which can be saved.
+
+    Args:
+        latent_size: length of the noise.
+        num_classes: labels are uniform below it.
+        seed: of the random state.
+        device: where the state and what is drawn live.
+    """
+
+    def __init__(self, latent_size: int, num_classes: int, seed: int, device: torch.device) -> None:
+        self.latent_size = latent_size
+        self.num_classes = num_classes
+        self.device = device
+        self.random = torch.Generator(device).manual_seed(seed)
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """Noise `(count, latent_size)` ~ N(0, 1) and labels `(count,)` int64, uniform."""
+        noise = torch.randn(count, self.latent_size, generator=self.random, device=self.device)
+        labels = torch.randint(self.num_classes, (count,), generator=self.random, device=self.device)
+        return noise, labels
+
+
+@torch.no_grad()
+def images_per_class(generator: Generator, num_classes: int, count: int) -> list[Tensor]:
+    """`count` images `(count, C, H, W)` for each of the first `num_classes` classes, of the same noise every time."""
+    device = generator.linear.weight.device
+    random = torch.Generator(device).manual_seed(0)
+    noise = torch.randn(count, generator.linear.in_features, generator=random, device=device)
+    generator.eval()
+    rows = [generator(noise, torch.full((count,), label, device=device)) for label in range(num_classes)]
+    generator.train()
+    return rows

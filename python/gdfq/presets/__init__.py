@@ -1,0 +1,1 @@
+"""Presets: TOML files with the settings of `gdfq.config.Config`."""

@@ -1,0 +1,251 @@
+"""Algorithm 1 of the paper: a generator and the quantized model, trained in turns against the frozen teacher.
+
+Every iteration draws noise and labels, steps G on CE + beta * BNS through the teacher, and then steps Q on the same
+images with the teacher's logits as soft targets. Three phases, by epoch:
+
+1. ranges (`range_epochs`): Q is run only to observe its activation ranges;
+2. warm-up (`warmup_epochs`): only G is trained, and Q is not run at all once its ranges are fixed;
+3. alternate training.
+
+All state that an iteration reads or writes is in `Trainer.state_dict()`, so that a resumed run continues bit for bit.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gdfq.calibrate import Agreement, agreement, calibrate, check_ranges
+from gdfq.config import Config
+from gdfq.errors import GdfqError
+from gdfq.generator import Generator, LatentSampler
+from gdfq.graph import CapturedModel, Teacher
+from gdfq.losses import generator_loss, student_loss
+from gdfq.modules import freeze_batch_norm, observing
+
+
+class Metrics(NamedTuple):
+    """Means over the iterations since the last entry of the log.
+
+    Attributes:
+        generator_cross_entropy, bns: the parts of G's loss (Eq. 4, 5).
+        generator_accuracy: share of generated images that the teacher classifies as their label, percent.
+        student_cross_entropy, kl: the parts of Q's loss (Eq. 7 to 10); None while Q is not trained.
+    """
+
+    generator_cross_entropy: float
+    bns: float
+    generator_accuracy: float
+    student_cross_entropy: float | None
+    kl: float | None
+
+
+class Trainer:
+    """Holds G, Q, their optimizers and everything else that training changes.
+
+    Args:
+        teacher: P, frozen.
+        student: Q, from `gdfq.graph.build_quantized`; trained in place.
+        captured: what both were built from.
+        config: sections `generator`, `student`, `schedule`, `run` are read.
+
+    Attributes:
+        iteration: how many are done.
+        best: the epoch (from 1) at which a data-free criterion, agreement of Q with P on held-out synthetic images,
+            was best, and its figures. It chooses nothing: it is reported beside the last epoch.
+    """
+
+    def __init__(self, teacher: Teacher, student: nn.Module, captured: CapturedModel, config: Config) -> None:
+        self.teacher = teacher
+        self.student = student
+        self.config = config
+        device = next(student.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(config.run.seed)
+            self.generator = Generator(captured.image_shape, captured.num_classes, config.generator).to(device)
+        if config.run.channels_last:
+            for model in (self.teacher, self.student, self.generator):
+                model.to(memory_format=torch.channels_last)
+        self.latents = LatentSampler(config.generator.latent_size, captured.num_classes, config.run.seed, device)
+        held_out = LatentSampler(config.generator.latent_size, captured.num_classes, config.run.seed + 1, device)
+        self.held_out_latents = held_out.draw(config.run.held_out_images)
+        self.generator_optimizer = torch.optim.Adam(
+            self.generator.parameters(), config.generator.learning_rate, config.generator.betas
+        )
+        self.student_optimizer = torch.optim.SGD(
+            self.student.parameters(),
+            config.student.learning_rate,
+            momentum=config.student.momentum,
+            nesterov=config.student.momentum > 0,
+            weight_decay=config.student.weight_decay,
+        )
+        self.iteration = 0
+        self.best: tuple[int, Agreement] | None = None
+        self.best_student: dict[str, Tensor] = {}
+        self.generator_sums = torch.zeros(3, device=device)
+        self.student_sums = torch.zeros(2, device=device)
+        self.generator_steps = self.student_steps = 0  # in the sums
+
+    # --- where in the schedule ---
+
+    @property
+    def total_iterations(self) -> int:
+        return self.config.schedule.epochs * self.config.schedule.iterations
+
+    @property
+    def epoch(self) -> int:
+        """Counted from 0; equal to `schedule.epochs` when training is over."""
+        return self.iteration // self.config.schedule.iterations
+
+    @property
+    def phase(self) -> str:
+        schedule = self.config.schedule
+        if self.epoch < schedule.range_epochs:
+            return "ranges"
+        return "warm-up" if self.epoch < schedule.warmup_epochs else "training"
+
+    # --- Algorithm 1 ---
+
+    def run(self, after_iteration: Callable[[], None] = lambda: None) -> None:
+        """Train from where `iteration` stands to the end; the callback may look, save, or raise to stop."""
+        while self.iteration < self.total_iterations:
+            if self.iteration % self.config.schedule.iterations == 0:
+                self._begin_epoch()
+            self._step()
+            self.iteration += 1
+            if self.iteration % self.config.schedule.iterations == 0:
+                self._end_epoch()
+            after_iteration()
+
+    def _begin_epoch(self) -> None:
+        schedule = self.config.schedule
+        factor = schedule.decay ** sum(self.epoch >= milestone for milestone in schedule.milestones)
+        self.generator_optimizer.param_groups[0]["lr"] = self.config.generator.learning_rate * factor
+        self.student_optimizer.param_groups[0]["lr"] = self.config.student.learning_rate * factor
+        first_trained = max(schedule.warmup_epochs, schedule.range_epochs)
+        if self.epoch == schedule.range_epochs:
+            check_ranges(self.student)
+        if self.epoch == first_trained and schedule.reestimate_ranges:
+            calibrate(self.student, self.fresh_images(schedule.range_batches))
+
+    def _step(self) -> None:
+        noise, labels = self.latents.draw(self.config.schedule.batch_size)
+        images, teacher_logits = self._generator_step(noise, labels)
+        if self.phase == "training":
+            self._student_step(images, teacher_logits, labels)
+        elif self.phase == "ranges":
+            with torch.no_grad(), observing(self.student):
+                self.student(images)
+
+    def _generator_step(self, noise: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """A step of G; returns its images and the teacher's logits for them, both detached."""
+        images = self.generator(noise, labels)
+        logits, means, variances = self.teacher.with_moments(images)
+        loss = generator_loss(self.config.generator, self.teacher, logits, labels, means, variances)
+        self.generator_optimizer.zero_grad()
+        loss.total.backward()
+        self.generator_optimizer.step()
+        logits = logits.detach()
+        hits = 100 * (logits.argmax(1) == labels).float().mean()
+        self.generator_sums += torch.stack([loss.cross_entropy, loss.bns, hits])
+        self.generator_steps += 1
+        return images.detach(), logits
+
+    def _student_step(self, images: Tensor, teacher_logits: Tensor, labels: Tensor) -> None:
+        """A step of Q on G's images, with the teacher's logits as soft targets."""
+        freeze_batch_norm(self.student, self.config.student.fixed_bns)
+        loss = student_loss(self.config.student, self.student(images), teacher_logits, labels)
+        freeze_batch_norm(self.student, True)
+        self.student_optimizer.zero_grad()
+        loss.total.backward()
+        self.student_optimizer.step()
+        self.student_sums += torch.stack([loss.cross_entropy, loss.kl])
+        self.student_steps += 1
+
+    def _end_epoch(self) -> None:
+        """Note what the data-free criterion says of the epoch that has ended, if Q was trained in it."""
+        schedule = self.config.schedule
+        if self.epoch <= max(schedule.warmup_epochs, schedule.range_epochs):
+            return
+        figures = self.held_out_agreement()
+        if self.best is None or figures.top1 > self.best[1].top1:
+            self.best = (self.epoch, figures)
+            self.best_student = copy.deepcopy(self.student.state_dict())
+
+    def read_metrics(self) -> Metrics:
+        """Means since the last call. The device is waited for here, and nowhere else in an iteration.
+
+        Raises:
+            GdfqError: a loss is NaN or infinite.
+        """
+        generator = (self.generator_sums / max(self.generator_steps, 1)).tolist()
+        student = (self.student_sums / self.student_steps).tolist() if self.student_steps else [None, None]
+        self.generator_sums.zero_()
+        self.student_sums.zero_()
+        self.generator_steps = self.student_steps = 0
+        metrics = Metrics(*generator, *student)
+        broken = [name for name, value in metrics._asdict().items() if value is not None and not math.isfinite(value)]
+        if broken:
+            raise GdfqError(
+                f"{' and '.join(broken)} became NaN or Inf by iteration {self.iteration}: lower "
+                "generator.learning_rate or student.learning_rate"
+            )
+        return metrics
+
+    # --- images that training does not see ---
+
+    def fresh_images(self, batches: int) -> Iterator[Tensor]:
+        for _ in range(batches):
+            yield self.images(*self.latents.draw(self.config.schedule.batch_size))
+
+    @torch.no_grad()
+    def images(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """What G makes of `noise` and `labels`, its running statistics left alone."""
+        self.generator.eval()
+        images = self.generator(noise, labels)
+        self.generator.train()
+        return images
+
+    def held_out_images(self) -> Iterator[Tensor]:
+        """Images `(N, C, H, W)` of the latents that training never draws, in batches."""
+        noise, labels = self.held_out_latents
+        for part in zip(noise.split(256), labels.split(256), strict=True):
+            yield self.images(*part)
+
+    def held_out_agreement(self) -> Agreement:
+        return agreement(self.teacher, self.student, self.held_out_images())
+
+    # --- checkpoints ---
+
+    def state_dict(self) -> dict:
+        """Everything that a resumed run needs: tensors, numbers and nested dicts of them."""
+        return {
+            "generator": self.generator.state_dict(),
+            "student": self.student.state_dict(),
+            "generator_optimizer": self.generator_optimizer.state_dict(),
+            "student_optimizer": self.student_optimizer.state_dict(),
+            "random": self.latents.random.get_state(),
+            "iteration": self.iteration,
+            "generator_sums": self.generator_sums,
+            "student_sums": self.student_sums,
+            "steps": [self.generator_steps, self.student_steps],
+            "best_student": self.best_student,
+            "best": None if self.best is None else [self.best[0], *vars(self.best[1]).values()],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """The inverse of `state_dict`, into a trainer made from the same model and configuration."""
+        self.generator.load_state_dict(state["generator"])
+        self.student.load_state_dict(state["student"])
+        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
+        self.student_optimizer.load_state_dict(state["student_optimizer"])
+        self.latents.random.set_state(state["random"])
+        self.iteration = state["iteration"]
+        self.generator_sums.copy_(state["generator_sums"])
+        self.student_sums.copy_(state["student_sums"])
+        self.generator_steps, self.student_steps = state["steps"]
+        self.best_student = state["best_student"]
+        self.best = None if state["best"] is None else (state["best"][0], Agreement(*state["best"][1:]))
