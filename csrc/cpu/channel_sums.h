@@ -18,11 +18,23 @@ struct ChannelSums {
   std::vector<double> second;
 };
 
-// Where a run adds: element i at place i % parameters.period().
+// Where a run adds its two sums: at one place along one channel, else element i at place i % period.
 struct Accumulators {
   float* first;
   float* second;
 };
+
+namespace detail {
+
+// Halving keeps the additions vectorizable, and their order fixed.
+GDFQ_HD float add_lanes(float (&lanes)[kLanes]) {
+  for (std::int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (std::int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+}  // namespace detail
 
 // Calls strip(begin, length, sums) for the strips of a run; element begin + i is added to sums.first[i] and .second[i].
 template <int K, class Strip>
@@ -44,26 +56,16 @@ GDFQ_HD void for_each_strip(std::int64_t length, const ChannelParameters<K>&, Ac
   const std::int64_t whole = length - length % kLanes;
   for (std::int64_t begin = 0; begin < whole; begin += kLanes) strip(begin, kLanes, lanes);
   if (whole < length) strip(whole, length - whole, lanes);
-  for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-    accumulators.first[lane] += first[lane];
-    accumulators.second[lane] += second[lane];
-  }
+  *accumulators.first += detail::add_lanes(first);
+  *accumulators.second += detail::add_lanes(second);
 }
 
 namespace detail {
 
 struct Partial {
-  float first;
-  float second;
+  float first = 0.0f;
+  float second = 0.0f;
 };
-
-// Halving keeps the additions vectorizable, and their order fixed.
-inline float add_lanes(float* lanes) {
-  for (std::int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (std::int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-}
 
 // One partial sum per segment: a piece of at most kBlock elements of one channel's plane.
 template <int K, class Run>
@@ -77,11 +79,9 @@ ChannelSums sum_planes(const ChannelTable<K>& table, const Parallel& parallel, c
     for (std::int64_t segment = begin * together; segment < std::min(end * together, segments); ++segment) {
       const std::int64_t plane = segment / pieces;
       const std::int64_t skipped = segment % pieces * kBlock;
-      float first[kLanes] = {};
-      float second[kLanes] = {};
+      Partial& sums = partial[static_cast<std::size_t>(segment)];
       run(plane * shape.inner + skipped, std::min(kBlock, shape.inner - skipped),
-          table.channel(plane % shape.channels), Accumulators{first, second});
-      partial[static_cast<std::size_t>(segment)] = {add_lanes(first), add_lanes(second)};
+          table.channel(plane % shape.channels), Accumulators{&sums.first, &sums.second});
     }
   });
   ChannelSums sums(shape.channels);

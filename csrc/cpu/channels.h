@@ -37,14 +37,13 @@ constexpr std::int64_t kBlock = 8192;
 
 // Sums along one channel are kept in this many lanes, whatever the machine's vectors are: the order of additions, and
 // so the result, is the same everywhere.
-constexpr std::int64_t kLanes = 32;
+constexpr std::int64_t kLanes = 16;
 
-// The parameters along a run, which a kernel takes in strips of at most period() elements: `get` knows the first strip.
+// The parameters along a run: the channel's, or those of the pattern's first period.
 template <int K>
 struct ChannelParameters {
   std::array<float, K> values;
   GDFQ_HD float get(int k, std::int64_t) const { return values[k]; }
-  static constexpr std::int64_t period() { return kLanes; }
 };
 
 template <int K>

@@ -52,16 +52,11 @@ GDFQ_CLONES void quantize_clipped_run(const T* x, T* y, std::uint8_t* inside, st
 }
 
 template <class T>
-GDFQ_CLONES void select_run(const T* grad_y, const std::uint8_t* mask, T* grad_x, std::int64_t length) {
-  std::uint8_t inside[kBlock];
-  for (std::int64_t begin = 0; begin < length; begin += kBlock) {
-    const std::int64_t count = std::min(kBlock, length - begin);
-    unpack_bits(mask + begin / 8, count, inside);
-    GDFQ_SIMD
-    for (std::int64_t i = 0; i < count; ++i) {
-      const float gradient = to_float(grad_y[begin + i]);
-      grad_x[begin + i] = from_float<T>(inside[i] ? gradient : 0.0f);
-    }
+GDFQ_CLONES void select_run(const T* grad_y, const std::uint8_t* inside, T* grad_x, std::int64_t length) {
+  GDFQ_SIMD
+  for (std::int64_t i = 0; i < length; ++i) {
+    const float gradient = to_float(grad_y[i]);
+    grad_x[i] = from_float<T>(inside[i] ? gradient : 0.0f);
   }
 }
 
@@ -108,9 +103,12 @@ void fake_quantize_clipped_backward(const void* grad_y, const std::uint8_t* mask
   with_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     parallel_for(parallel, (numel + kBlock - 1) / kBlock, [&](std::int64_t first, std::int64_t last) {
-      const std::int64_t begin = first * kBlock;
-      select_run(static_cast<const T*>(grad_y) + begin, mask + begin / 8, static_cast<T*>(grad_x) + begin,
-                 std::min(last * kBlock, numel) - begin);
+      std::uint8_t inside[kBlock];
+      for (std::int64_t begin = first * kBlock; begin < std::min(last * kBlock, numel); begin += kBlock) {
+        const std::int64_t length = std::min(kBlock, numel - begin);
+        unpack_bits(mask + begin / 8, length, inside);
+        select_run(static_cast<const T*>(grad_y) + begin, inside, static_cast<T*>(grad_x) + begin, length);
+      }
     });
   });
 }

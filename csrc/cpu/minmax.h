@@ -23,18 +23,20 @@ struct Range {
 
 namespace {
 
+// The order of comparisons changes nothing, so there are enough lanes to keep the widest vector units busy.
 template <class T>
 GDFQ_CLONES Range range_of(const T* x, std::int64_t length) {
-  float lower[kLanes], upper[kLanes];
+  constexpr std::int64_t kRangeLanes = 64;
+  float lower[kRangeLanes], upper[kRangeLanes];
   const Range nothing;
-  for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+  for (std::int64_t lane = 0; lane < kRangeLanes; ++lane) {
     lower[lane] = nothing.lower;
     upper[lane] = nothing.upper;
   }
-  const std::int64_t whole = length - length % kLanes;
-  for (std::int64_t begin = 0; begin < whole; begin += kLanes) {
+  const std::int64_t whole = length - length % kRangeLanes;
+  for (std::int64_t begin = 0; begin < whole; begin += kRangeLanes) {
     GDFQ_SIMD
-    for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+    for (std::int64_t lane = 0; lane < kRangeLanes; ++lane) {
       const float value = to_float(x[begin + lane]);
       lower[lane] = (value < lower[lane]) | (value != value) ? value : lower[lane];
       upper[lane] = (value > upper[lane]) | (value != value) ? value : upper[lane];
@@ -42,7 +44,7 @@ GDFQ_CLONES Range range_of(const T* x, std::int64_t length) {
   }
   Range range;
   for (std::int64_t i = whole; i < length; ++i) range.include(to_float(x[i]), to_float(x[i]));
-  for (std::int64_t lane = 0; lane < kLanes; ++lane) range.include(lower[lane], upper[lane]);
+  for (std::int64_t lane = 0; lane < kRangeLanes; ++lane) range.include(lower[lane], upper[lane]);
   return range;
 }
 

@@ -1,0 +1,114 @@
+// What the tests share: checks that say where they failed, a thread pool, random tensors and the float64 oracle.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cpu/channels.h"
+#include "cpu/parallel.h"
+
+namespace gdfq::testing {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+#define CHECK(condition)                                                          \
+  do {                                                                            \
+    if (!(condition)) {                                                           \
+      std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                               \
+    }                                                                             \
+  } while (0)
+
+// Equal, or both NaN.
+inline bool same(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+inline bool same(const std::vector<float>& a, const std::vector<float>& b) {
+  if (a.size() != b.size()) return false;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    if (!same(a[i], b[i])) return false;
+  }
+  return true;
+}
+
+inline bool close(double value, double expected, double tolerance) {
+  return std::abs(value - expected) <= tolerance * (1.0 + std::abs(expected));
+}
+
+inline void run_serially(std::int64_t count, cpu::Parallel::Body body, void* context) { body(0, count, context); }
+
+inline void run_on_two_threads(std::int64_t count, cpu::Parallel::Body body, void* context) {
+  const std::int64_t middle = count / 2;
+  std::thread other([=] { body(0, middle, context); });
+  body(middle, count, context);
+  other.join();
+}
+
+constexpr cpu::Parallel kSerial{run_serially};
+constexpr cpu::Parallel kTwoThreads{run_on_two_threads};
+
+// Layouts that exercise every path: long and short planes, planes longer than a block, one channel, many channels,
+// channels_last, odd sizes, nothing.
+inline std::vector<cpu::ChannelShape> shapes() {
+  using cpu::ChannelShape;
+  return {{2, 3, 49},  {3, 5, 17},  {1, 2, 20000}, {7, 3, 1},     {40, 16, 1}, {300, 70, 1},
+          {2, 4, 4},   {5, 3, 15},  {1, 1, 5},     {1, 1, 30001}, {0, 4, 1},   {0, 2, 64},
+          {6, 200, 3}, {9, 2, 1000}};
+}
+
+inline std::vector<float> random_values(std::int64_t count, unsigned seed, float mean = 0.0f, float deviation = 2.0f) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> distribution(mean, deviation);
+  std::vector<float> values(static_cast<std::size_t>(count));
+  for (float& value : values) value = distribution(generator);
+  return values;
+}
+
+inline std::size_t channel_of(const cpu::ChannelShape& shape, std::size_t i) {
+  return i / static_cast<std::size_t>(shape.inner) % static_cast<std::size_t>(shape.channels);
+}
+
+// Eq. 6 as a formula. Its float32 coefficients belong to the definition; the rest is float64.
+struct Oracle {
+  double scale;
+  double zero;
+  double half;
+
+  Oracle(float lower, float upper, int bits) : half(std::ldexp(1.0, bits - 1)) {
+    const float width = upper - lower > 1e-8f ? upper - lower : 1e-8f;
+    scale = static_cast<float>(std::ldexp(1.0, bits) - 1.0) / width;
+    zero = std::nearbyint(static_cast<float>(scale) * lower) + half;
+  }
+
+  // The distance from a boundary between two levels, where float32 may fall on either side.
+  double distance_from_tie(double x) const {
+    const double position = scale * x - zero;
+    return std::abs(position - std::floor(position) - 0.5);
+  }
+
+  double level(double x) const { return std::nearbyint(scale * x - zero); }
+  bool inside(double x) const { return level(x) >= -half && level(x) <= half - 1.0; }
+  double quantize(double x) const { return (std::fmin(std::fmax(level(x), -half), half - 1.0) + zero) / scale; }
+};
+
+// Frozen batch normalization in float64.
+struct NormOracle {
+  double scale;
+  double shift;
+  double inverse_std;
+
+  NormOracle(double weight, double bias, double mean, double variance, double epsilon)
+      : scale(weight / std::sqrt(variance + epsilon)),
+        shift(bias - mean * scale),
+        inverse_std(1.0 / std::sqrt(variance + epsilon)) {}
+
+  double operator()(double x) const { return x * scale + shift; }
+};
+
+}  // namespace gdfq::testing
