@@ -145,6 +145,7 @@ def test_only_the_student_takes_a_gradient():
     loss, cross_entropy, kl = gdfq_ext.distillation_loss(student, teacher, torch.arange(4))
     loss.backward()
     assert teacher.grad is None
+    assert not gdfq_ext.distillation_loss(student.detach(), teacher, torch.arange(4))[0].requires_grad
     assert not cross_entropy.requires_grad
     assert not kl.requires_grad
 

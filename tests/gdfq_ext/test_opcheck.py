@@ -137,5 +137,6 @@ def test_every_op_has_cases():
 def test_opcheck(name, dtype, layout):
     if name in FLOAT32_ONLY and (dtype, layout) != (DTYPES[0], LAYOUTS[0]):
         return
-    for arguments in CASES[name](Inputs(dtype, layout)):
+    cases = list(CASES[name](Inputs(dtype, layout)))
+    for arguments in cases if (dtype, layout) == (DTYPES[0], LAYOUTS[0]) else cases[:1]:
         opcheck(getattr(OPS, name), arguments)
