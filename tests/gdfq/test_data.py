@@ -58,6 +58,7 @@ def test_idx_round_trip(tmp_path, shape, compress):
         (gzip.compress(idx(pixels(99)))[:40], "truncated or damaged"),
         (gzip.compress(idx(pixels(99)))[:-8] + bytes(8), "truncated or damaged"),
     ],
+    ids=["empty", "foreign", "floats", "short", "long", "no_shape", "short_gzip", "wrong_checksum"],
 )
 def test_damaged_idx_is_named(tmp_path, content, message):
     (tmp_path / "array-idx").write_bytes(content)
@@ -241,7 +242,9 @@ def test_code_in_a_cifar_pickle_does_not_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "code", [b"cbuiltins\neval\n(S'1'\ntR.", b"\x80\x04\x8c\x08builtins\x8c\x04exec\x93.", b"cnumpy\nload\n."]
+    "code",
+    [b"cbuiltins\neval\n(S'1'\ntR.", b"\x80\x04\x8c\x08builtins\x8c\x04exec\x93.", b"cnumpy\nload\n."],
+    ids=["eval", "exec_by_stack", "numpy_load"],
 )
 def test_other_names_are_refused(tmp_path, code):
     (tmp_path / "test_batch").write_bytes(code)
@@ -262,6 +265,18 @@ def test_other_names_are_refused(tmp_path, code):
         python2_pickle(data=[1, 2], labels=[1, 2]),
         python3_pickle(data=np.zeros((1, 3072)), labels=[1]),
         pickle.dumps([1, 2], protocol=2),
+    ],
+    ids=[
+        "empty",
+        "header_only",
+        "truncated",
+        "short_rows",
+        "no_data",
+        "few_labels",
+        "high_label",
+        "list_for_data",
+        "floats",
+        "no_mapping",
     ],
 )
 def test_wrong_cifar_pickles_are_named(tmp_path, content):
