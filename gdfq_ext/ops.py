@@ -254,24 +254,16 @@ def bns_loss(
             is not known.
     """
     _check_choice("reduction", reduction, ("mean", "sum"))
-    lists = {
-        "means": list(means), "variances": list(variances),
-        "running_means": list(running_means), "running_vars": list(running_vars),
-    }  # fmt: skip
-    layers = len(lists["means"])
-    if layers == 0:
+    means = list(means)
+    if not means:
         raise ValueError("means is empty; the loss needs at least one batch-normalisation layer")
-    for name, tensors in lists.items():
-        if len(tensors) != layers:
-            raise ValueError(f"{name} has {len(tensors)} layers and means has {layers}; give one tensor per layer")
-        for index, tensor in enumerate(tensors):
-            like = lists["means"][index]
-            if tensor.dim() != 1 or tensor.shape != like.shape or tensor.numel() == 0:
-                shapes = f"{tuple(tensor.shape)}, means[{index}] {tuple(like.shape)}"
-                raise ValueError(f"{name}[{index}] has shape {shapes}; all must be (C,) with one C >= 1 per layer")
-            _check_device(f"{name}[{index}]", tensor, lists["means"][0])
-            tensors[index] = tensor.float().contiguous()
-    return _ops.bns_loss(*lists.values(), reduction == "mean")[0]
+    lists = (
+        _statistics("means", means, means),
+        _statistics("variances", list(variances), means),
+        _statistics("running_means", list(running_means), means),
+        _statistics("running_vars", list(running_vars), means),
+    )
+    return _ops.bns_loss(*lists, reduction == "mean")[0]
 
 
 def distillation_loss(
@@ -393,3 +385,17 @@ def _batch_norm_parameters(
         None if weight is None else _parameter("weight", weight, channels, x),
         None if bias is None else _parameter("bias", bias, channels, x),
     )
+
+
+def _statistics(name: str, tensors: list[Tensor], means: list[Tensor]) -> list[Tensor]:
+    """One statistic of all layers as float32, checked against the batch means."""
+    if len(tensors) != len(means):
+        raise ValueError(f"{name} has {len(tensors)} layers and means has {len(means)}; give one tensor per layer")
+    device = means[0].device
+    for index, (tensor, mean) in enumerate(zip(tensors, means, strict=True)):
+        if tensor.shape != mean.shape or tensor.dim() != 1 or tensor.numel() == 0:
+            shapes = f"{tuple(tensor.shape)}, means[{index}] {tuple(mean.shape)}"
+            raise ValueError(f"{name}[{index}] has shape {shapes}; all must be (C,) with one C >= 1 per layer")
+        if tensor.device != device:
+            _check_device(f"{name}[{index}]", tensor, means[0])
+    return [t if t.dtype == torch.float32 and t.is_contiguous() else t.float().contiguous() for t in tensors]
