@@ -15,6 +15,7 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -62,15 +63,15 @@ def find_compiler() -> str | None:
 
 def compiled_parts() -> Mapping:
     """The arguments of setup() that build the two libraries."""
-    try:
-        import pybind11
-        import torch
-        from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
-    except ImportError as error:
+    missing = [name for name in ("torch", "pybind11") if find_spec(name) is None]
+    if missing:
         sys.exit(
-            f"gdfq: the build needs {error.name}, which is not installed here. Install torch and pybind11 first, then "
+            f"gdfq: the build needs {' and '.join(missing)}, not installed here. Install torch and pybind11 first, then "
             "`pip install --no-build-isolation .`, or set GDFQ_BUILD=off for pure PyTorch"
         )
+    import pybind11
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
     warnings_are_errors = ["-Werror"] if os.environ.get("GDFQ_WERROR") == "1" else []
     flags = [*CXX_FLAGS, *warnings_are_errors, f"-ffile-prefix-map={ROOT}=."]
