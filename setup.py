@@ -34,6 +34,7 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
+WERROR = os.environ.get("GDFQ_WERROR") == "1"
 NVCC_FLAGS = ["-O3", "--std=c++17", "-Xcompiler=-fPIC,-ffp-contract=off,-fvisibility=hidden"]
 
 
@@ -66,15 +67,17 @@ def compiled_parts() -> Mapping:
     missing = [name for name in ("torch", "pybind11") if find_spec(name) is None]
     if missing:
         sys.exit(
-            f"gdfq: the build needs {' and '.join(missing)}, not installed here. Install torch and pybind11 first, then "
-            "`pip install --no-build-isolation .`, or set GDFQ_BUILD=off for pure PyTorch"
+            f"gdfq: the build needs {' and '.join(missing)}, not installed here. Install torch and pybind11 first, "
+            "then `pip install --no-build-isolation .`, or set GDFQ_BUILD=off for pure PyTorch"
         )
     import pybind11
     import torch
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
-    warnings_are_errors = ["-Werror"] if os.environ.get("GDFQ_WERROR") == "1" else []
-    flags = [*CXX_FLAGS, *warnings_are_errors, f"-ffile-prefix-map={ROOT}=."]
+    warnings_are_errors = ["-Werror"] if WERROR else []
+    # The machine's paths stay out of the files, in error messages too.
+    relocated = [f"-ffile-prefix-map={ROOT}=.", f"-ffile-prefix-map={Path(torch.__file__).parent}=torch"]
+    flags = [*CXX_FLAGS, *warnings_are_errors, *relocated]
     cuda = find_cuda() if sources("cuda") else None
     operators = Extension(
         "gdfq_ext._C",
@@ -170,11 +173,12 @@ def compile_cuda(directory: Path) -> list[str]:
     architectures = cuda_architectures()
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     targets.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+    flags = [*NVCC_FLAGS, *(["-Werror=all-warnings"] if WERROR else [])]
     objects = []
     for source in sources("cuda"):
         object_file = directory / Path(source).with_suffix(".cu.o")
         object_file.parent.mkdir(parents=True, exist_ok=True)
-        command = [find_cuda() / "bin/nvcc", *NVCC_FLAGS, *targets, "-c", source, "-o", object_file]
+        command = [find_cuda() / "bin/nvcc", *flags, *targets, "-c", source, "-o", object_file]
         print(" ".join(map(str, command)))
         subprocess.run(command, check=True, cwd=ROOT)
         objects.append(str(object_file))

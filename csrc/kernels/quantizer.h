@@ -11,7 +11,6 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
 #if defined(__CUDACC__)
 #define GDFQ_HD __host__ __device__ __forceinline__
@@ -89,7 +88,7 @@ GDFQ_HD Quantizer make_quantizer(float lower, float upper, int bits) {
   const float half = static_cast<float>(1 << (bits - 1));
   const float levels = static_cast<float>((1 << bits) - 1);
   float range = fp32::subtract(upper, lower);
-  range = upper < lower ? std::numeric_limits<float>::quiet_NaN() : range;
+  range = upper < lower ? NAN : range;
   range = range < 1e-8f ? 1e-8f : range;
   Quantizer quantizer;
   quantizer.scale = fp32::divide(levels, range);
