@@ -46,18 +46,29 @@ GDFQ_HD void for_each_strip(std::int64_t length, const PatternParameters<K>& par
   }
 }
 
-// Along one channel the sums stay in registers, which takes local arrays and strips of constant length.
+// Along one channel the sums stay in registers, which takes local arrays and strips of constant length. The rest has
+// arrays of its own: a vector read of lanes just written one by one would stall.
 template <int K, class Strip>
 GDFQ_HD void for_each_strip(std::int64_t length, const ChannelParameters<K>&, Accumulators accumulators,
                             const Strip& strip) {
   float first[kLanes] = {};
   float second[kLanes] = {};
-  const Accumulators lanes{first, second};
-  const std::int64_t whole = length - length % kLanes;
-  for (std::int64_t begin = 0; begin < whole; begin += kLanes) strip(begin, kLanes, lanes);
-  if (whole < length) strip(whole, length - whole, lanes);
-  *accumulators.first += detail::add_lanes(first);
-  *accumulators.second += detail::add_lanes(second);
+  const std::int64_t rest = length % kLanes;
+  const std::int64_t whole = length - rest;
+  for (std::int64_t begin = 0; begin < whole; begin += kLanes) strip(begin, kLanes, Accumulators{first, second});
+  float first_sum = detail::add_lanes(first);
+  float second_sum = detail::add_lanes(second);
+  if (rest > 0) {
+    float first_rest[kLanes] = {};
+    float second_rest[kLanes] = {};
+    strip(whole, rest, Accumulators{first_rest, second_rest});
+    for (std::int64_t lane = 0; lane < rest; ++lane) {
+      first_sum += first_rest[lane];
+      second_sum += second_rest[lane];
+    }
+  }
+  *accumulators.first += first_sum;
+  *accumulators.second += second_sum;
 }
 
 namespace detail {
@@ -66,6 +77,21 @@ struct Partial {
   float first = 0.0f;
   float second = 0.0f;
 };
+
+// Adds the segments' sums to their channels, in order.
+inline ChannelSums add_segments(const std::vector<Partial>& partial, const ChannelShape& shape, std::int64_t pieces) {
+  ChannelSums sums(shape.channels);
+  auto next = partial.begin();
+  for (std::int64_t outer = 0; outer < shape.outer; ++outer) {
+    for (std::size_t channel = 0; channel < sums.first.size(); ++channel) {
+      for (std::int64_t piece = 0; piece < pieces; ++piece, ++next) {
+        sums.first[channel] += next->first;
+        sums.second[channel] += next->second;
+      }
+    }
+  }
+  return sums;
+}
 
 // One partial sum per segment: a piece of at most kBlock elements of one channel's plane.
 template <int K, class Run>
@@ -76,21 +102,22 @@ ChannelSums sum_planes(const ChannelTable<K>& table, const Parallel& parallel, c
   const std::int64_t together = std::max<std::int64_t>(1, kBlock / shape.inner);
   std::vector<Partial> partial(static_cast<std::size_t>(segments));
   parallel_for(parallel, (segments + together - 1) / together, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t segment = begin * together; segment < std::min(end * together, segments); ++segment) {
-      const std::int64_t plane = segment / pieces;
-      const std::int64_t skipped = segment % pieces * kBlock;
+    const std::int64_t stop = std::min(end * together, segments);
+    std::int64_t segment = begin * together;
+    std::int64_t plane = segment / pieces, piece = segment % pieces, channel = plane % shape.channels;
+    for (; segment < stop; ++segment) {
       Partial& sums = partial[static_cast<std::size_t>(segment)];
-      run(plane * shape.inner + skipped, std::min(kBlock, shape.inner - skipped),
-          table.channel(plane % shape.channels), Accumulators{&sums.first, &sums.second});
+      const std::int64_t skipped = piece * kBlock;
+      run(plane * shape.inner + skipped, std::min(kBlock, shape.inner - skipped), table.channel(channel),
+          Accumulators{&sums.first, &sums.second});
+      // Counting on, because for a 7x7 plane the divisions would cost as much as the sums.
+      if (++piece < pieces) continue;
+      piece = 0;
+      ++plane;
+      if (++channel == shape.channels) channel = 0;
     }
   });
-  ChannelSums sums(shape.channels);
-  for (std::int64_t segment = 0; segment < segments; ++segment) {
-    const auto channel = static_cast<std::size_t>(segment / pieces % shape.channels);
-    sums.first[channel] += partial[static_cast<std::size_t>(segment)].first;
-    sums.second[channel] += partial[static_cast<std::size_t>(segment)].second;
-  }
-  return sums;
+  return add_segments(partial, shape, pieces);
 }
 
 // Adds up all blocks' partial sums at each place of the pattern, then the places of each channel.

@@ -114,11 +114,13 @@ void for_each_run(const ChannelTable<K>& table, std::int64_t begin, std::int64_t
     }
     return;
   }
-  std::int64_t plane = begin / shape.inner;
-  for (std::int64_t offset = begin; offset < end; ++plane) {
-    const std::int64_t stop = std::min(end, (plane + 1) * shape.inner);
-    run(offset, stop - offset, table.channel(plane % shape.channels));
+  std::int64_t channel = begin / shape.inner % shape.channels;
+  std::int64_t plane_end = (begin / shape.inner + 1) * shape.inner;
+  for (std::int64_t offset = begin; offset < end; plane_end += shape.inner) {
+    const std::int64_t stop = std::min(end, plane_end);
+    run(offset, stop - offset, table.channel(channel));
     offset = stop;
+    if (++channel == shape.channels) channel = 0;
   }
 }
 
