@@ -29,6 +29,7 @@ __all__ = [
     "batch_norm_act_fake_quantize",
     "batch_norm_act_moments",
     "bns_loss",
+    "build_info",
     "distillation_loss",
     "fake_quantize",
     "fake_quantize_weight",
@@ -44,3 +45,12 @@ _loaded = _load_library(Path(__file__).parent)
 def backend_report() -> BackendReport:
     """Which backend every op uses on the CPU and on CUDA, and why: `str()` for reading, `.as_dict()` for JSON."""
     return _report(_loaded)
+
+
+def build_info() -> dict:
+    """How the compiled library was built: compiler, flags, torch, CUDA architectures; empty where there is none."""
+    try:
+        from . import _build_info
+    except ImportError:
+        return {}
+    return {name: value for name, value in vars(_build_info).items() if not name.startswith("_")}

@@ -206,7 +206,7 @@ def main() -> None:
     from gdfq.training_run import Stopped
 
     try:
-        app(standalone_mode=False)
+        app(prog_name="gdfq", standalone_mode=False)
     except Stopped as stopped:
         _exit(str(stopped), 130)
     except GdfqError as error:

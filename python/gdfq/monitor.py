@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gdfq import run_folder
+from gdfq.errors import GdfqError
 from gdfq.files import write_text
 
 
@@ -81,6 +82,15 @@ def _drop_entries_after(path: Path, iteration: int) -> None:
             except (ValueError, KeyError):  # the line that was being written when the run was killed
                 break
         write_text(path, "".join(kept))
+
+
+@contextmanager
+def disk_errors(folder: Path | None) -> Iterator[None]:
+    """Log and events that cannot be written (a full disk) become a `GdfqError`; the last checkpoint is whole."""
+    try:
+        yield
+    except OSError as error:
+        raise GdfqError(f"cannot write to {folder}: {error.strerror or error}; its last checkpoint is whole") from error
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def save_picture(path: str | Path, rows: list[Tensor], names: list[str]) -> None
             axis.axis("off")
         for axis, image in zip(line, row.cpu().float(), strict=False):
             low, high = image.min(), image.max()
-            pixels = ((image - low) / (high - low).clamp_min(1e-6)).permute(1, 2, 0)
+            pixels = ((image - low) / (high - low).clamp_min(1e-6)).permute(1, 2, 0).numpy()
             axis.imshow(pixels[..., 0] if pixels.shape[2] == 1 else pixels[..., :3], cmap="gray", vmin=0, vmax=1)
         line[0].text(-0.3, 0.5, name, ha="right", va="center", transform=line[0].transAxes)
     figure.subplots_adjust(

@@ -6,7 +6,7 @@ from pathlib import Path
 from gdfq import run_folder
 from gdfq.checkpoint import load_checkpoint, save_checkpoint
 from gdfq.errors import GdfqError
-from gdfq.monitor import Monitor, stop_requests
+from gdfq.monitor import Monitor, disk_errors, stop_requests
 from gdfq.trainer import Trainer
 
 
@@ -49,7 +49,7 @@ class TrainingRun:
         """
         run, trainer = self.trainer.config.run, self.trainer
         monitor = Monitor(self.folder, trainer.total_iterations, trainer.iteration, progress)
-        with stop_requests() as stop_requested, monitor:
+        with stop_requests() as stop_requested, disk_errors(self.folder), monitor:
             start = time.monotonic() - self.seconds
 
             def after_iteration() -> None:

@@ -81,9 +81,9 @@ def _show(float_top1: float, rows: list[dict]) -> None:
         table.add_column(title, justify="right")
     table.add_row("float", f"{float_top1:.2f}%", "", "", "")
     for method, name in reversed(METHODS.items()):
-        columns = [[row[key] for row in rows if row["method"] == method] for key in ("top1", "agreement", "kl", "seconds")]
-        formats = ("{:.2f}%", "{:.1f}%", "{:.3f}", "{:.0f}")
-        table.add_row(name, *(_spread(values, form) for values, form in zip(columns, formats, strict=True)))
+        of_method = [row for row in rows if row["method"] == method]
+        formats = {"top1": "{:.2f}%", "agreement": "{:.1f}%", "kl": "{:.3f}", "seconds": "{:.0f}"}
+        table.add_row(name, *(_spread([row[key] for row in of_method], form) for key, form in formats.items()))
     Console().print(table)
     print("agreement and KL: on synthetic images of GDFQ's generator that no method was given")
 

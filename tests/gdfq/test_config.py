@@ -1,0 +1,85 @@
+"""Presets say what the paper says; every value can be overridden; what is wrong is said in words."""
+
+import pytest
+
+from gdfq.config import Config, parse_override, presets
+from gdfq.errors import GdfqError
+
+
+def test_paper_presets_hold_the_published_settings():
+    cifar, imagenet = Config.load("paper-cifar"), Config.load("paper-imagenet")
+    for config in (cifar, imagenet):
+        assert (config.schedule.epochs, config.schedule.iterations) == (400, 200)
+        assert (config.schedule.milestones, config.schedule.decay) == ((100, 200, 300), 0.1)
+        assert (config.generator.learning_rate, config.generator.betas) == (1e-3, (0.5, 0.999))
+        assert (config.generator.bns_weight, config.generator.latent_size) == (0.1, 100)
+        assert (config.student.temperature, config.student.distillation_weight) == (20, 1)
+        assert (config.student.momentum, config.student.weight_decay) == (0.9, 1e-4)
+        assert (config.quantizer.placement, config.schedule.reestimate_ranges) == ("paper", False)
+    assert (cifar.schedule.batch_size, cifar.schedule.warmup_epochs, cifar.student.learning_rate) == (200, 4, 1e-4)
+    assert (imagenet.schedule.batch_size, imagenet.schedule.warmup_epochs, imagenet.student.learning_rate) == (
+        16,
+        50,
+        1e-6,
+    )
+    assert (cifar.generator.architecture, imagenet.generator.architecture) == ("embedding", "conditional")
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_survives_the_way_to_a_file_and_back(name, tmp_path):
+    config = Config.load(name, {"quantizer.weight_bits": 3, "model.image_size": 32})
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    assert Config.load(tmp_path / "config.toml") == config
+
+
+def test_a_file_extends_a_preset(tmp_path):
+    (tmp_path / "mine.toml").write_text('extends = "imagenet"\n[schedule]\nepochs = 7\n')
+    config = Config.load(tmp_path / "mine.toml")
+    assert (config.schedule.epochs, config.schedule.batch_size) == (7, 16)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"quantizer.weight_bits": 9}, ["quantizer.weight_bits", "9", "less than or equal to 8"]),
+        ({"quantizer.activation_bits": 1}, ["quantizer.activation_bits", "1", "greater than or equal to 2"]),
+        ({"quantizer.weight_bits": "four"}, ["quantizer.weight_bits", "four", "integer"]),
+        ({"quantizer.placement": "nowhere"}, ["quantizer.placement", "nowhere", "'deploy' or 'paper'"]),
+        ({"schedule.epoch": 3}, ["schedule.epoch", "epochs"]),
+        ({"shedule.epochs": 3}, ["shedule", "schedule"]),
+        ({"method": "dfq"}, ["method", "dfq", "'gdfq'"]),
+        ({"method": "gdfq", "method.name": "dfq"}, ["method.name", "not a section"]),
+        ({"student.learning_rate": float("nan")}, ["student.learning_rate", "finite"]),
+    ],
+)
+def test_wrong_settings_are_named(overrides, words):
+    with pytest.raises(GdfqError) as error:
+        Config.load("cifar", overrides)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_all_wrong_settings_come_in_one_message():
+    with pytest.raises(GdfqError) as error:
+        Config.load("cifar", {"quantizer.weight_bits": 9, "schedule.epochs": 0})
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_unknown_preset_and_broken_file(tmp_path):
+    with pytest.raises(GdfqError, match=r"neither a preset \(cifar, .*\) nor a TOML file"):
+        Config.load("cifr")
+    (tmp_path / "broken.toml").write_text("[schedule\n")
+    with pytest.raises(GdfqError, match=r"not valid TOML"):
+        Config.load(tmp_path / "broken.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("a.b=3", 3), ("a.b = 1e-3", 1e-3), ("a.b=[1, 2]", [1, 2]), ("a.b=paper", "paper"), ("a.b=true", True)],
+)
+def test_overrides_on_the_command_line_are_toml(text, value):
+    assert parse_override(text) == ("a.b", value)
+
+
+def test_an_override_without_a_value_is_refused():
+    with pytest.raises(GdfqError, match=r"section\.key=value"):
+        parse_override("schedule.epochs")

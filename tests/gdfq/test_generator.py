@@ -1,0 +1,64 @@
+"""The two generators have the paper's layers, any image size, and normalised images."""
+
+import pytest
+import torch
+
+from gdfq.config import GeneratorConfig
+from gdfq.generator import ConditionalBatchNorm, Generator, LatentSampler, images_per_class
+
+
+@pytest.mark.parametrize("architecture", ["embedding", "conditional"])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 30, 21)])
+def test_images_have_the_shape_and_are_normalised_per_channel(architecture, shape):
+    config = GeneratorConfig(architecture=architecture)
+    generator = Generator(shape, 7, config).to(memory_format=torch.channels_last)
+    noise, labels = LatentSampler(100, 7, 0, torch.device("cpu")).draw(16)
+    images = generator(noise, labels)
+    assert images.shape == (16, *shape)
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(shape[0]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(images.var((0, 2, 3), correction=0), torch.ones(shape[0]), atol=0.02, rtol=0)
+    images.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in generator.parameters())
+
+
+def test_number_of_parameters_is_that_of_the_released_architecture():
+    def count(architecture, shape, classes):
+        return sum(
+            p.numel() for p in Generator(shape, classes, GeneratorConfig(architecture=architecture)).parameters()
+        )
+
+    convolutions = (128 * 128 * 9 + 128) + (128 * 64 * 9 + 64) + (64 * 3 * 9 + 3)
+    linear = 100 * 128 * 64 + 128 * 64
+    assert count("embedding", (3, 32, 32), 10) == 10 * 100 + linear + convolutions + 2 * (128 + 128 + 64)
+    linear = 100 * 128 * 56 * 56 + 128 * 56 * 56
+    assert count("conditional", (3, 224, 224), 1000) == linear + convolutions + 2 * 1000 * (128 + 128 + 64)
+
+
+def test_conditional_batch_norm_scales_and_shifts_by_label():
+    norm = ConditionalBatchNorm(4, 3, 1e-5)
+    with torch.no_grad():
+        norm.gamma.weight.copy_(torch.arange(12.0).view(3, 4))
+        norm.beta.weight.copy_(-torch.arange(12.0).view(3, 4))
+    x, labels = torch.randn(6, 4, 5, 5), torch.tensor([0, 1, 2, 2, 1, 0])
+    mean, var = x.double().mean((0, 2, 3), keepdim=True), x.double().var((0, 2, 3), correction=0, keepdim=True)
+    gamma = torch.arange(12.0).view(3, 4)[labels][:, :, None, None]
+    expected = (x - mean) / (var + 1e-5).sqrt() * gamma - gamma
+    torch.testing.assert_close(norm(x, labels).double(), expected.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_sampler_is_reproducible_and_uniform():
+    first, second = (LatentSampler(4, 5, 3, torch.device("cpu")) for _ in range(2))
+    noise, labels = first.draw(5000)
+    assert torch.equal(noise, second.draw(5000)[0])
+    assert torch.bincount(labels, minlength=5).float().div(5000).sub(0.2).abs().max() < 0.03
+    assert not torch.equal(first.draw(5000)[0], noise)
+
+
+def test_images_per_class_differ_by_class_and_leave_the_generator_as_it_was():
+    generator = Generator((1, 8, 8), 3, GeneratorConfig())
+    before = {name: value.clone() for name, value in generator.state_dict().items()}
+    rows = images_per_class(generator, 3, 4)
+    assert [row.shape for row in rows] == [(4, 1, 8, 8)] * 3
+    assert not torch.equal(rows[0], rows[1])
+    assert generator.training
+    assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())

@@ -1,0 +1,211 @@
+"""Capture and the two rewritings: nothing of the user's model is changed, and what Q computes is what Eq. 6 says."""
+
+import copy
+
+import pytest
+import torch
+from small_models import Plain, Residual, TwoHeads, randomize_batch_norm
+from torch import nn
+from torch.nn import functional as F
+
+from gdfq.calibrate import calibrate
+from gdfq.config import QuantizerConfig
+from gdfq.errors import GdfqError
+from gdfq.graph import build_quantized, build_teacher, capture, size_in_bytes
+from gdfq.modules import activation_quantizers
+
+MODELS = [Plain, Residual, TwoHeads]
+
+
+def quantize_by_hand(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, bits: int) -> torch.Tensor:
+    """Eq. 6 in float64, written down once more: the oracle."""
+    x, low, high = x.double(), low.double(), high.double()
+    scale = (2**bits - 1) / (high - low).clamp_min(1e-8)
+    zero = (scale * low).round() + 2 ** (bits - 1)
+    levels = (scale * x - zero).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return ((levels + zero) / scale).float()
+
+
+def quantize_weight_by_hand(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    rows = weight.flatten(1)
+    low, high = (value.view(-1, *[1] * (weight.dim() - 1)) for value in (rows.amin(1), rows.amax(1)))
+    return quantize_by_hand(weight, low, high, bits)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_teacher_computes_what_the_model_computes(make):
+    model = randomize_batch_norm(make())
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(
+                lambda m, args, name=name: seen.__setitem__(name, args[0].detach().clone())
+            )
+    x = torch.randn(6, 3, 8, 8)
+    expected = model(x)
+    inputs = dict(seen)
+    teacher = build_teacher(capture(model))
+    logits, means, variances = teacher.with_moments(x)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert len(means) == len(inputs)
+    for mean, var, value in zip(means, variances, inputs.values(), strict=True):
+        dims = [d for d in range(value.dim()) if d != 1]
+        torch.testing.assert_close(mean.double(), value.double().mean(dims), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(var.double(), value.double().var(dims, correction=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("placement", ["deploy", "paper"])
+def test_users_model_is_never_modified_and_names_stay(make, placement):
+    model = randomize_batch_norm(make()).train()
+    before = copy.deepcopy(model.state_dict())
+    student, _ = build_quantized(capture(model), QuantizerConfig(placement=placement))
+    calibrate(student, [torch.randn(4, 3, 8, 8)])
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1)
+    assert model.training
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    added = [name for name in student.state_dict() if name not in before]
+    assert set(before) <= set(student.state_dict())
+    assert all(name.startswith("activation_quantizers.") for name in added)
+
+
+def test_deploy_quantizes_what_a_runtime_reads_as_integers():
+    _, account = build_quantized(capture(randomize_batch_norm(Residual())), QuantizerConfig())
+    assert [entry.name for entry in account.weights] == ["conv1", "conv2", "depthwise", "grouped", "fc"]
+    names = [entry.name for entry in account.activations]
+    # image; relu(bn1) feeds conv2 and, through slice and zero padding, the add; bn2 feeds the add; the ReLU6 behind the
+    # add; relu6(bn3); the input of fc. relu6(bn4) is read by the pooling only. The image alone has `input_bits`.
+    assert len(names) == 6
+    assert [entry.fused for entry in account.activations] == [
+        "", "batch_norm, relu", "batch_norm", "", "batch_norm, relu6", "",
+    ]  # fmt: skip
+    assert [entry.bits for entry in account.activations] == [8, 4, 4, 4, 4, 4]
+    assert [(entry.op, entry.reason) for entry in account.stayed_float] == [
+        ("adaptive_avg_pool2d", "computed in float between quantizers")
+    ]
+
+
+def test_paper_quantizes_only_relu_outputs_and_says_what_stayed_float():
+    _, account = build_quantized(capture(randomize_batch_norm(Residual())), QuantizerConfig(placement="paper"))
+    assert len(account.weights) == 5
+    assert [entry.fused for entry in account.activations] == [
+        "batch_norm, relu", "", "batch_norm, relu6", "batch_norm, relu6",
+    ]  # fmt: skip
+    floats = {(entry.name, entry.op) for entry in account.stayed_float}
+    assert ("conv1", "input image of conv2d") in floats
+    assert ("fc", "input activation of linear") in floats
+    assert any("add" in op for _, op in floats)
+
+
+def test_max_pool_keeps_the_grid_and_two_batch_norms_get_a_quantizer_each():
+    _, account = build_quantized(capture(randomize_batch_norm(TwoHeads())), QuantizerConfig(placement="paper"))
+    assert [entry.fused for entry in account.activations] == [
+        "batch_norm, relu",
+        "batch_norm, relu6",
+        "batch_norm, relu",
+    ]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_quantized_model_computes_equation_6(bits):
+    model = randomize_batch_norm(Plain())
+    config = QuantizerConfig(weight_bits=bits, activation_bits=bits, input_bits=bits)
+    student, _ = build_quantized(capture(model), config)
+    batch = torch.randn(5, 3, 8, 8)
+    calibrate(student, [batch])
+    image, pooled = (q.range for q in activation_quantizers(student).values())
+
+    x = quantize_by_hand(batch, batch.min(), batch.max(), bits)
+    x = F.conv2d(x, quantize_weight_by_hand(model.conv.weight, bits), padding=1)
+    x = F.relu(model.bn(x)).mean((2, 3))
+    torch.testing.assert_close(pooled, torch.stack([x.min(), x.max()]), rtol=1e-4, atol=1e-5)
+    x = quantize_by_hand(x, *pooled, bits)
+    expected = F.linear(x, quantize_weight_by_hand(model.fc.weight, bits), model.fc.bias)
+    torch.testing.assert_close(image, torch.stack([batch.min(), batch.max()]))
+    # A value within rounding of a boundary may fall on the next level: compare most, tightly.
+    assert (student(batch) - expected).abs().lt(1e-4).float().mean() > 0.9
+
+
+def test_ranges_are_nan_until_observed():
+    student, _ = build_quantized(capture(randomize_batch_norm(Plain())), QuantizerConfig())
+    assert student(torch.randn(2, 3, 8, 8)).isnan().all()
+
+
+def test_gradients_reach_every_parameter_of_q_and_none_of_the_teacher():
+    captured = capture(randomize_batch_norm(Residual()))
+    teacher = build_teacher(captured)
+    student, _ = build_quantized(captured, QuantizerConfig())
+    calibrate(student, [torch.randn(8, 3, 8, 8)])
+    x = torch.randn(8, 3, 8, 8, requires_grad=True)
+    logits, means, variances = teacher.with_moments(x)
+    (logits.sum() + means[0].sum() + variances[0].sum()).backward()
+    assert x.grad.abs().sum() > 0
+    assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
+    student(x.detach()).square().sum().backward()
+    assert all(p.grad is not None for p in student.parameters())
+
+
+def test_size_counts_packed_weights():
+    captured = capture(randomize_batch_norm(Plain()))
+    _, account = build_quantized(captured, QuantizerConfig(weight_bits=4))
+    weights, rest = 8 * 3 * 9 + 5 * 8, 8 + 8 + 5
+    assert size_in_bytes(captured, account) == (4 * (weights + rest), weights // 2 + 4 * rest)
+
+
+def test_any_batch_size_and_channels_last():
+    captured = capture(randomize_batch_norm(Residual()))
+    teacher = build_teacher(captured).to(memory_format=torch.channels_last)
+    for n in (1, 3, 17):
+        x = torch.randn(n, 3, 8, 8)
+        torch.testing.assert_close(teacher(x.to(memory_format=torch.channels_last)), teacher(x), rtol=1e-4, atol=1e-5)
+
+
+class NoBatchNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))
+
+
+class BranchOnValue(Plain):
+    def forward(self, x):
+        if x.sum() > 0:
+            x = x * 2
+        return super().forward(x)
+
+
+class Pair(Plain):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        (NoBatchNorm(), {"image_size": 8}, ["no BatchNorm layer"]),
+        (NoBatchNorm(), {}, ["image size", "--image-size"]),
+        (BranchOnValue(), {}, ["cannot be captured", "test_graph.py", "if x.sum() > 0"]),
+        (Pair(), {}, ["must return logits", "tuple"]),
+        (Plain(), {"channels": 4}, ["rejects images of shape (4, 8, 8)", "expected input"]),
+        (Plain(), {"image_size": 1, "channels": 3}, None),
+    ],
+)
+def test_what_cannot_be_captured_is_said_in_words(model, options, words):
+    if words is None:
+        assert capture(model, **options).image_shape == (3, 1, 1)
+        return
+    with pytest.raises(GdfqError) as error:
+        capture(model, **options)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_nan_logits_are_named():
+    model = randomize_batch_norm(Plain())
+    model.bn.running_var.fill_(-1)
+    with pytest.raises(GdfqError, match="NaN or Inf"):
+        capture(model)
