@@ -245,4 +245,5 @@ def _identity(captured: CapturedModel, config: Config) -> dict[str, Any]:
     for section in ("quantizer", "generator", "student", "schedule"):
         values = getattr(config, section).model_dump(mode="json")
         identity |= {f"{section}.{key}": value for key, value in values.items()}
-    return identity | {"run.seed": config.run.seed, "run.held_out_images": config.run.held_out_images}
+    run = config.run
+    return identity | {"seed": run.seed, "precision": run.precision, "held_out_images": run.held_out_images}

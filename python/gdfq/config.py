@@ -107,11 +107,16 @@ class ZeroqConfig(_Section):
 
 
 class RunConfig(_Section):
-    """Where and how a run is carried out; nothing here changes what is computed, `seed` and `device` excepted."""
+    """Where and how a run is carried out."""
 
     seed: int = 0
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     channels_last: bool = Field(True, description="memory format of the images and convolution weights")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="bfloat16: the convolutions and linear layers of all three networks in training; statistics, "
+        "quantizers and losses stay float32, and so does every figure that is reported",
+    )
     log_every: int = Field(20, ge=1, description="iterations between two entries of the log")
     checkpoint_every: int = Field(200, ge=1, description="iterations between two checkpoints")
     held_out_images: int = Field(512, ge=2, description="synthetic images behind the data-free figures")

@@ -305,7 +305,9 @@ def _activation(node: fx.Node) -> str:
 
 
 def _name(node: fx.Node) -> str:
-    """What the user calls this place: the module's path, or path and operator for a functional call."""
+    """What the user calls this place: the layer's or module's path, or path and operator for a functional call."""
+    if node.target in _WEIGHTED and node.args[1].op == "get_attr":
+        return node.args[1].target.removesuffix(".weight")
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path, kind = (stack[-1][0], str(stack[-1][1])) if stack else ("", "")
     is_layer = kind.startswith("torch.nn.modules.") and not kind.startswith("torch.nn.modules.container")
@@ -434,8 +436,7 @@ class _Rewriter:
         return {source for node in nodes for source in _quantized_inputs(node)}
 
     def _keeps_grid(self, node: fx.Node) -> bool:
-        preserving = node.target in _VALUE_PRESERVING or _pads_with_zero(node)
-        return preserving and bool(node.all_input_nodes) and node.all_input_nodes[0] in self.on_grid
+        return _preserves_values(node) and node.all_input_nodes[0] in self.on_grid
 
     def _rewrite_batch_norm(self, node: fx.Node, quantize: bool) -> fx.Node:
         *tensors, eps, act = node.args
@@ -463,7 +464,7 @@ class _Rewriter:
         self._record(result, "", quantizer.bits)
 
     def _new_quantizer(self, node: fx.Node) -> ActivationQuantizer:
-        bits = self.config.input_bits if node.op == "placeholder" else self.config.activation_bits
+        bits = self.config.input_bits if _is_image(node) else self.config.activation_bits
         return ActivationQuantizer(bits, self.config.straight_through)
 
     def _call(self, container: str, name: str, module: nn.Module, args: tuple) -> fx.Node:
@@ -482,7 +483,7 @@ class _Rewriter:
         for node in self.graph.nodes:
             for source in _quantized_inputs(node):
                 if source not in self.on_grid:
-                    what = "image" if source.op == "placeholder" else "activation"
+                    what = "image" if _is_image(source) else "activation"
                     reason = f"placement '{self.config.placement}' quantizes the outputs of ReLU and ReLU6 only"
                     self.account.stayed_float.append(FloatEntry(_name(node), f"input {what} of {_op(node)}", reason))
             if _computes_in_float(node):
@@ -497,8 +498,7 @@ class _Rewriter:
         users = [node for node in self.graph.nodes if node.target in _WEIGHTED]
         weights = list(dict.fromkeys(node.args[1] for node in users))
         for node in users:
-            name = node.args[1].target.removesuffix(".weight") if node.args[1].op == "get_attr" else _name(node)
-            self.account.weights.append(WeightEntry(name, _op(node), self.config.weight_bits))
+            self.account.weights.append(WeightEntry(_name(node), _op(node), self.config.weight_bits))
         stored = [weight for weight in weights if weight.op == "get_attr"]
         groups = [stored] if stored else []
         groups += [[weight] for weight in weights if weight.op != "get_attr"]
@@ -524,7 +524,12 @@ def _quantized_inputs(node: fx.Node) -> list[fx.Node]:
     return []
 
 
-def _pads_with_zero(node: fx.Node) -> bool:
+def _preserves_values(node: fx.Node) -> bool:
+    """Whether `node` only moves or picks values of its first input, so that they stay on their grid."""
+    if not node.all_input_nodes:
+        return False
+    if node.target in _VALUE_PRESERVING:
+        return True
     if node.target is aten.constant_pad_nd.default:
         return not node.args[2:] or node.args[2] == 0
     return node.target is aten.pad.default and (
@@ -535,8 +540,13 @@ def _pads_with_zero(node: fx.Node) -> bool:
 def _computes_in_float(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor) or not node.all_input_nodes:
         return False
-    known = node.target in _VALUE_PRESERVING or node.target in _WEIGHTED or node.target in _BOOKKEEPING
-    return not (known or _pads_with_zero(node) or _activation(node) or _quantized_inputs(node))
+    known = node.target in _WEIGHTED or node.target in _BOOKKEEPING
+    return not (known or _preserves_values(node) or _activation(node) or _quantized_inputs(node))
+
+
+def _is_image(node: fx.Node) -> bool:
+    """Whether `node` is the network's input, padded or cut at most."""
+    return node.op == "placeholder" or (_preserves_values(node) and _is_image(node.all_input_nodes[0]))
 
 
 def _op(node: fx.Node) -> str:

@@ -62,7 +62,7 @@ class Trainer:
         self.teacher = teacher
         self.student = student
         self.config = config
-        device = next(student.parameters()).device
+        self.device = device = next(student.parameters()).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(config.run.seed)
             self.generator = Generator(captured.image_shape, captured.num_classes, config.generator).to(device)
@@ -137,13 +137,18 @@ class Trainer:
         if self.phase == "training":
             self._student_step(images, teacher_logits, labels)
         elif self.phase == "ranges":
-            with torch.no_grad(), observing(self.student):
+            with torch.no_grad(), observing(self.student), self._precision():
                 self.student(images)
+
+    def _precision(self) -> torch.autocast:
+        """Convolutions and linear layers inside the block run in `run.precision`."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bfloat16")
 
     def _generator_step(self, noise: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """A step of G; returns its images and the teacher's logits for them, both detached."""
-        images = self.generator(noise, labels)
-        logits, means, variances = self.teacher.with_moments(images)
+        with self._precision():
+            images = self.generator(noise, labels)
+            logits, means, variances = self.teacher.with_moments(images)
         loss = generator_loss(self.config.generator, self.teacher, logits, labels, means, variances)
         self.generator_optimizer.zero_grad()
         loss.total.backward()
@@ -157,7 +162,9 @@ class Trainer:
     def _student_step(self, images: Tensor, teacher_logits: Tensor, labels: Tensor) -> None:
         """A step of Q on G's images, with the teacher's logits as soft targets."""
         freeze_batch_norm(self.student, self.config.student.fixed_bns)
-        loss = student_loss(self.config.student, self.student(images), teacher_logits, labels)
+        with self._precision():
+            logits = self.student(images)
+        loss = student_loss(self.config.student, logits, teacher_logits, labels)
         freeze_batch_norm(self.student, True)
         self.student_optimizer.zero_grad()
         loss.total.backward()

