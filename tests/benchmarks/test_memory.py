@@ -9,6 +9,7 @@ from benchmarks import memory
 from gdfq.errors import GdfqError
 
 
+@pytest.mark.slow
 def test_training_stays_flat(tmp_path, capsys):
     out = tmp_path / "memory.json"
     sizes = ["--iterations", "120", "--every", "20", "--from-iteration", "60", "--limit-mb", "4"]

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from benchmarks import step, step_providers
-from benchmarks.step_providers import DEFAULT, Floor, Gdfq, PlainPyTorch, Task, Variant
+from benchmarks.step_providers import Floor, Gdfq, PlainPyTorch, Task, Variant
 
 TINY = Task(model="benchmarks.memory:SmallNet", image_size=8, batch=4)
 
 
 @pytest.mark.slow
-def test_a_run_of_all_providers(tmp_path, capsys):
+def test_a_run_with_its_processes(tmp_path, capsys):
     out = tmp_path / "step.json"
-    providers = ["released-observing", *(name for name in DEFAULT if name != "compile")]
+    providers = ["released", "reference", "ours"]
     sizes = ["--image-size", "8", "--batch", "4", "--iterations", "2", "--threads", "1", "--repeat", "1"]
     assert step.main(["--model", TINY.model, *sizes, "--out", str(out), "--providers", *providers]) == 0
     result = json.loads(out.read_text())
@@ -32,7 +32,7 @@ def test_a_run_of_all_providers(tmp_path, capsys):
         assert row["peak_memory_mb"] > 0
     assert "GDFQ_EXT=reference" in result["providers"]["reference"]["backend"]
     assert result["ratio_to_ours"]["ours"] == 1
-    assert "released-observing" in capsys.readouterr().out
+    assert "released" in capsys.readouterr().out
 
 
 def test_two_iterations_agree_in_losses_and_gradients():
@@ -41,13 +41,19 @@ def test_two_iterations_agree_in_losses_and_gradients():
     for _ in range(2):
         for subject in subjects:
             subject.step()
-        step.check_agreement({str(i): subject.evidence() for i, subject in enumerate(subjects)}, 0.01)
+        step.check_agreement({str(i): subject.evidence() for i, subject in enumerate(subjects)}, 0.01, 0.02)
 
 
 @pytest.mark.parametrize("value", [1.02, float("nan")])
 def test_disagreement_stops_the_run(value):
     with pytest.raises(AssertionError, match="eager does not compute what ours does: bns"):
-        step.check_agreement({"ours": {"bns": 1.0}, "floor": {}, "eager": {"bns": value}}, 0.01)
+        step.check_agreement({"ours": {"bns": 1.0}, "floor": {}, "eager": {"bns": value}}, 0.01, 0.1)
+
+
+def test_quantized_model_may_differ_by_more():
+    step.check_agreement({"ours": {"kl": 1.0}, "eager": {"kl": 1.02}}, 0.01, 0.1)
+    with pytest.raises(AssertionError, match=r"tolerance 0\.1"):
+        step.check_agreement({"ours": {"kl": 1.0}, "eager": {"kl": 1.2}}, 0.01, 0.1)
 
 
 def test_teacher_gradients_are_computed_only_where_released_code_does():

@@ -1,0 +1,66 @@
+"""What a figure was measured on: machine, threads, versions, commit. Without these it is not a result."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def provenance(threads: int) -> dict[str, Any]:
+    """Everything that a reader needs in order to judge a figure or to measure it again, as JSON values."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "machine": {
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "cpu": cpu_model(),
+            "cores": os.cpu_count(),
+            "load_average": list(os.getloadavg()),
+        },
+        "threads": threads,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "python": platform.python_version(),
+        "gdfq_commit": commit(),
+        "command": sys.argv,
+    }
+
+
+def cpu_model() -> str:
+    """The model name that Linux gives, with family and model number where the name alone says little."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    numbers = f"family {fields.get('cpu family', '?')}, model {fields.get('model', '?')}"
+    return f"{fields.get('model name', platform.machine())} ({numbers})"
+
+
+def commit() -> dict[str, Any]:
+    """The commit of the source tree; `dirty` is true where tracked files differ from it, both None outside git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"hash": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"hash": None, "dirty": None}
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """`provenance()` in two lines for people."""
+    machine, revision = facts["machine"], facts["gdfq_commit"]
+    device = machine["cpu"] if machine["device"] == "cpu" else f"{machine['device']}, host {machine['cpu']}"
+    state = {True: " with uncommitted changes", False: "", None: ""}[revision["dirty"]]
+    load = " ".join(f"{value:.1f}" for value in machine["load_average"])
+    return (
+        f"{device}, {machine['cores']} cores, {facts['threads']} threads, load average {load}\n"
+        f"torch {facts['torch']}, gdfq {(revision['hash'] or 'of unknown commit')[:12]}{state}"
+    )

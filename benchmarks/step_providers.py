@@ -1,0 +1,364 @@
+"""One GDFQ iteration (a step of G, a step of Q, both optimizers) by several providers, for `step.py`.
+
+`Gdfq` is the product: `gdfq.trainer.Trainer`, whose operations are the compiled ones (`ours`) or, in a process with
+GDFQ_EXT=reference, pure PyTorch. `PlainPyTorch` computes the same equations without `gdfq_ext`, in four variants.
+`Floor` replays nothing but the convolutions and matrix products of an iteration.
+
+All start from the same weights, ranges, latents and generator, so that their first losses and gradients are the same
+numbers.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from gdfq import demo
+from gdfq.calibrate import calibrate, gaussian_images
+from gdfq.config import Config
+from gdfq.graph import build_quantized, build_teacher, capture
+from gdfq.models import load_model
+from gdfq.modules import ActivationQuantizer, BatchNormActQuantizer, WeightQuantizer
+from gdfq.trainer import Trainer
+
+SEED = 0
+LOSSES = ("generator_cross_entropy", "bns", "student_cross_entropy", "kl")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained. The weights of every model but `demo` are random, with BN statistics that fit them."""
+
+    model: str = "demo"
+    image_size: int | None = None
+    model_arguments: tuple[tuple[str, Any], ...] = ()
+    preset: str = "cifar"
+    bits: int = 4
+    batch: int = 64
+
+    @property
+    def device(self) -> str:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def new_model(task: Task) -> nn.Module:
+    """The float model; every call gives the same weights."""
+    torch.manual_seed(SEED)
+    if task.model == "demo":
+        return demo.teacher()
+    model = load_model(task.model, **dict(task.model_arguments))
+    pool = getattr(getattr(model, "features", None), "final_pool", None)
+    if task.image_size is not None and isinstance(pool, nn.AvgPool2d):
+        model.features.final_pool = nn.AdaptiveAvgPool2d(1)  # pytorchcv pools the maps of one image size only
+    return fit_batch_norm(model, task.image_size or model.in_size)
+
+
+@torch.no_grad()
+def fit_batch_norm(model: nn.Module, image_size: int | tuple[int, int]) -> nn.Module:
+    """Set the BN statistics to those of Gaussian images, so that activations of random weights stay in range."""
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    batch_norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [module.momentum for module in batch_norms]
+    for module in batch_norms:
+        module.momentum = 1.0
+    model.train()(torch.randn(8, channels, *size, generator=torch.Generator().manual_seed(SEED)))
+    for module, momentum in zip(batch_norms, momenta, strict=True):
+        module.momentum = momentum
+    return model.eval()
+
+
+def new_trainer(task: Task, channels_last: bool) -> Trainer:
+    """A trainer at the first iteration of alternate training, with ranges observed on Gaussian images."""
+    captured = capture(new_model(task), task.image_size, device=task.device)
+    # One epoch of one iteration each for ranges and warm-up, which are skipped by starting behind them.
+    schedule = {"epochs": 2, "iterations": 1, "range_epochs": 1, "warmup_epochs": 1, "batch_size": task.batch}
+    settings = {f"schedule.{key}": value for key, value in schedule.items()}
+    settings |= {"schedule.milestones": [], "schedule.reestimate_ranges": False}
+    settings |= {"run.channels_last": channels_last, "run.held_out_images": 2, "run.seed": SEED}
+    settings |= {"quantizer.weight_bits": task.bits, "quantizer.activation_bits": task.bits}
+    config = Config.load(task.preset, settings)
+    student, _ = build_quantized(captured, config.quantizer)
+    device = torch.device(task.device)
+    calibrate(student, gaussian_images(captured.image_shape, 2 * task.batch, task.batch, SEED, device))
+    trainer = Trainer(build_teacher(captured), student, captured, config)
+    trainer.iteration = 1
+    assert trainer.phase == "training"
+    return trainer
+
+
+def gradient_norms(generator: nn.Module, student: nn.Module) -> dict[str, float]:
+    """Euclidean norms over all parameters: evidence that the backward passes agree, too."""
+    models = {"generator_gradient": generator, "student_gradient": student}
+    return {
+        name: torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+        for name, model in models.items()
+    }
+
+
+class Gdfq:
+    """The trainer as users run it."""
+
+    def __init__(self, task: Task) -> None:
+        self.trainer = new_trainer(task, channels_last=True)
+
+    def step(self) -> None:
+        self.trainer._step()
+
+    def evidence(self) -> dict[str, float]:
+        """The losses (means since the last call) and the norms of the last gradients."""
+        metrics = self.trainer.read_metrics()
+        losses = {name: getattr(metrics, name) for name in LOSSES}
+        return losses | gradient_norms(self.trainer.generator, self.trainer.student)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How plain PyTorch runs the iteration.
+
+    Attributes:
+        frozen_teacher: false leaves P's weights trainable: their gradients are computed and never used.
+        host_reads: read losses and accuracies on the host in every iteration.
+        observe_ranges: also track every activation's minimum and maximum, read on the host, in every iteration, as in
+            the epochs before the ranges are fixed. What is tracked is not used, so that the losses stay comparable.
+        channels_last: memory format of images and weights; else contiguous.
+        compile: `torch.compile` both loss functions.
+    """
+
+    frozen_teacher: bool = True
+    host_reads: bool = False
+    observe_ranges: bool = False
+    channels_last: bool = True
+    compile: bool = False
+
+
+class PlainPyTorch:
+    """Algorithm 1's iteration from the equations: BN statistics by hooks, one tensor operation per operation sign."""
+
+    def __init__(self, task: Task, variant: Variant) -> None:
+        self.variant = variant
+        trainer = new_trainer(task, variant.channels_last)
+        self.config = config = trainer.config
+        assert config.generator.bns_reduction == config.student.kd_reduction == "mean"
+        assert config.quantizer.straight_through == "identity"
+        assert config.student.fixed_bns
+        self.latents, self.generator = trainer.latents, trainer.generator
+        self.student = with_separate_quantizers(trainer.student, variant.observe_ranges)
+        self.teacher = new_model(task).to(task.device).eval().requires_grad_(not variant.frozen_teacher)
+        if variant.channels_last:
+            self.teacher.to(memory_format=torch.channels_last)
+        self.moments: list[tuple[_BatchNorm, Tensor, Tensor]] = []
+        for module in self.teacher.modules():
+            if isinstance(module, _BatchNorm):
+                module.register_forward_hook(self._note_moments)
+        self.generator_optimizer = torch.optim.Adam(
+            self.generator.parameters(), config.generator.learning_rate, config.generator.betas
+        )
+        self.student_optimizer = torch.optim.SGD(
+            self.student.parameters(), config.student.learning_rate, momentum=config.student.momentum,
+            nesterov=config.student.momentum > 0, weight_decay=config.student.weight_decay,
+        )  # fmt: skip
+        compiled = (lambda function: torch.compile(function, dynamic=False)) if variant.compile else (lambda f: f)
+        self.generator_loss = compiled(self._generator_loss)
+        self.student_loss = compiled(self._student_loss)
+        self.last: tuple[Tensor, ...] = ()
+
+    def step(self) -> None:
+        noise, labels = self.latents.draw(self.config.schedule.batch_size)
+        loss, images, teacher_logits, cross_entropy, bns = self.generator_loss(noise, labels)
+        self.generator_optimizer.zero_grad()
+        loss.backward()
+        self.generator_optimizer.step()
+        images, teacher_logits = images.detach(), teacher_logits.detach()
+        loss, student_logits, student_cross_entropy, kl = self.student_loss(images, teacher_logits, labels)
+        self.student_optimizer.zero_grad()
+        loss.backward()
+        self.student_optimizer.step()
+        self.last = tuple(part.detach() for part in (cross_entropy, bns, student_cross_entropy, kl))
+        if self.variant.host_reads:
+            self._losses()
+            for logits in (teacher_logits, student_logits):
+                (logits.detach().argmax(1) == labels).float().mean().item()
+
+    def evidence(self) -> dict[str, float]:
+        """The losses of the last iteration and the norms of its gradients."""
+        return self._losses() | gradient_norms(self.generator, self.student)
+
+    def _losses(self) -> dict[str, float]:
+        return {name: value.item() for name, value in zip(LOSSES, self.last, strict=True)}
+
+    def _note_moments(self, module: _BatchNorm, inputs: tuple[Tensor], output: Tensor) -> None:
+        (x,) = inputs
+        dims = [dim for dim in range(x.dim()) if dim != 1]
+        self.moments.append((module, x.mean(dims), x.var(dims, correction=0)))
+
+    def _generator_loss(self, noise: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """CE(z_P, y) + beta * BNS (Eq. 4, 5); also images, z_P and the two parts."""
+        self.moments.clear()
+        images = self.generator(noise, labels)
+        logits = self.teacher(images)
+        cross_entropy = F.cross_entropy(logits, labels)
+        bns = torch.zeros((), device=images.device)
+        for module, mean, var in self.moments:
+            bns = bns + F.mse_loss(mean, module.running_mean) + F.mse_loss(var, module.running_var)
+        bns = bns / len(self.moments)
+        weights = self.config.generator
+        loss = weights.cross_entropy_weight * cross_entropy + weights.bns_weight * bns
+        return loss, images, logits, cross_entropy, bns
+
+    def _student_loss(self, images: Tensor, teacher_logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """CE(z_Q, y) + gamma * T^2 * KL (Eq. 7 to 10); also z_Q and the two parts."""
+        weights = self.config.student
+        logits = self.student(images)
+        cross_entropy = F.cross_entropy(logits, labels)
+        soft = F.softmax(teacher_logits / weights.temperature, 1)
+        kl = F.kl_div(F.log_softmax(logits / weights.temperature, 1), soft, reduction="sum") / logits.numel()
+        loss = weights.cross_entropy_weight * cross_entropy
+        loss = loss + weights.distillation_weight * weights.temperature**2 * kl
+        return loss, logits, cross_entropy, kl
+
+
+# --- quantizers without gdfq_ext ---------------------------------------------------------------------------------
+
+
+class SeparateQuantizer(torch.autograd.Function):
+    """Eq. 6, one tensor operation per operation sign, with the identity gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:
+        half = 2 ** (bits - 1)
+        scale = (2**bits - 1) / torch.clamp(upper - lower, min=1e-8)
+        zero = torch.round(scale * lower) + half
+        level = torch.round(scale * x - zero)
+        return (torch.clamp(level, -half, half - 1) + zero) / scale
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient, None, None, None
+
+
+class SeparateWeightQuantizer(nn.Module):
+    """Layer by layer, per output channel."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+
+    def forward(self, weights: list[Tensor]) -> list[Tensor]:
+        return [self.quantize(weight) for weight in weights]
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        rows = weight.detach().reshape(len(weight), -1)
+        shape = [-1] + [1] * (weight.dim() - 1)
+        lower, upper = rows.min(1).values.view(shape), rows.max(1).values.view(shape)
+        return SeparateQuantizer.apply(weight, lower, upper, self.bits)
+
+
+class SeparateActivationQuantizer(nn.Module):
+    """Per tensor, with the fixed range of `quantizer`; see `Variant.observe_ranges`."""
+
+    def __init__(self, quantizer: ActivationQuantizer, observe: bool) -> None:
+        super().__init__()
+        self.bits = quantizer.bits
+        self.register_buffer("range", quantizer.range.clone())
+        self.observed = [0.0, 0.0] if observe else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observed is not None:
+            lower, upper = x.detach().min().item(), x.detach().max().item()
+            self.observed = [0.9 * self.observed[0] + 0.1 * lower, 0.9 * self.observed[1] + 0.1 * upper]
+        return SeparateQuantizer.apply(x, self.range[0], self.range[1], self.bits)
+
+
+class BatchNormActThenQuantizer(nn.Module):
+    """BatchNorm, activation and quantizer one after the other."""
+
+    def __init__(self, batch_norm_act: nn.Module, quantizer: nn.Module) -> None:
+        super().__init__()
+        self.batch_norm_act = batch_norm_act
+        self.quantizer = quantizer
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.quantizer(self.batch_norm_act(*args))
+
+
+def with_separate_quantizers(student: nn.Module, observe: bool) -> nn.Module:
+    """Q with its quantizing modules exchanged in place; its parameters stay the same objects."""
+    for name, child in list(student.named_children()):
+        if isinstance(child, WeightQuantizer):
+            setattr(student, name, SeparateWeightQuantizer(child.bits))
+        elif isinstance(child, ActivationQuantizer):
+            setattr(student, name, SeparateActivationQuantizer(child, observe))
+        elif isinstance(child, BatchNormActQuantizer):
+            quantizer = SeparateActivationQuantizer(child.quantizer, observe)
+            setattr(student, name, BatchNormActThenQuantizer(child.batch_norm_act, quantizer))
+        else:
+            with_separate_quantizers(child, observe)
+    return student
+
+
+# --- the floor ---------------------------------------------------------------------------------------------------
+
+aten = torch.ops.aten
+_ARITHMETIC = {
+    aten.convolution.default, aten.convolution_backward.default,
+    aten.mm.default, aten.addmm.default, aten.bmm.default,
+}  # fmt: skip
+
+
+class Floor:
+    """The convolutions and matrix products of `eager`'s iteration alone, forward and backward, on stand-in tensors of
+    the same shape and layout: what an iteration costs whose every other operation is free."""
+
+    def __init__(self, task: Task) -> None:
+        iteration = PlainPyTorch(task, Variant())
+        with _Recorder() as recorder:
+            iteration.step()
+        self.calls = recorder.calls
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for function, args, kwargs in self.calls:
+            function(*args, **kwargs)
+
+    def evidence(self) -> dict[str, float]:
+        """It computes nothing that means something."""
+        return {}
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+        self._stand_ins: dict[tuple, Tensor] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _ARITHMETIC:
+            self.calls.append((func, *tree_map_only(Tensor, self._stand_in, (args, kwargs))))
+        return func(*args, **kwargs)
+
+    def _stand_in(self, tensor: Tensor) -> Tensor:
+        key = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if key not in self._stand_ins:
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            self._stand_ins[key] = empty.normal_()
+        return self._stand_ins[key]
+
+
+RELEASED = Variant(frozen_teacher=False, host_reads=True, channels_last=False)
+PROVIDERS = {
+    "released-observing": lambda task: PlainPyTorch(task, replace(RELEASED, observe_ranges=True)),
+    "released": lambda task: PlainPyTorch(task, RELEASED),
+    "eager": lambda task: PlainPyTorch(task, Variant()),
+    "compile": lambda task: PlainPyTorch(task, Variant(compile=True)),
+    "reference": Gdfq,
+    "ours": Gdfq,
+    "floor": Floor,
+}
+DEFAULT = ("released", "eager", "compile", "reference", "ours", "floor")
