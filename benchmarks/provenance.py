@@ -27,7 +27,7 @@ def provenance(threads: int) -> dict[str, Any]:
         "cuda": torch.version.cuda if on_gpu else None,
         "python": platform.python_version(),
         "gdfq_commit": commit(),
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 

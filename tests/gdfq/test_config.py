@@ -1,5 +1,7 @@
 """Presets say what the paper says; every value can be overridden; what is wrong is said in words."""
 
+from pathlib import Path
+
 import pytest
 
 from gdfq.config import Config, parse_override, presets
@@ -23,6 +25,12 @@ def test_paper_presets_hold_the_published_settings():
         1e-6,
     )
     assert (cifar.generator.architecture, imagenet.generator.architecture) == ("embedding", "conditional")
+
+
+def test_the_example_recipe_is_a_preset_of_ones_own():
+    config = Config.load(Path(__file__).parents[2] / "examples" / "cifar10_short.toml")
+    assert config.schedule.epochs * config.schedule.iterations == 1500
+    assert config.schedule.decay == Config.load("paper-cifar").schedule.decay
 
 
 @pytest.mark.parametrize("name", presets())

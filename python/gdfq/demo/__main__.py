@@ -19,7 +19,7 @@ from gdfq.files import write_text
 from gdfq.generator import images_per_class
 from gdfq.report import save_picture
 
-METHODS = {"gdfq": "GDFQ", "zeroq": "ZeroQ", "minmax": "min-max, ranges from Gaussian noise"}
+METHODS = {"gdfq": "GDFQ", "zeroq": "ZeroQ", "minmax": "min-max on Gaussian noise"}
 
 
 def main() -> None:
@@ -49,7 +49,9 @@ def run(out: Path, seeds: list[int], overrides: dict) -> list[dict]:
     for seed in seeds:
         rows += _one_seed(out, seed, overrides, lambda model: gdfq.evaluate(model, images).top1)
     _show(float_top1, rows)
-    write_text(out / "table.json", json.dumps({"float_top1": float_top1, "rows": rows}, indent=2) + "\n")
+    versions = json.loads((out / f"gdfq-seed{seeds[0]}" / run_folder.VERSIONS).read_text())
+    table = {"versions": versions, "float_top1": float_top1, "rows": rows}
+    write_text(out / "table.json", json.dumps(table, indent=2) + "\n")
     print(f"\nwritten to {out}: table.json, images.png (generated images by class), and per seed the run of GDFQ with")
     print(f"its log, settings, report and the quantized model ({run_folder.MODEL})")
     return rows
@@ -77,7 +79,7 @@ def _one_seed(out: Path, seed: int, overrides: dict, top1: Callable) -> list[dic
 def _show(float_top1: float, rows: list[dict]) -> None:
     table = Table(title="ResNet-20 on Fashion-MNIST, W4A4, no data used", title_justify="left")
     table.add_column("method")
-    for title in ("top-1, 10,000 real test images", "agreement with float", "KL", "seconds"):
+    for title in ("top-1", "agreement", "KL", "seconds"):
         table.add_column(title, justify="right")
     table.add_row("float", f"{float_top1:.2f}%", "", "", "")
     for method, name in reversed(METHODS.items()):
@@ -85,7 +87,8 @@ def _show(float_top1: float, rows: list[dict]) -> None:
         formats = {"top1": "{:.2f}%", "agreement": "{:.1f}%", "kl": "{:.3f}", "seconds": "{:.0f}"}
         table.add_row(name, *(_spread([row[key] for row in of_method], form) for key, form in formats.items()))
     Console().print(table)
-    print("agreement and KL: on synthetic images of GDFQ's generator that no method was given")
+    print("top-1: on the 10,000 real test images, which decided nothing")
+    print("agreement with float, KL to it: on synthetic images of GDFQ's generator that no method was given")
 
 
 def _spread(values: list[float], form: str) -> str:
