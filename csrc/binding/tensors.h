@@ -8,8 +8,8 @@
 
 #include <optional>
 
-#include "../cpu/channels.h"
-#include "../cpu/element_type.h"
+#include "../kernels/channel_shape.h"
+#include "../kernels/parameters.h"
 
 namespace gdfq::binding {
 
@@ -17,14 +17,14 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline cpu::ElementType element_type(const char* name, const Tensor& tensor) {
+inline ElementType element_type(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
-      return cpu::ElementType::kFloat32;
+      return ElementType::kFloat32;
     case ScalarType::Half:
-      return cpu::ElementType::kFloat16;
+      return ElementType::kFloat16;
     case ScalarType::BFloat16:
-      return cpu::ElementType::kBFloat16;
+      return ElementType::kBFloat16;
     default:
       STD_TORCH_CHECK(false, name, " has elements of an unsupported type; convert it to float32, float16 or bfloat16");
   }
@@ -52,14 +52,21 @@ inline Tensor empty_in_format(const Tensor& like, MemoryFormat format) {
   return torch::stable::empty(like.sizes(), like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
 }
 
-inline Tensor empty_1d(const Tensor& like, std::int64_t length, ScalarType type) {
-  return torch::stable::new_empty(like, {length}, type);
+inline Tensor empty_floats(const Tensor& like, std::int64_t length) {
+  return torch::stable::new_empty(like, {length}, ScalarType::Float);
 }
 
+inline float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
 // The channels of a dense tensor along `axis`; -1 makes one channel of the whole.
-inline cpu::ChannelShape channel_shape(const Tensor& dense, std::int64_t axis) {
-  if (axis == -1) return cpu::ChannelShape::of(dense.numel(), 1, 1);
-  return cpu::ChannelShape::of(dense.numel(), dense.size(axis), dense.stride(axis));
+inline ChannelShape channel_shape(const Tensor& dense, std::int64_t axis) {
+  if (axis == -1) return ChannelShape::of(dense.numel(), 1, 1);
+  return ChannelShape::of(dense.numel(), dense.size(axis), dense.stride(axis));
+}
+
+inline void check_device(const char* name, const Tensor& tensor, const Tensor& x) {
+  STD_TORCH_CHECK(tensor.is_cpu() == x.is_cpu() && tensor.get_device_index() == x.get_device_index(), name,
+                  " is on another device than the input; move it there");
 }
 
 // A parameter of an op: `count` contiguous float32 values on the device of x.
@@ -67,8 +74,7 @@ inline const float* parameter(const char* name, const Tensor& tensor, std::int64
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
                   " must be float32 and contiguous");
   STD_TORCH_CHECK(tensor.numel() == count, name, " has ", tensor.numel(), " elements where ", count, " are needed");
-  STD_TORCH_CHECK(tensor.is_cpu() == x.is_cpu() && tensor.get_device_index() == x.get_device_index(), name,
-                  " is on another device than the input; move it there");
+  check_device(name, tensor, x);
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 

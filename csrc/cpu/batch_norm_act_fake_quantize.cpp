@@ -47,9 +47,10 @@ GDFQ_CLONES void backward_run(const T* grad_y, const T* x, T* grad_x, std::int64
 }  // namespace
 
 void batch_norm_act_fake_quantize(const void* x, void* y, ElementType type, ChannelShape shape,
-                                  const FrozenBatchNorm& norm, const Quantizer& quantizer, Activation activation,
+                                  const FrozenBatchNorm& norm, const Ranges& ranges, Activation activation,
                                   const Parallel& parallel) {
   if (shape.numel() == 0) return;
+  const Quantizer quantizer = ranges.quantizer();
   const ChannelTable<2> table(shape, [&](std::int64_t c) {
     const Affine affine = norm.affine(c);
     return std::array<float, 2>{affine.scale, affine.shift};
@@ -67,13 +68,14 @@ void batch_norm_act_fake_quantize(const void* x, void* y, ElementType type, Chan
 
 void batch_norm_act_fake_quantize_backward(const void* grad_y, const void* x, void* grad_x, float* grad_weight,
                                            float* grad_bias, ElementType type, ChannelShape shape,
-                                           const FrozenBatchNorm& norm, const Quantizer& quantizer,
+                                           const FrozenBatchNorm& norm, const Ranges& ranges,
                                            Activation activation, bool clipped, const Parallel& parallel) {
   if (shape.numel() == 0) {
     std::fill_n(grad_weight, shape.channels, 0.0f);
     std::fill_n(grad_bias, shape.channels, 0.0f);
     return;
   }
+  const Quantizer quantizer = ranges.quantizer();
   const ChannelTable<3> table(shape, [&](std::int64_t c) {
     const Affine affine = norm.affine(c);
     return std::array<float, 3>{affine.scale, affine.shift, norm.running_mean[c]};

@@ -1,8 +1,8 @@
 #pragma once
 
+#include "../kernels/element_type.h"
+#include "../kernels/parameters.h"
 #include "channels.h"
-#include "element_type.h"
-#include "frozen_batch_norm.h"
 #include "parallel.h"
 
 namespace gdfq::cpu {

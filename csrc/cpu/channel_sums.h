@@ -161,7 +161,7 @@ ChannelSums sum_pattern(const ChannelTable<K>& table, const Parallel& parallel, 
 // Calls run(offset, length, parameters, accumulators) for runs that cover the tensor, on all threads.
 template <int K, class Run>
 ChannelSums sum_channels(const ChannelTable<K>& table, const Parallel& parallel, const Run& run) {
-  if (table.shape().is_interleaved()) return detail::sum_pattern(table, parallel, run);
+  if (is_interleaved(table.shape())) return detail::sum_pattern(table, parallel, run);
   return detail::sum_planes(table, parallel, run);
 }
 

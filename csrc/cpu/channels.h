@@ -12,25 +12,13 @@
 #include <numeric>
 #include <vector>
 
+#include "../kernels/channel_shape.h"
 #include "../kernels/quantizer.h"
 #include "parallel.h"
 
 namespace gdfq::cpu {
 
-struct ChannelShape {
-  std::int64_t outer;
-  std::int64_t channels;
-  std::int64_t inner;
-
-  // With a single channel the whole tensor is one run.
-  static ChannelShape of(std::int64_t numel, std::int64_t channels, std::int64_t inner) {
-    if (channels == 1) return {1, 1, numel};
-    return {numel == 0 ? 0 : numel / (channels * inner), channels, inner};
-  }
-
-  std::int64_t numel() const { return outer * channels * inner; }
-  bool is_interleaved() const { return channels > 1 && inner < 16; }
-};
+inline bool is_interleaved(const ChannelShape& shape) { return shape.channels > 1 && shape.inner < 16; }
 
 // About what stays in the first-level cache. A multiple of 8, so that no two blocks share a byte of a bit mask.
 constexpr std::int64_t kBlock = 8192;
@@ -63,7 +51,7 @@ class ChannelTable {
   ChannelTable(const ChannelShape& shape, const Make& make) : shape_(shape) {
     channels_.reserve(static_cast<std::size_t>(shape.channels));
     for (std::int64_t c = 0; c < shape.channels; ++c) channels_.push_back({make(c)});
-    if (shape.is_interleaved()) lay_out_pattern();
+    if (is_interleaved(shape)) lay_out_pattern();
   }
 
   const ChannelShape& shape() const { return shape_; }
@@ -99,7 +87,7 @@ class ChannelTable {
 // The block of elements that one thread takes at a time: whole periods where there is a pattern.
 template <int K>
 std::int64_t block_size(const ChannelTable<K>& table) {
-  if (!table.shape().is_interleaved()) return kBlock;
+  if (!is_interleaved(table.shape())) return kBlock;
   return table.period() * std::max<std::int64_t>(1, kBlock / table.period());
 }
 
@@ -107,7 +95,7 @@ std::int64_t block_size(const ChannelTable<K>& table) {
 template <int K, class Run>
 void for_each_run(const ChannelTable<K>& table, std::int64_t begin, std::int64_t end, const Run& run) {
   const ChannelShape& shape = table.shape();
-  if (shape.is_interleaved()) {
+  if (is_interleaved(shape)) {
     const PatternParameters<K> pattern = table.pattern();
     for (std::int64_t offset = begin; offset < end; offset += table.period()) {
       run(offset, std::min(table.period(), end - offset), pattern);

@@ -14,9 +14,9 @@ struct Levels {
   float high;
 };
 
-ChannelTable<2> quantizer_table(const ChannelShape& shape, const float* lower, const float* upper, int bits) {
-  return ChannelTable<2>(shape, [=](std::int64_t c) {
-    const Quantizer quantizer = make_quantizer(lower[c], upper[c], bits);
+ChannelTable<2> quantizer_table(const ChannelShape& shape, const Ranges& ranges) {
+  return ChannelTable<2>(shape, [&](std::int64_t c) {
+    const Quantizer quantizer = ranges.quantizer(c);
     return std::array<float, 2>{quantizer.scale, quantizer.zero};
   });
 }
@@ -62,11 +62,11 @@ GDFQ_CLONES void select_run(const T* grad_y, const std::uint8_t* inside, T* grad
 
 }  // namespace
 
-void fake_quantize(const void* x, void* y, ElementType type, ChannelShape shape, const float* lower,
-                   const float* upper, int bits, const Parallel& parallel) {
+void fake_quantize(const void* x, void* y, ElementType type, ChannelShape shape, const Ranges& ranges,
+                   const Parallel& parallel) {
   if (shape.numel() == 0) return;
-  const ChannelTable<2> table = quantizer_table(shape, lower, upper, bits);
-  const Levels levels = levels_of(bits);
+  const ChannelTable<2> table = quantizer_table(shape, ranges);
+  const Levels levels = levels_of(ranges.bits);
   with_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     for_each_run(table, parallel, [&](std::int64_t offset, std::int64_t length, const auto& parameters) {
@@ -76,11 +76,11 @@ void fake_quantize(const void* x, void* y, ElementType type, ChannelShape shape,
 }
 
 void fake_quantize_clipped(const void* x, void* y, std::uint8_t* mask, ElementType type, ChannelShape shape,
-                           const float* lower, const float* upper, int bits, const Parallel& parallel) {
+                           const Ranges& ranges, const Parallel& parallel) {
   const std::int64_t numel = shape.numel();
   if (numel == 0) return;
-  const ChannelTable<2> table = quantizer_table(shape, lower, upper, bits);
-  const Levels levels = levels_of(bits);
+  const ChannelTable<2> table = quantizer_table(shape, ranges);
+  const Levels levels = levels_of(ranges.bits);
   const std::int64_t block = block_size(table);
   with_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -2,19 +2,20 @@
 
 #include <cstdint>
 
+#include "../kernels/element_type.h"
+#include "../kernels/parameters.h"
 #include "channels.h"
-#include "element_type.h"
 #include "parallel.h"
 
 namespace gdfq::cpu {
 
-// lower and upper hold one range for each of shape.channels channels.
-void fake_quantize(const void* x, void* y, ElementType type, ChannelShape shape, const float* lower,
-                   const float* upper, int bits, const Parallel& parallel);
+// ranges holds one range for each of shape.channels channels.
+void fake_quantize(const void* x, void* y, ElementType type, ChannelShape shape, const Ranges& ranges,
+                   const Parallel& parallel);
 
 // Also writes the bit mask of the elements that were not clipped: ceil(numel / 8) bytes.
 void fake_quantize_clipped(const void* x, void* y, std::uint8_t* mask, ElementType type, ChannelShape shape,
-                           const float* lower, const float* upper, int bits, const Parallel& parallel);
+                           const Ranges& ranges, const Parallel& parallel);
 
 void fake_quantize_clipped_backward(const void* grad_y, const std::uint8_t* mask, void* grad_x, ElementType type,
                                     std::int64_t numel, const Parallel& parallel);

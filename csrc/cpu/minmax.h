@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "../kernels/element_type.h"
 #include "channels.h"
-#include "element_type.h"
 #include "simd.h"
 
 namespace gdfq::cpu {

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "element_type.h"
+#include "../kernels/element_type.h"
 #include "parallel.h"
 
 namespace gdfq::cpu {

@@ -3,10 +3,10 @@
 
 #include <type_traits>
 
-#include "../kernels/float16.h"
-#include "../kernels/quantizer.h"
+#include "float16.h"
+#include "quantizer.h"
 
-namespace gdfq::cpu {
+namespace gdfq {
 
 enum class ElementType { kFloat32, kFloat16, kBFloat16 };
 
@@ -49,4 +49,4 @@ void with_bool(bool value, const F& f) {
   }
 }
 
-}  // namespace gdfq::cpu
+}  // namespace gdfq

@@ -1,11 +1,22 @@
-// Frozen batch normalization as the kernels receive it: per-channel statistics and optional affine parameters.
+// What the kernels receive besides their tensors; pointers to parameters are to float32 on the device that runs the
+// kernel.
 #pragma once
 
 #include <cstdint>
 
-#include "../kernels/quantizer.h"
+#include "element_type.h"
+#include "quantizer.h"
 
-namespace gdfq::cpu {
+namespace gdfq {
+
+// The ranges of a quantizer, one or one per channel.
+struct Ranges {
+  const float* lower;
+  const float* upper;
+  int bits;
+
+  GDFQ_HD Quantizer quantizer(std::int64_t c = 0) const { return make_quantizer(lower[c], upper[c], bits); }
+};
 
 struct FrozenBatchNorm {
   const float* running_mean;
@@ -14,10 +25,20 @@ struct FrozenBatchNorm {
   const float* bias;    // null: 0
   float epsilon;
 
-  Affine affine(std::int64_t c) const {
+  GDFQ_HD Affine affine(std::int64_t c) const {
     return make_affine(weight == nullptr ? 1.0f : weight[c], bias == nullptr ? 0.0f : bias[c], running_mean[c],
                        running_var[c], epsilon);
   }
 };
 
-}  // namespace gdfq::cpu
+// One layer's weight: `channels` consecutive pieces of `length` elements, each with a range of its own.
+struct Weight {
+  const void* values;
+  void* quantized;
+  ElementType type;
+  std::int64_t channels;
+  std::int64_t length;
+  int bits;
+};
+
+}  // namespace gdfq

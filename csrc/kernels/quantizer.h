@@ -144,6 +144,23 @@ GDFQ_HD float apply_affine(float x, const Affine& affine) {
 
 enum class Activation : int { kNone = 0, kRelu = 1, kRelu6 = 2 };
 
+// The same with the kind known at run time only: bounds that are NaN bind nothing.
+struct Bounds {
+  float low;
+  float high;
+};
+
+GDFQ_HD Bounds bounds_of(Activation activation) {
+  return {activation == Activation::kNone ? NAN : 0.0f, activation == Activation::kRelu6 ? 6.0f : NAN};
+}
+
+GDFQ_HD float activate(float z, const Bounds& bounds) {
+  z = z < bounds.low ? bounds.low : z;
+  return z > bounds.high ? bounds.high : z;
+}
+
+GDFQ_HD bool is_active(float z, const Bounds& bounds) { return !(z <= bounds.low) && !(z >= bounds.high); }
+
 template <Activation activation>
 GDFQ_HD float activate(float z) {
   if (activation != Activation::kNone) z = z < 0.0f ? 0.0f : z;

@@ -1,8 +1,7 @@
 // A random input with a frozen batch normalization, and the same in float64.
 #pragma once
 
-#include "cpu/element_type.h"
-#include "cpu/frozen_batch_norm.h"
+#include "kernels/parameters.h"
 #include "testing.h"
 
 namespace gdfq::testing {
@@ -10,7 +9,7 @@ namespace gdfq::testing {
 constexpr float kEpsilon = 1e-5f;
 
 struct NormCase {
-  explicit NormCase(const cpu::ChannelShape& given, float offset = 0.0f)
+  explicit NormCase(const ChannelShape& given, float offset = 0.0f)
       : shape(given),
         x(random_values(given.numel(), 11, offset)),
         grad_y(random_values(given.numel(), 12)),
@@ -21,13 +20,13 @@ struct NormCase {
     for (float& value : variance) value = std::abs(value) + 0.2f;
   }
 
-  cpu::FrozenBatchNorm norm() const {
+  FrozenBatchNorm norm() const {
     return {mean.data(), variance.data(), weight.data(), bias.data(), kEpsilon};
   }
 
   NormOracle oracle(std::size_t c) const { return {weight[c], bias[c], mean[c], variance[c], kEpsilon}; }
 
-  cpu::ChannelShape shape;
+  ChannelShape shape;
   std::vector<float> x, grad_y, mean, variance, weight, bias;
 };
 

@@ -11,11 +11,12 @@ namespace {
 
 constexpr float kLower = -0.5f, kUpper = 4.0f;
 constexpr int kBits = 4;
+const Ranges kRanges{&kLower, &kUpper, kBits};
 
 void test_forward(const NormCase& c, Activation activation) {
   std::vector<float> y(c.x.size(), -1.0f);
-  batch_norm_act_fake_quantize(c.x.data(), y.data(), ElementType::kFloat32, c.shape, c.norm(),
-                               make_quantizer(kLower, kUpper, kBits), activation, kSerial);
+  batch_norm_act_fake_quantize(c.x.data(), y.data(), ElementType::kFloat32, c.shape, c.norm(), kRanges,
+                               activation, kSerial);
   const Oracle oracle(kLower, kUpper, kBits);
   for (std::size_t i = 0; i < y.size(); ++i) {
     const double a = activated(c.oracle(channel_of(c.shape, i))(c.x[i]), activation);
@@ -32,8 +33,8 @@ Gradients backward(const NormCase& c, Activation activation, bool clipped, const
   Gradients gradients{std::vector<float>(c.x.size(), -1.0f), std::vector<float>(channels, -1.0f),
                       std::vector<float>(channels, -1.0f)};
   batch_norm_act_fake_quantize_backward(c.grad_y.data(), c.x.data(), gradients.x.data(), gradients.weight.data(),
-                                        gradients.bias.data(), ElementType::kFloat32, c.shape, c.norm(),
-                                        make_quantizer(kLower, kUpper, kBits), activation, clipped, parallel);
+                                        gradients.bias.data(), ElementType::kFloat32, c.shape, c.norm(), kRanges,
+                                        activation, clipped, parallel);
   return gradients;
 }
 
@@ -78,10 +79,9 @@ void test_without_affine() {
   plain.weight = nullptr;
   plain.bias = nullptr;
   std::vector<float> given(c.x.size()), absent(c.x.size());
-  const Quantizer quantizer = make_quantizer(kLower, kUpper, kBits);
-  batch_norm_act_fake_quantize(c.x.data(), given.data(), ElementType::kFloat32, c.shape, c.norm(), quantizer,
+  batch_norm_act_fake_quantize(c.x.data(), given.data(), ElementType::kFloat32, c.shape, c.norm(), kRanges,
                                Activation::kRelu, kSerial);
-  batch_norm_act_fake_quantize(c.x.data(), absent.data(), ElementType::kFloat32, c.shape, plain, quantizer,
+  batch_norm_act_fake_quantize(c.x.data(), absent.data(), ElementType::kFloat32, c.shape, plain, kRanges,
                                Activation::kRelu, kSerial);
   CHECK(same(given, absent));
 }

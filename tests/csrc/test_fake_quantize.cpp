@@ -19,6 +19,8 @@ struct Case {
     }
   }
 
+  Ranges ranges(int bits) const { return {lower.data(), upper.data(), bits}; }
+
   ChannelShape shape;
   std::vector<float> x, lower, upper;
 };
@@ -28,9 +30,9 @@ std::vector<std::uint8_t> bytes_for(const Case& c) { return std::vector<std::uin
 void test_against_oracle(const Case& c, int bits) {
   std::vector<float> y(c.x.size(), -1.0f), clipped(c.x.size(), -1.0f);
   std::vector<std::uint8_t> mask = bytes_for(c);
-  fake_quantize(c.x.data(), y.data(), ElementType::kFloat32, c.shape, c.lower.data(), c.upper.data(), bits, kSerial);
-  fake_quantize_clipped(c.x.data(), clipped.data(), mask.data(), ElementType::kFloat32, c.shape, c.lower.data(),
-                        c.upper.data(), bits, kSerial);
+  fake_quantize(c.x.data(), y.data(), ElementType::kFloat32, c.shape, c.ranges(bits), kSerial);
+  fake_quantize_clipped(c.x.data(), clipped.data(), mask.data(), ElementType::kFloat32, c.shape, c.ranges(bits),
+                        kSerial);
   CHECK(same(y, clipped));
   for (std::size_t i = 0; i < c.x.size(); ++i) {
     const std::size_t channel = channel_of(c.shape, i);
@@ -46,10 +48,10 @@ void test_against_oracle(const Case& c, int bits) {
 void test_threads_do_not_matter(const Case& c) {
   std::vector<float> one(c.x.size()), two(c.x.size());
   std::vector<std::uint8_t> mask_of_one = bytes_for(c), mask_of_two = bytes_for(c);
-  fake_quantize_clipped(c.x.data(), one.data(), mask_of_one.data(), ElementType::kFloat32, c.shape, c.lower.data(),
-                        c.upper.data(), 4, kSerial);
-  fake_quantize_clipped(c.x.data(), two.data(), mask_of_two.data(), ElementType::kFloat32, c.shape, c.lower.data(),
-                        c.upper.data(), 4, kTwoThreads);
+  fake_quantize_clipped(c.x.data(), one.data(), mask_of_one.data(), ElementType::kFloat32, c.shape, c.ranges(4),
+                        kSerial);
+  fake_quantize_clipped(c.x.data(), two.data(), mask_of_two.data(), ElementType::kFloat32, c.shape, c.ranges(4),
+                        kTwoThreads);
   CHECK(one == two && mask_of_one == mask_of_two);
 }
 
@@ -73,9 +75,8 @@ void test_half_precision(const Case& c, ElementType type) {
   std::vector<float> widened, expected(c.x.size());
   for (const float value : c.x) x.push_back(from_float<T>(value));
   for (const T value : x) widened.push_back(to_float(value));
-  fake_quantize(x.data(), y.data(), type, c.shape, c.lower.data(), c.upper.data(), 8, kSerial);
-  fake_quantize(widened.data(), expected.data(), ElementType::kFloat32, c.shape, c.lower.data(), c.upper.data(), 8,
-                kSerial);
+  fake_quantize(x.data(), y.data(), type, c.shape, c.ranges(8), kSerial);
+  fake_quantize(widened.data(), expected.data(), ElementType::kFloat32, c.shape, c.ranges(8), kSerial);
   for (std::size_t i = 0; i < y.size(); ++i) CHECK(y[i].bits == from_float<T>(expected[i]).bits);
 }
 
@@ -84,7 +85,7 @@ void test_nan_and_bad_ranges() {
   const std::vector<float> lower = {-1.0f, 1.0f, kNan, -kInfinity, -1.0f};
   const std::vector<float> upper = {1.0f, -1.0f, 1.0f, 1.0f, 1.0f};
   std::vector<float> y(5);
-  fake_quantize(x.data(), y.data(), ElementType::kFloat32, {1, 5, 1}, lower.data(), upper.data(), 4, kSerial);
+  fake_quantize(x.data(), y.data(), ElementType::kFloat32, {1, 5, 1}, {lower.data(), upper.data(), 4}, kSerial);
   for (std::size_t i = 0; i < 4; ++i) CHECK(std::isnan(y[i]));
   CHECK(std::isfinite(y[4]));
 }

@@ -55,8 +55,7 @@ constexpr cpu::Parallel kTwoThreads{run_on_two_threads};
 
 // Layouts that exercise every path: long and short planes, planes longer than a block, one channel, many channels,
 // channels_last, odd sizes, nothing.
-inline std::vector<cpu::ChannelShape> shapes() {
-  using cpu::ChannelShape;
+inline std::vector<ChannelShape> shapes() {
   return {{2, 3, 49},  {3, 5, 17},  {1, 2, 20000}, {7, 3, 1},     {40, 16, 1}, {300, 70, 1},
           {2, 4, 4},   {5, 3, 15},  {1, 1, 5},     {1, 1, 30001}, {0, 4, 1},   {0, 2, 64},
           {6, 200, 3}, {9, 2, 1000}};
@@ -70,7 +69,7 @@ inline std::vector<float> random_values(std::int64_t count, unsigned seed, float
   return values;
 }
 
-inline std::size_t channel_of(const cpu::ChannelShape& shape, std::size_t i) {
+inline std::size_t channel_of(const ChannelShape& shape, std::size_t i) {
   return i / static_cast<std::size_t>(shape.inner) % static_cast<std::size_t>(shape.channels);
 }
 

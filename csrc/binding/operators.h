@@ -1,0 +1,240 @@
+// The operators' bodies, for every device: arguments checked, outputs allocated, the kernel called. Schemas, fake kernels
+// and autograd are Python's.
+//
+// Where says which kernels run: `Where where(x)` is made once the arguments are checked and `where.device()` is the last
+// argument of every kernel. Its namespace, gdfq::cpu or gdfq::cuda, is where the call finds the kernel of that name.
+#pragma once
+
+#include <tuple>
+#include <vector>
+
+#include "tensors.h"
+
+namespace gdfq::binding {
+
+// An input that every kernel reads: dense, with its layout and element type.
+struct Input {
+  Input(const char* name, const Tensor& given)
+      : type(element_type(name, given)), format(dense_format(given)), tensor(in_format(given, format)) {}
+
+  const void* data() const { return tensor.const_data_ptr(); }
+  Tensor empty_like() const { return empty_in_format(tensor, format); }
+
+  ElementType type;
+  MemoryFormat format;
+  Tensor tensor;
+};
+
+// A gradient is read along with x, so it takes the type and the layout of x.
+inline Tensor gradient_like(const Tensor& gradient, const Input& x) {
+  STD_TORCH_CHECK(gradient.numel() == x.tensor.numel(), "grad_y has ", gradient.numel(), " elements and x has ",
+                  x.tensor.numel(), "; they must have the same shape");
+  check_device("grad_y", gradient, x.tensor);
+  if (gradient.scalar_type() == x.tensor.scalar_type()) return in_format(gradient, x.format);
+  return in_format(torch::stable::to(gradient, x.tensor.scalar_type()), x.format);
+}
+
+// x of shape (N, C, ...), with its channels.
+struct ChannelInput : Input {
+  explicit ChannelInput(const Tensor& x) : Input("x", x), shape(channels_of(tensor)) {}
+
+  static ChannelShape channels_of(const Tensor& x) {
+    STD_TORCH_CHECK(x.dim() >= 2, "x has ", x.dim(), " dimensions; batch normalization needs (N, C, ...)");
+    return channel_shape(x, 1);
+  }
+
+  Tensor empty_per_channel() const { return empty_floats(tensor, shape.channels); }
+
+  ChannelShape shape;
+};
+
+// The same with the frozen batch normalization of the channels.
+struct NormalizedInput : ChannelInput {
+  NormalizedInput(const Tensor& x, const Tensor& running_mean, const Tensor& running_var,
+                  const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps)
+      : ChannelInput(x) {
+    norm.running_mean = parameter("running_mean", running_mean, shape.channels, x);
+    norm.running_var = parameter("running_var", running_var, shape.channels, x);
+    norm.weight = parameter("weight", weight, shape.channels, x);
+    norm.bias = parameter("bias", bias, shape.channels, x);
+    norm.epsilon = static_cast<float>(eps);
+  }
+
+  FrozenBatchNorm norm;
+};
+
+inline Ranges checked_ranges(const Tensor& lower, const Tensor& upper, std::int64_t bits, std::int64_t count,
+                             const Tensor& x) {
+  return {parameter("lower", lower, count, x), parameter("upper", upper, count, x), checked_bits(bits)};
+}
+
+inline ChannelShape channels_along(const Tensor& x, std::int64_t axis) {
+  STD_TORCH_CHECK(axis >= -1 && axis < x.dim(), "axis is ", axis, "; it must be -1 or a dimension of x, which has ",
+                  x.dim());
+  return channel_shape(x, axis);
+}
+
+template <class Where>
+Tensor fake_quantize(const Tensor& x, const Tensor& lower, const Tensor& upper, std::int64_t bits, std::int64_t axis) {
+  const Input input("x", x);
+  const ChannelShape shape = channels_along(input.tensor, axis);
+  const Ranges ranges = checked_ranges(lower, upper, bits, shape.channels, x);
+  Tensor y = input.empty_like();
+  Where where(x);
+  fake_quantize(input.data(), y.mutable_data_ptr(), input.type, shape, ranges, where.device());
+  return y;
+}
+
+template <class Where>
+std::tuple<Tensor, Tensor> fake_quantize_clipped(const Tensor& x, const Tensor& lower, const Tensor& upper,
+                                                 std::int64_t bits, std::int64_t axis) {
+  const Input input("x", x);
+  const ChannelShape shape = channels_along(input.tensor, axis);
+  const Ranges ranges = checked_ranges(lower, upper, bits, shape.channels, x);
+  Tensor y = input.empty_like();
+  Tensor mask = torch::stable::new_empty(x, {(x.numel() + 7) / 8}, ScalarType::Byte);
+  Where where(x);
+  fake_quantize_clipped(input.data(), y.mutable_data_ptr(), static_cast<std::uint8_t*>(mask.mutable_data_ptr()),
+                        input.type, shape, ranges, where.device());
+  return {y, mask};
+}
+
+template <class Where>
+Tensor fake_quantize_clipped_backward(const Tensor& grad_y, const Tensor& mask) {
+  const Input input("grad_y", grad_y);
+  const std::int64_t bytes = (grad_y.numel() + 7) / 8;
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() && mask.numel() == bytes,
+                  "mask must be ", bytes, " contiguous uint8, as fake_quantize_clipped returned it");
+  check_device("mask", mask, grad_y);
+  Tensor grad_x = input.empty_like();
+  Where where(grad_y);
+  fake_quantize_clipped_backward(input.data(), static_cast<const std::uint8_t*>(mask.const_data_ptr()),
+                                 grad_x.mutable_data_ptr(), input.type, grad_y.numel(), where.device());
+  return grad_x;
+}
+
+template <class Where>
+std::vector<Tensor> fake_quantize_weights(const std::vector<Tensor>& weights, const std::vector<std::int64_t>& bits) {
+  STD_TORCH_CHECK(weights.size() == bits.size(), "there are ", weights.size(), " weights and ", bits.size(),
+                  " bits; give one for each weight");
+  std::vector<Input> inputs;  // keep copies made dense alive
+  std::vector<Tensor> quantized;
+  std::vector<Weight> tasks;
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    STD_TORCH_CHECK(weights[i].dim() >= 1, "a weight has no dimensions; it needs its output channels first");
+    check_device("weights", weights[i], weights.front());
+    const Input& input = inputs.emplace_back("weight", weights[i]);
+    quantized.push_back(input.empty_like());
+    const std::int64_t channels = input.tensor.size(0);
+    const std::int64_t length = channels == 0 ? 0 : input.tensor.numel() / channels;
+    tasks.push_back({input.data(), quantized.back().mutable_data_ptr(), input.type, channels, length,
+                     checked_bits(bits[i])});
+  }
+  if (weights.empty()) return quantized;
+  Where where(weights.front());
+  fake_quantize_weights(tasks, where.device());
+  return quantized;
+}
+
+template <class Where>
+Tensor fake_quantize_weight(const Tensor& weight, std::int64_t bits) {
+  return fake_quantize_weights<Where>({weight}, {bits}).front();
+}
+
+template <class Where>
+Tensor observe_range(const Tensor& x, const Tensor& state, double momentum) {
+  const Input input("x", x);
+  parameter("state", state, 3, x);
+  Tensor average = empty_floats(state, 2);
+  Where where(x);
+  observe_range(input.data(), floats(state), floats(average), input.type, x.numel(), momentum, where.device());
+  return average;
+}
+
+template <class Where>
+Tensor batch_norm_act_fake_quantize(const Tensor& x, const Tensor& running_mean, const Tensor& running_var,
+                                    const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                                    const Tensor& lower, const Tensor& upper, std::int64_t bits, double eps,
+                                    std::int64_t act, bool /*clipped: the gradient's kind*/) {
+  const NormalizedInput input(x, running_mean, running_var, weight, bias, eps);
+  const Ranges ranges = checked_ranges(lower, upper, bits, 1, x);
+  const Activation activation = checked_activation(act);
+  Tensor y = input.empty_like();
+  Where where(x);
+  batch_norm_act_fake_quantize(input.data(), y.mutable_data_ptr(), input.type, input.shape, input.norm, ranges,
+                               activation, where.device());
+  return y;
+}
+
+template <class Where>
+std::tuple<Tensor, Tensor, Tensor> batch_norm_act_fake_quantize_backward(
+    const Tensor& grad_y, const Tensor& x, const Tensor& running_mean, const Tensor& running_var,
+    const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const Tensor& lower, const Tensor& upper,
+    std::int64_t bits, double eps, std::int64_t act, bool clipped) {
+  const NormalizedInput input(x, running_mean, running_var, weight, bias, eps);
+  const Tensor gradient = gradient_like(grad_y, input);
+  const Ranges ranges = checked_ranges(lower, upper, bits, 1, x);
+  const Activation activation = checked_activation(act);
+  Tensor grad_x = input.empty_like();
+  Tensor grad_weight = input.empty_per_channel();
+  Tensor grad_bias = input.empty_per_channel();
+  Where where(x);
+  batch_norm_act_fake_quantize_backward(gradient.const_data_ptr(), input.data(), grad_x.mutable_data_ptr(),
+                                        floats(grad_weight), floats(grad_bias), input.type, input.shape, input.norm,
+                                        ranges, activation, clipped, where.device());
+  return {grad_x, grad_weight, grad_bias};
+}
+
+template <class Where>
+std::tuple<Tensor, Tensor, Tensor> batch_norm_act_moments(const Tensor& x, const Tensor& running_mean,
+                                                          const Tensor& running_var,
+                                                          const std::optional<Tensor>& weight,
+                                                          const std::optional<Tensor>& bias, double eps,
+                                                          std::int64_t act) {
+  const NormalizedInput input(x, running_mean, running_var, weight, bias, eps);
+  const Activation activation = checked_activation(act);
+  Tensor y = input.empty_like();
+  Tensor mean = input.empty_per_channel();
+  Tensor variance = input.empty_per_channel();
+  Where where(x);
+  batch_norm_act_moments(input.data(), y.mutable_data_ptr(), floats(mean), floats(variance), input.type, input.shape,
+                         input.norm, activation, where.device());
+  return {y, mean, variance};
+}
+
+template <class Where>
+Tensor batch_norm_act_moments_backward(const Tensor& grad_y, const Tensor& grad_mean, const Tensor& grad_var,
+                                       const Tensor& x, const Tensor& mean, const Tensor& running_mean,
+                                       const Tensor& running_var, const std::optional<Tensor>& weight,
+                                       const std::optional<Tensor>& bias, double eps, std::int64_t act) {
+  const NormalizedInput input(x, running_mean, running_var, weight, bias, eps);
+  const Tensor gradient = gradient_like(grad_y, input);
+  const std::int64_t channels = input.shape.channels;
+  const float* mean_gradient = parameter("grad_mean", grad_mean, channels, x);
+  const float* variance_gradient = parameter("grad_var", grad_var, channels, x);
+  const float* batch_mean = parameter("mean", mean, channels, x);
+  const Activation activation = checked_activation(act);
+  Tensor grad_x = input.empty_like();
+  Where where(x);
+  batch_norm_act_moments_backward(gradient.const_data_ptr(), mean_gradient, variance_gradient, input.data(), batch_mean,
+                                  grad_x.mutable_data_ptr(), input.type, input.shape, input.norm, activation,
+                                  where.device());
+  return grad_x;
+}
+
+// Registers the operators above.
+template <class Where>
+void register_operators(torch::stable::detail::StableLibrary& library) {
+  library.impl("fake_quantize", TORCH_BOX(&fake_quantize<Where>));
+  library.impl("fake_quantize_clipped", TORCH_BOX(&fake_quantize_clipped<Where>));
+  library.impl("fake_quantize_clipped_backward", TORCH_BOX(&fake_quantize_clipped_backward<Where>));
+  library.impl("fake_quantize_weight", TORCH_BOX(&fake_quantize_weight<Where>));
+  library.impl("fake_quantize_weights", TORCH_BOX(&fake_quantize_weights<Where>));
+  library.impl("observe_range", TORCH_BOX(&observe_range<Where>));
+  library.impl("batch_norm_act_fake_quantize", TORCH_BOX(&batch_norm_act_fake_quantize<Where>));
+  library.impl("batch_norm_act_fake_quantize_backward", TORCH_BOX(&batch_norm_act_fake_quantize_backward<Where>));
+  library.impl("batch_norm_act_moments", TORCH_BOX(&batch_norm_act_moments<Where>));
+  library.impl("batch_norm_act_moments_backward", TORCH_BOX(&batch_norm_act_moments_backward<Where>));
+}
+
+}  // namespace gdfq::binding
