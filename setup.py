@@ -4,8 +4,10 @@
     gdfq_ext/_build_info*.so   how they were built
 
 GDFQ_BUILD: `auto` (the default) compiles where a C++ compiler is found and otherwise installs pure PyTorch, `off` never
-compiles, `require` stops without a compiler. GDFQ_WERROR=1 makes warnings errors. GDFQ_CUDA_ARCHITECTURES lists the
-compute capabilities to compile CUDA kernels for, "80 90 100 120" unless given.
+compiles, `require` stops without a compiler. GDFQ_CUDA: `auto` compiles the CUDA kernels where nvcc is found and torch
+is a CUDA build, `off` never does, `require` does so with any torch and stops without nvcc. GDFQ_CUDA_ARCHITECTURES
+lists the compute capabilities to compile them for; unless given, those of the GPUs that are here, else "80 90 100 120".
+GDFQ_WERROR=1 makes warnings errors.
 """
 
 import os
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,7 +81,7 @@ def compiled_parts() -> Mapping:
     # The machine's paths stay out of the files, in error messages too.
     relocated = [f"-ffile-prefix-map={ROOT}=.", f"-ffile-prefix-map={Path(torch.__file__).parent}=torch"]
     flags = [*CXX_FLAGS, *warnings_are_errors, *relocated]
-    cuda = find_cuda() if sources("cuda") else None
+    cuda = find_cuda()
     operators = Extension(
         "gdfq_ext._C",
         sources=[*sources("kernels"), *sources("binding"), *(sources("cuda_binding") if cuda else [])],
@@ -142,7 +145,24 @@ def quoted(text: str) -> str:
 
 @cache
 def find_cuda() -> Path | None:
-    """The CUDA toolkit: nvcc with its headers. Whether a GPU is here, or what torch was built for, plays no part."""
+    """The CUDA toolkit, where GDFQ_CUDA wants it used. Whether a GPU is here plays no part."""
+    import torch
+
+    mode = os.environ.get("GDFQ_CUDA", "auto")
+    if mode not in ("auto", "off", "require"):
+        sys.exit(f"gdfq: GDFQ_CUDA={mode!r} is not known; allowed are auto, off, require")
+    if mode == "off" or (mode == "auto" and torch.version.cuda is None):
+        return None
+    toolkit = find_toolkit()
+    if toolkit is None and mode == "require":
+        sys.exit("gdfq: GDFQ_CUDA=require, but no nvcc with its headers was found (set CUDA_HOME)")
+    if toolkit is None:
+        print("gdfq: torch is a CUDA build, but no nvcc was found (set CUDA_HOME): on a GPU, pure PyTorch will run")
+    return toolkit
+
+
+def find_toolkit() -> Path | None:
+    """nvcc with its headers."""
     on_path = shutil.which("nvcc")
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     if on_path:
@@ -156,7 +176,7 @@ def find_cuda() -> Path | None:
 
 def cuda_directory(name: str) -> list[str]:
     """[CUDA toolkit/name] where CUDA kernels are built."""
-    return [str(find_cuda() / name)] if sources("cuda") and find_cuda() else []
+    return [str(find_cuda() / name)] if find_cuda() else []
 
 
 def cuda_version() -> str:
@@ -164,25 +184,41 @@ def cuda_version() -> str:
     return text.split("release ")[1].split(",")[0]
 
 
+@cache
 def cuda_architectures() -> list[str]:
-    return os.environ.get("GDFQ_CUDA_ARCHITECTURES", "80 90 100 120").replace(",", " ").split()
+    import torch
+
+    given = os.environ.get("GDFQ_CUDA_ARCHITECTURES", "").replace(",", " ").split()
+    devices = range(torch.cuda.device_count())
+    found = sorted({major * 10 + minor for major, minor in map(torch.cuda.get_device_capability, devices)})
+    return given or [str(capability) for capability in found] or ["80", "90", "100", "120"]
 
 
 def compile_cuda(directory: Path) -> list[str]:
-    """Compiles each .cu file for all architectures, with code that later GPUs can translate; returns the objects."""
+    """Compiles what changed for all architectures, with code that later GPUs can translate; returns the objects."""
     architectures = cuda_architectures()
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     targets.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
     flags = [*NVCC_FLAGS, *(["-Werror=all-warnings"] if WERROR else [])]
-    objects = []
-    for source in sources("cuda"):
+    newest_header = max(path.stat().st_mtime for path in (ROOT / "csrc/kernels").glob("*.*h"))
+
+    def compile_one(source: str) -> str:
         object_file = directory / Path(source).with_suffix(".cu.o")
         object_file.parent.mkdir(parents=True, exist_ok=True)
         command = [find_cuda() / "bin/nvcc", *flags, *targets, "-c", source, "-o", object_file]
-        print(" ".join(map(str, command)))
-        subprocess.run(command, check=True, cwd=ROOT)
-        objects.append(str(object_file))
-    return objects
+        command_file = object_file.with_suffix(".command")
+        command_line = " ".join(map(str, command))
+        is_new = object_file.exists() and object_file.stat().st_mtime > max(
+            newest_header, (ROOT / source).stat().st_mtime
+        )
+        if not (is_new and command_file.exists() and command_file.read_text() == command_line):
+            print(command_line, flush=True)
+            subprocess.run(command, check=True, cwd=ROOT)
+            command_file.write_text(command_line)
+        return str(object_file)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sources("cuda")))
 
 
 main()

@@ -89,6 +89,18 @@ SCHEMAS = {
     # A label outside 0..C-1 makes cross_entropy, loss and that row's gradient NaN. B = 0: NaN losses, empty gradient.
     "distillation_loss": "(Tensor student_logits, Tensor teacher_logits, Tensor labels, float temperature, "
     "float cross_entropy_weight, float distillation_weight, bool batchmean) -> (Tensor, Tensor, Tensor, Tensor)",
+    # (y, mean, inv_std, new_running_mean, new_running_var). x: (N, C, *spatial), n = numel / C > 1; weight, bias:
+    # (classes, C) float32, contiguous; labels: (N,) int64. mean and inv_std = 1 / sqrt(biased variance + eps) of the
+    # batch, (C,) float32; z = weight[label] * (x - mean) * inv_std + bias[label]; y = z where z >= 0, else slope * z; a
+    # label that is no row makes its sample NaN. new_running = (1 - momentum) * running + momentum * new, the variance
+    # unbiased; nothing is updated in place, which autograd does not allow. Empty x: mean and inv_std are NaN, the
+    # running statistics are copied.
+    "conditional_batch_norm_act": "(Tensor x, Tensor weight, Tensor bias, Tensor labels, Tensor running_mean, "
+    "Tensor running_var, float momentum, float eps, float slope) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # (grad_x, grad_weight, grad_bias), the last two (classes, C) float32: sums over the samples of each label.
+    # dz = grad_y where z > 0, else slope * grad_y.
+    "conditional_batch_norm_act_backward": "(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor labels, "
+    "Tensor mean, Tensor inv_std, float slope) -> (Tensor, Tensor, Tensor)",
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -171,3 +183,13 @@ def _(means, variances, running_means, running_vars, mean):
 def _(student_logits, teacher_logits, labels, temperature, cross_entropy_weight, distillation_weight, batchmean):
     loss, cross_entropy, kl = (student_logits.new_empty(()) for _ in range(3))
     return loss, cross_entropy, kl, torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+
+
+@_fake("conditional_batch_norm_act")
+def _(x, weight, bias, labels, running_mean, running_var, momentum, eps, slope):
+    return empty_dense_like(x), *(torch.empty_like(running_mean) for _ in range(4))
+
+
+@_fake("conditional_batch_norm_act_backward")
+def _(grad_y, x, weight, bias, labels, mean, inv_std, slope):
+    return empty_dense_like(x), torch.empty_like(weight), torch.empty_like(bias)

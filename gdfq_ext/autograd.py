@@ -145,3 +145,25 @@ def _distillation_backward(ctx, grad_loss: Tensor, *_grads):
 
 
 _register("distillation_loss", _distillation_setup, _distillation_backward)
+
+
+# The generator's batch normalisation: x is saved with the batch's statistics, z is computed again.
+
+
+def _conditional_setup(ctx, inputs, output):
+    x, weight, bias, labels, _, _, _, _, slope = inputs
+    _, mean, inv_std, *running = output
+    ctx.mark_non_differentiable(mean, inv_std, *running)
+    ctx.save_for_backward(x, weight, bias, labels, mean, inv_std)
+    ctx.slope = slope
+
+
+@_once
+def _conditional_backward(ctx, grad_y: Tensor, *_grads):
+    x, *parameters = ctx.saved_tensors
+    grad_y = grad_y.contiguous(memory_format=dense_format(x))
+    grads = _ops.conditional_batch_norm_act_backward(grad_y, x, *parameters, ctx.slope)
+    return *grads, None, None, None, None, None, None
+
+
+_register("conditional_batch_norm_act", _conditional_setup, _conditional_backward)

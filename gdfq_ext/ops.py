@@ -317,6 +317,66 @@ def distillation_loss(
     return loss, cross_entropy, kl
 
 
+def conditional_batch_norm_act(
+    x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, running_mean: Tensor, running_var: Tensor,
+    *, momentum: float = 0.1, eps: float = 1e-5, negative_slope: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Training batch normalisation whose gamma and beta are chosen by each sample's label, and LeakyReLU.
+
+        xhat = (x - mean_c) / sqrt(var_c + eps)        z = weight[label_n, c] * xhat + bias[label_n, c]
+        y = z where z >= 0, else negative_slope * z
+
+    with the mean and the biased variance of the batch (categorical conditional batch normalisation, as in the paper's
+    generator for ImageNet; with one class it is the ordinary kind). Gradients go to `x`, `weight` and `bias`.
+
+    Args:
+        x: `(N, C, *spatial)`, `(N, C)` included, more than one element per channel, or empty; float32, float16 or
+            bfloat16.
+        weight, bias: gamma and beta, `(classes, C)` float32.
+        labels: `(N,)` int64, each in 0..classes-1; another value makes its sample NaN, and all gradients of `x`
+            (checking it would wait for the device).
+        running_mean, running_var: `(C,)` float32, contiguous; updated in place, the variance with the unbiased one.
+        momentum: share of the new statistics in the running ones.
+        eps: added to the variance.
+        negative_slope: of LeakyReLU; 1 for no activation.
+
+    Returns:
+        y, with the shape and type of `x`.
+
+    Raises:
+        TypeError: a tensor is not of an allowed type.
+        ValueError: a shape or device does not fit, or there is one value per channel only.
+    """
+    _check_channels(x)
+    if 0 < x.numel() == x.shape[1]:
+        raise ValueError(f"x has shape {tuple(x.shape)}; statistics need more than one value per channel")
+    channels = (x.shape[1],)
+    for name, table in (("weight", weight), ("bias", bias)):
+        if table.dim() != 2 or table.shape != weight.shape or table.shape[1:] != channels:
+            raise ValueError(f"{name} has shape {tuple(table.shape)}; weight and bias must be (classes, {x.shape[1]})")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels is {labels.dtype}; allowed is torch.int64")
+    if labels.shape != x.shape[:1]:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; allowed is {tuple(x.shape[:1])}")
+    for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+        if tensor.shape != channels or not tensor.is_contiguous():
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is a contiguous {channels}")
+    tensors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"{name} is {tensor.dtype}; allowed is float32")
+        _check_device(name, tensor, x)
+    _check_device("labels", labels, x)
+    tables = weight.contiguous(), bias.contiguous(), labels.contiguous()
+    y, _, _, new_mean, new_var = _ops.conditional_batch_norm_act(
+        _dense(x), *tables, running_mean, running_var, momentum, eps, negative_slope
+    )
+    with torch.no_grad():
+        running_mean.copy_(new_mean)
+        running_var.copy_(new_var)
+    return y
+
+
 def _dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=dense_format(x))
 

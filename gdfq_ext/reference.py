@@ -141,6 +141,60 @@ def distillation_loss(
     return loss, cross_entropy, kl, torch.where(valid.unsqueeze(1), gradient, torch.nan)
 
 
+def conditional_batch_norm_act(
+    x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, running_mean: Tensor, running_var: Tensor,
+    momentum: float, eps: float, slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if x.numel() == 0:
+        nothing = torch.full_like(running_mean, torch.nan)
+        return empty_dense_like(x), nothing, nothing.clone(), running_mean.clone(), running_var.clone()
+    var, mean = torch.var_mean(x.float(), _reduced_dims(x), correction=0)
+    inv_std = (var + eps).rsqrt()
+    count = x.numel() // x.shape[1]
+    running_mean = running_mean.lerp(mean, momentum)
+    running_var = running_var.lerp(var * (count / (count - 1)), momentum)
+    z = _conditional_affine(_standardise(x, mean, inv_std), weight, bias, labels)
+    return _like(torch.where(z < 0, z * slope, z), x), mean, inv_std, running_mean, running_var
+
+
+def conditional_batch_norm_act_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, mean: Tensor, inv_std: Tensor, slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+    if x.numel() == 0:
+        return empty_dense_like(x), grad_weight, grad_bias
+    normalised = _standardise(x, mean, inv_std)
+    z = _conditional_affine(normalised, weight, bias, labels)
+    grad_z = torch.where(z > 0, grad_y.float(), grad_y.float() * slope)
+    spatial = list(range(2, x.dim()))
+    valid, index = _rows(labels, weight)
+    for table, elements in ((grad_weight, grad_z * normalised), (grad_bias, grad_z)):
+        per_sample = elements.sum(spatial) if spatial else elements
+        table.index_add_(0, index, torch.where(valid.unsqueeze(1), per_sample, 0))
+    gamma = torch.where(valid.unsqueeze(1), weight[index], torch.nan)
+    scaled = grad_z * gamma.view(*gamma.shape, *[1] * len(spatial))
+    centred = scaled - scaled.mean(_reduced_dims(x), keepdim=True)
+    centred -= normalised * (scaled * normalised).mean(_reduced_dims(x), keepdim=True)
+    return _like(centred * _per_channel(inv_std, x), x), grad_weight, grad_bias
+
+
+def _standardise(x: Tensor, mean: Tensor, inv_std: Tensor) -> Tensor:
+    return (x.float() - _per_channel(mean, x)) * _per_channel(inv_std, x)
+
+
+def _rows(labels: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a label is a row of the table, and the labels with 0 where it is not."""
+    valid = (labels >= 0) & (labels < table.shape[0])
+    return valid, torch.where(valid, labels, 0)
+
+
+def _conditional_affine(normalised: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    valid, index = _rows(labels, weight)
+    shape = [*normalised.shape[:2], *[1] * (normalised.dim() - 2)]
+    gamma = torch.where(valid.unsqueeze(1), weight[index], torch.nan).view(shape)
+    return normalised * gamma + bias[index].view(shape)
+
+
 def _coefficients(x: Tensor, lower: Tensor, upper: Tensor, bits: int, axis: int) -> tuple[Tensor, Tensor]:
     """scale and zero of Eq. 6, shaped to broadcast against `x`."""
     width = (upper - lower).clamp(min=1e-8)

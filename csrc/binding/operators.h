@@ -222,7 +222,121 @@ Tensor batch_norm_act_moments_backward(const Tensor& grad_y, const Tensor& grad_
   return grad_x;
 }
 
-// Registers the operators above.
+template <class Where>
+std::tuple<Tensor, Tensor> bns_loss(const std::vector<Tensor>& means, const std::vector<Tensor>& variances,
+                                    const std::vector<Tensor>& running_means, const std::vector<Tensor>& running_vars,
+                                    bool mean) {
+  const std::size_t count = means.size();
+  STD_TORCH_CHECK(count > 0 && variances.size() == count && running_means.size() == count &&
+                      running_vars.size() == count,
+                  "means, variances, running_means and running_vars must have one tensor for each layer, at least one");
+  std::vector<typename Where::LayerStatistics> layers;
+  std::int64_t channels = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::int64_t length = means[i].numel();
+    layers.push_back({parameter("means", means[i], length, means.front()),
+                      parameter("variances", variances[i], length, means.front()),
+                      parameter("running_means", running_means[i], length, means.front()),
+                      parameter("running_vars", running_vars[i], length, means.front()), length});
+    channels += length;
+  }
+  Tensor loss = empty_scalar(means.front());
+  Tensor gradient = empty_floats(means.front(), 2 * channels);
+  Where where(means.front());
+  bns_loss(layers, mean, floats(loss), floats(gradient), where.device());
+  return {loss, gradient};
+}
+
+template <class Where>
+std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(const Tensor& student_logits, const Tensor& teacher_logits,
+                                                             const Tensor& labels, double temperature,
+                                                             double cross_entropy_weight, double distillation_weight,
+                                                             bool batchmean) {
+  STD_TORCH_CHECK(student_logits.dim() == 2, "student_logits has ", student_logits.dim(), " dimensions instead of 2");
+  const std::int64_t batch = student_logits.size(0);
+  const std::int64_t classes = student_logits.size(1);
+  const float* student = parameter("student_logits", student_logits, batch * classes, student_logits);
+  const float* teacher = parameter("teacher_logits", teacher_logits, batch * classes, student_logits);
+  const std::int64_t* label = checked_labels(labels, batch, student_logits);
+  const typename Where::DistillationWeights weights{static_cast<float>(temperature),
+                                                    static_cast<float>(cross_entropy_weight),
+                                                    static_cast<float>(distillation_weight), batchmean};
+  Tensor loss = empty_scalar(student_logits);
+  Tensor cross_entropy = empty_scalar(student_logits);
+  Tensor kl = empty_scalar(student_logits);
+  Tensor gradient = empty_in_format(student_logits, MemoryFormat::Contiguous);
+  Where where(student_logits);
+  distillation_loss(student, teacher, label, batch, classes, weights, floats(loss), floats(cross_entropy), floats(kl),
+                    floats(gradient), where.device());
+  return {loss, cross_entropy, kl, gradient};
+}
+
+// x of shape (N, C, ...), with the tables of its batch normalization.
+template <class Where>
+struct ConditionalInput : ChannelInput {
+  ConditionalInput(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& labels, double slope)
+      : ChannelInput(x) {
+    STD_TORCH_CHECK(weight.dim() == 2, "weight has ", weight.dim(), " dimensions; it must be (classes, channels)");
+    // Other operations take a single channel for one run; here samples are told apart.
+    const std::int64_t channels = tensor.size(1);
+    std::int64_t inner = 1;
+    for (std::int64_t dim = 2; format == MemoryFormat::Contiguous && dim < tensor.dim(); ++dim) inner *= tensor.size(dim);
+    shape = {tensor.numel() == 0 ? 0 : tensor.numel() / (channels * inner), channels, inner};
+    norm.samples = tensor.size(0);
+    norm.classes = weight.size(0);
+    norm.weight = parameter("weight", weight, norm.classes * channels, x);
+    norm.bias = parameter("bias", bias, norm.classes * channels, x);
+    norm.labels = checked_labels(labels, norm.samples, x);
+    norm.slope = static_cast<float>(slope);
+  }
+
+  typename Where::ConditionalBatchNorm norm;
+};
+
+template <class Where>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conditional_batch_norm_act(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& labels, const Tensor& running_mean,
+    const Tensor& running_var, double momentum, double eps, double slope) {
+  const ConditionalInput<Where> input(x, weight, bias, labels, slope);
+  const std::int64_t channels = input.shape.channels;
+  Tensor y = input.empty_like();
+  Tensor mean = input.empty_per_channel();
+  Tensor inv_std = input.empty_per_channel();
+  Tensor new_mean = input.empty_per_channel();
+  Tensor new_var = input.empty_per_channel();
+  const typename Where::BatchStatistics statistics{parameter("running_mean", running_mean, channels, x),
+                                                   parameter("running_var", running_var, channels, x),
+                                                   floats(mean),
+                                                   floats(inv_std),
+                                                   floats(new_mean),
+                                                   floats(new_var)};
+  Where where(x);
+  conditional_batch_norm_act(input.data(), y.mutable_data_ptr(), statistics, input.type, input.shape, input.norm,
+                             static_cast<float>(momentum), static_cast<float>(eps), where.device());
+  return {y, mean, inv_std, new_mean, new_var};
+}
+
+template <class Where>
+std::tuple<Tensor, Tensor, Tensor> conditional_batch_norm_act_backward(const Tensor& grad_y, const Tensor& x,
+                                                                       const Tensor& weight, const Tensor& bias,
+                                                                       const Tensor& labels, const Tensor& mean,
+                                                                       const Tensor& inv_std, double slope) {
+  const ConditionalInput<Where> input(x, weight, bias, labels, slope);
+  const Tensor gradient = gradient_like(grad_y, input);
+  const std::int64_t channels = input.shape.channels;
+  const float* batch_mean = parameter("mean", mean, channels, x);
+  const float* batch_inv_std = parameter("inv_std", inv_std, channels, x);
+  Tensor grad_x = input.empty_like();
+  Tensor grad_weight = empty_in_format(weight, MemoryFormat::Contiguous);
+  Tensor grad_bias = empty_in_format(weight, MemoryFormat::Contiguous);
+  Where where(x);
+  conditional_batch_norm_act_backward(gradient.const_data_ptr(), input.data(), grad_x.mutable_data_ptr(),
+                                      floats(grad_weight), floats(grad_bias), batch_mean, batch_inv_std, input.type,
+                                      input.shape, input.norm, where.device());
+  return {grad_x, grad_weight, grad_bias};
+}
+
+// Registers the operators whose kernels all devices have.
 template <class Where>
 void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("fake_quantize", TORCH_BOX(&fake_quantize<Where>));
@@ -235,6 +349,15 @@ void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("batch_norm_act_fake_quantize_backward", TORCH_BOX(&batch_norm_act_fake_quantize_backward<Where>));
   library.impl("batch_norm_act_moments", TORCH_BOX(&batch_norm_act_moments<Where>));
   library.impl("batch_norm_act_moments_backward", TORCH_BOX(&batch_norm_act_moments_backward<Where>));
+}
+
+// Registers those that pay on a GPU only, where it is launches that they save.
+template <class Where>
+void register_gpu_operators(torch::stable::detail::StableLibrary& library) {
+  library.impl("bns_loss", TORCH_BOX(&bns_loss<Where>));
+  library.impl("distillation_loss", TORCH_BOX(&distillation_loss<Where>));
+  library.impl("conditional_batch_norm_act", TORCH_BOX(&conditional_batch_norm_act<Where>));
+  library.impl("conditional_batch_norm_act_backward", TORCH_BOX(&conditional_batch_norm_act_backward<Where>));
 }
 
 }  // namespace gdfq::binding

@@ -56,6 +56,8 @@ inline Tensor empty_floats(const Tensor& like, std::int64_t length) {
   return torch::stable::new_empty(like, {length}, ScalarType::Float);
 }
 
+inline Tensor empty_scalar(const Tensor& like) { return torch::stable::new_empty(like, {}, ScalarType::Float); }
+
 inline float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 // The channels of a dense tensor along `axis`; -1 makes one channel of the whole.
@@ -81,6 +83,13 @@ inline const float* parameter(const char* name, const Tensor& tensor, std::int64
 inline const float* parameter(const char* name, const std::optional<Tensor>& tensor, std::int64_t count,
                               const Tensor& x) {
   return tensor.has_value() ? parameter(name, *tensor, count, x) : nullptr;
+}
+
+inline const std::int64_t* checked_labels(const Tensor& labels, std::int64_t count, const Tensor& x) {
+  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && labels.is_contiguous() && labels.numel() == count,
+                  "labels must be ", count, " contiguous int64");
+  check_device("labels", labels, x);
+  return static_cast<const std::int64_t*>(labels.const_data_ptr());
 }
 
 inline int checked_bits(std::int64_t bits) {

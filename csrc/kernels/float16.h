@@ -1,10 +1,15 @@
 // float16 and bfloat16 as stored, and their conversions to and from float32 (round to nearest even, NaN stays NaN).
-// Integer arithmetic and selects only: the loops that use them vectorize on every instruction set, and a flush-denormals
-// mode changes nothing.
+// On the host integer arithmetic and selects only: the loops that use them vectorize on every instruction set, and a
+// flush-denormals mode changes nothing. The device has instructions for it.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
 
 #include "quantizer.h"
 
@@ -35,6 +40,9 @@ GDFQ_HD float to_float(float value) { return value; }
 GDFQ_HD float to_float(BFloat16 value) { return bits_float(static_cast<std::uint32_t>(value.bits) << 16); }
 
 GDFQ_HD float to_float(Half value) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(value.bits));
+#else
   const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = (value.bits & 0x7fffu);
   const std::uint32_t shifted = magnitude << 13;
@@ -45,6 +53,7 @@ GDFQ_HD float to_float(Half value) {
   std::uint32_t bits = magnitude < 0x0400u ? subnormal : normal;
   bits = magnitude >= 0x7c00u ? infinite_or_nan : bits;
   return bits_float(bits | sign);
+#endif
 }
 
 template <class T>
@@ -57,15 +66,22 @@ GDFQ_HD float from_float<float>(float value) {
 
 template <>
 GDFQ_HD BFloat16 from_float<BFloat16>(float value) {
+#if defined(__CUDA_ARCH__)
+  return BFloat16{__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+#else
   const std::uint32_t bits = float_bits(value);
   const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const std::uint32_t quiet_nan = (bits >> 16) | 0x0040u;
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   return BFloat16{static_cast<std::uint16_t>(is_nan ? quiet_nan : rounded)};
+#endif
 }
 
 template <>
 GDFQ_HD Half from_float<Half>(float value) {
+#if defined(__CUDA_ARCH__)
+  return Half{__half_as_ushort(__float2half_rn(value))};
+#else
   const std::uint32_t bits = float_bits(value);
   const std::uint32_t sign = (bits >> 16) & 0x8000u;
   const std::uint32_t magnitude = bits & 0x7fffffffu;
@@ -77,6 +93,7 @@ GDFQ_HD Half from_float<Half>(float value) {
   std::uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
   half = magnitude >= 0x47800000u ? overflow : half;
   return Half{static_cast<std::uint16_t>(half | sign)};
+#endif
 }
 
 }  // namespace gdfq

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_opcheck import CASES, DTYPES, LAYOUTS, Inputs
+from op_cases import CASES, DTYPES, LAYOUTS, OPS, Inputs, compare
 
 import gdfq_ext
 from gdfq_ext import reference
@@ -11,16 +11,6 @@ REPORT = gdfq_ext.backend_report()
 NATIVE = [name for name, devices in REPORT.ops.items() if devices["cpu"].backend == "native"]
 
 pytestmark = pytest.mark.skipif(not NATIVE, reason=f"no native CPU kernels: {REPORT.cause}")
-
-# Results that are sums over many elements, whose order of addition is free. All others must be equal bit for bit.
-SUMS = {
-    "batch_norm_act_fake_quantize_backward": (1, 2),
-    "batch_norm_act_moments": (1, 2),
-    "bns_loss": (0,),
-    "distillation_loss": (0, 1, 2, 3),
-}
-# grad_x of the moments adds three terms per element; kernels may gather the constants first.
-CLOSE = {"batch_norm_act_moments_backward": (0,), "bns_loss": (1,)}
 
 
 @pytest.fixture(params=[1, 2])
@@ -31,38 +21,12 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def copies(arguments):
-    """Detached arguments, with in-place state cloned."""
-    if isinstance(arguments, (list, tuple)):
-        return [copies(argument) for argument in arguments]
-    return arguments.detach().clone() if isinstance(arguments, torch.Tensor) else arguments
-
-
-def results(function, arguments):
-    """All results of a call, and the arguments after it, as one flat list."""
-    arguments = copies(arguments)
-    result = function(*arguments)
-    result = list(result) if isinstance(result, (list, tuple)) else [result]
-    return [*result, *(a for a in arguments if isinstance(a, torch.Tensor))]
-
-
-def compare(name, arguments):
-    native = results(getattr(torch.ops.gdfq_ext, name), arguments)
-    expected = results(getattr(reference, name), arguments)
-    for index, (value, reference_value) in enumerate(zip(native, expected, strict=True)):
-        loose = index in SUMS.get(name, ()) or index in CLOSE.get(name, ())
-        low_precision = value.dtype in (torch.float16, torch.bfloat16)
-        tolerance = {"rtol": 1e-2 if low_precision else 2e-5, "atol": 1e-5} if loose else {"rtol": 0, "atol": 0}
-        torch.testing.assert_close(value, reference_value, **tolerance, equal_nan=True, msg=lambda m: f"{name}: {m}")
-        assert value.stride() == reference_value.stride() or value.numel() <= 1 or 1 in value.shape
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NATIVE)
 def test_native_is_the_reference_on_small_cases(name, dtype, layout, threads):
     for arguments in CASES[name](Inputs(dtype, layout)):
-        compare(name, arguments)
+        compare(OPS, name, arguments)
 
 
 LARGE = [(16, 16, 24, 24), (5, 37, 13, 11), (1, 1, 1, 40_001), (20_001, 3)]
@@ -85,7 +49,7 @@ def test_native_quantizers_agree_level_by_level_over_threads(shape, dtype, layou
         "fake_quantize_weight": (x, 4),
         "observe_range": (x, torch.tensor([-0.1, 0.2, 0.3]), 0.9),
     }.items():
-        compare(name, arguments)
+        compare(OPS, name, arguments)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -97,11 +61,11 @@ def test_native_batch_norm_agrees_over_threads(shape, dtype, layout, act, thread
     mean, var, weight, bias, grad_mean, grad_var = (i.channel(shape[1]) for _ in range(6))
     bn = (mean, var, weight - 0.5, bias - 0.5)
     settings = (i.lower, i.upper, 4, 1e-5, act, True)
-    compare("batch_norm_act_fake_quantize", (x, *bn, *settings))
+    compare(OPS, "batch_norm_act_fake_quantize", (x, *bn, *settings))
     small = grad / x.numel() ** 0.5  # sums of order one, so that one absolute tolerance fits
-    compare("batch_norm_act_fake_quantize_backward", (small.to(dtype), x, *bn, *settings))
-    compare("batch_norm_act_moments", (x, *bn, 1e-5, act))
-    compare("batch_norm_act_moments_backward", (grad, grad_mean, grad_var, x, mean, *bn, 1e-5, act))
+    compare(OPS, "batch_norm_act_fake_quantize_backward", (small.to(dtype), x, *bn, *settings))
+    compare(OPS, "batch_norm_act_moments", (x, *bn, 1e-5, act))
+    compare(OPS, "batch_norm_act_moments_backward", (grad, grad_mean, grad_var, x, mean, *bn, 1e-5, act))
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])

@@ -1,0 +1,269 @@
+// The generator's batch normalization, with statistics of the batch, gamma and beta chosen by each sample's label, and
+// LeakyReLU:
+//   xhat = (x - mean_c) / sqrt(var_c + epsilon)        y = leaky(weight[label_n, c] * xhat + bias[label_n, c])
+//
+// Bytes per element (float32): 12 forward (the statistics need a pass of their own), 20 backward (the sums over a
+// channel do, too).
+//
+// Launch: `channels.cuh`, for the statistics with channels as groups, otherwise with (sample, channel) as groups, since
+// that is what shares a gamma and a beta. Between the passes, small kernels finish the sums: one warp for each channel,
+// and for the gradients of the tables one thread for each channel of a sample. The first sample of a label adds those
+// of all later samples with it: no atomics, and nothing but clearing the tables grows with the number of classes.
+#include "conditional_batch_norm_act.h"
+
+#include "channels.cuh"
+
+namespace gdfq::cuda {
+namespace {
+
+GroupedShape by_sample(const ChannelShape& shape, std::int64_t samples) {
+  return {samples, shape.outer / samples, shape.channels, shape.inner};
+}
+
+template <class T>
+struct Moments : ChannelOperation<T, 1, 2, false> {
+  const float* running_mean;
+
+  using Group = float;
+  __device__ Group group(std::int64_t c) const { return running_mean[c]; }
+
+  __device__ float operator()(const float (&in)[1], const Group& center, float (&sums)[2]) const {
+    const float deviation = in[0] - center;
+    sums[0] += deviation;
+    sums[1] += deviation * deviation;
+    return 0.0f;
+  }
+};
+
+__global__ void __launch_bounds__(kThreads)
+    statistics_kernel(Partial partial, double count, float momentum, float epsilon, BatchStatistics statistics) {
+  const std::int64_t c = group_of_warp();
+  if (c >= partial.groups) return;
+  const double deviation = sum_of_shares(partial, 0, c) / count;
+  const double square = sum_of_shares(partial, 1, c) / count - deviation * deviation;
+  if (threadIdx.x % kWarp != 0) return;
+  const double variance = square < 0.0 ? 0.0 : square;
+  const double running_mean = statistics.running_mean[c];
+  const double running_var = statistics.running_var[c];
+  const double mean = running_mean + deviation;
+  const double unbiased = variance * count / (count - 1.0);
+  statistics.mean[c] = static_cast<float>(mean);
+  statistics.inv_std[c] = static_cast<float>(1.0 / sqrt(variance + epsilon));
+  const bool empty = count == 0.0;
+  statistics.new_running_mean[c] = static_cast<float>(empty ? running_mean : running_mean + momentum * deviation);
+  statistics.new_running_var[c] =
+      static_cast<float>(empty ? running_var : running_var + momentum * (unbiased - running_var));
+}
+
+// What elements of one channel of one sample share.
+struct Normalization {
+  float mean;
+  float inv_std;
+  float weight;
+  float bias;
+
+  __device__ float normalized(float x) const { return (x - mean) * inv_std; }
+  __device__ float affine(float x) const { return weight * normalized(x) + bias; }
+};
+
+// The parameters of group sample * channels + c.
+struct Groups {
+  ConditionalBatchNorm norm;
+  const float* mean;
+  const float* inv_std;
+  std::int64_t channels;
+
+  __device__ Normalization at(std::int64_t group) const {
+    const std::int64_t sample = group / channels;
+    const std::int64_t c = group - sample * channels;
+    const std::int64_t row = norm.row(sample);
+    return {mean[c], inv_std[c], row < 0 ? NAN : norm.weight[row * channels + c],
+            row < 0 ? NAN : norm.bias[row * channels + c]};
+  }
+};
+
+template <class T>
+struct Forward : ChannelOperation<T, 1, 0, true> {
+  Groups groups;
+
+  using Group = Normalization;
+  __device__ Group group(std::int64_t g) const { return groups.at(g); }
+
+  __device__ float operator()(const float (&in)[1], const Group& group, float (&)[1]) const {
+    const float z = group.affine(in[0]);
+    return z < 0.0f ? z * groups.norm.slope : z;
+  }
+};
+
+__device__ __forceinline__ float through_leaky_relu(float grad_y, float z, float slope) {
+  return z > 0.0f ? grad_y : grad_y * slope;
+}
+
+// Sums dz * xhat and dz over each channel of each sample.
+template <class T>
+struct Sums : ChannelOperation<T, 2, 2, false> {
+  Groups groups;
+
+  using Group = Normalization;
+  __device__ Group group(std::int64_t g) const { return groups.at(g); }
+
+  __device__ float operator()(const float (&in)[2], const Group& group, float (&sums)[2]) const {
+    const float grad_z = through_leaky_relu(in[0], group.affine(in[1]), groups.norm.slope);
+    sums[0] += grad_z * group.normalized(in[1]);
+    sums[1] += grad_z;
+    return 0.0f;
+  }
+};
+
+// A group's two sums over all shares, where the second stage leaves them: [sum][sample * channels + c].
+__global__ void __launch_bounds__(kThreads) join_shares_kernel(Partial partial, float* sums) {
+  const std::int64_t group = group_of_warp();
+  if (group >= partial.groups) return;
+  for (int k = 0; k < 2; ++k) {
+    const double sum = sum_of_shares(partial, k, group);
+    if (threadIdx.x % kWarp == 0) sums[k * partial.groups + group] = static_cast<float>(sum);
+  }
+}
+
+// Sums over the samples of a channel, weighted by gamma: what the gradient of x takes from mean and variance.
+// Samples without a row are left out; their own gradient is NaN.
+__global__ void __launch_bounds__(kThreads) channel_kernel(const float* sums, Groups groups, float* of_channel) {
+  const std::int64_t c = group_of_warp();
+  if (c >= groups.channels) return;
+  const std::int64_t all_groups = groups.norm.samples * groups.channels;
+  float weighted[2] = {0.0f, 0.0f};
+  for (std::int64_t n = threadIdx.x % kWarp; n < groups.norm.samples; n += kWarp) {
+    const std::int64_t row = groups.norm.row(n);
+    const float weight = row < 0 ? NAN : groups.norm.weight[row * groups.channels + c];
+    for (int k = 0; k < 2; ++k) weighted[k] += weight * sums[k * all_groups + n * groups.channels + c];
+  }
+  for (int k = 0; k < 2; ++k) {
+    const float sum = warp_reduce<Sum>(weighted[k]);
+    if (threadIdx.x % kWarp == 0) of_channel[k * groups.channels + c] = sum;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    tables_kernel(const float* sums, Groups groups, float* grad_weight, float* grad_bias) {
+  const std::int64_t group = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const std::int64_t all_groups = groups.norm.samples * groups.channels;
+  if (group >= all_groups) return;
+  const std::int64_t sample = group / groups.channels;
+  const std::int64_t c = group - sample * groups.channels;
+  const std::int64_t row = groups.norm.row(sample);
+  if (row < 0) return;
+  for (std::int64_t n = 0; n < sample; ++n) {
+    if (groups.norm.labels[n] == row) return;
+  }
+  float weight = 0.0f;
+  float bias = 0.0f;
+  for (std::int64_t n = sample; n < groups.norm.samples; ++n) {
+    if (groups.norm.labels[n] != row) continue;
+    weight += sums[n * groups.channels + c];
+    bias += sums[all_groups + n * groups.channels + c];
+  }
+  grad_weight[row * groups.channels + c] = weight;
+  grad_bias[row * groups.channels + c] = bias;
+}
+
+__global__ void __launch_bounds__(kThreads) clear_kernel(float* first, float* second, std::int64_t count) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= count) return;
+  first[i] = 0.0f;
+  second[i] = 0.0f;
+}
+
+template <class T>
+struct Backward : ChannelOperation<T, 2, 0, true> {
+  Groups groups;
+  const float* of_channel;
+  float count;
+
+  struct Group {
+    Normalization normalization;
+    float of_variance;  // sum of weight * dz * xhat, divided by n
+    float of_mean;      // sum of weight * dz, divided by n
+  };
+
+  __device__ Group group(std::int64_t g) const {
+    const std::int64_t c = g % groups.channels;
+    return {groups.at(g), of_channel[c] / count, of_channel[groups.channels + c] / count};
+  }
+
+  __device__ float operator()(const float (&in)[2], const Group& group, float (&)[1]) const {
+    const Normalization& normalization = group.normalization;
+    const float grad_z = through_leaky_relu(in[0], normalization.affine(in[1]), groups.norm.slope);
+    const float centered =
+        normalization.weight * grad_z - group.of_mean - normalization.normalized(in[1]) * group.of_variance;
+    return normalization.inv_std * centered;
+  }
+};
+
+}  // namespace
+
+void conditional_batch_norm_act(const void* x, void* y, const BatchStatistics& statistics, ElementType type,
+                                ChannelShape shape, const ConditionalBatchNorm& norm, float momentum, float epsilon,
+                                const Device& device) {
+  if (shape.channels == 0) return;
+  with_type(type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const bool empty = shape.numel() == 0;
+    Partial partial{nullptr, shape.channels, 0};
+    if (!empty) {
+      Moments<T> moments;
+      moments.input[0] = static_cast<const T*>(x);
+      moments.running_mean = statistics.running_mean;
+      partial = for_each_channel(moments, GroupedShape(shape), device);
+    }
+    const double count = empty ? 0.0 : static_cast<double>(shape.outer * shape.inner);
+    GDFQ_LAUNCH(statistics_kernel, grid_of_warps(shape.channels), dim3(kThreads), device.stream, partial, count,
+                momentum, epsilon, statistics);
+    if (empty) return;
+    Forward<T> forward;
+    forward.input[0] = static_cast<const T*>(x);
+    forward.output = static_cast<T*>(y);
+    forward.groups = {norm, statistics.mean, statistics.inv_std, shape.channels};
+    for_each_channel(forward, by_sample(shape, norm.samples), device);
+  });
+  check_launch("conditional_batch_norm_act");
+}
+
+void conditional_batch_norm_act_backward(const void* grad_y, const void* x, void* grad_x, float* grad_weight,
+                                         float* grad_bias, const float* mean, const float* inv_std, ElementType type,
+                                         ChannelShape shape, const ConditionalBatchNorm& norm, const Device& device) {
+  const std::int64_t table = norm.classes * shape.channels;
+  const auto blocks_for = [](std::int64_t threads) { return dim3(static_cast<unsigned>(ceil_divide(threads, kThreads))); };
+  if (table > 0) {
+    GDFQ_LAUNCH(clear_kernel, blocks_for(table), dim3(kThreads), device.stream, grad_weight, grad_bias, table);
+  }
+  if (shape.numel() > 0) {
+    const Groups groups{norm, mean, inv_std, shape.channels};
+    const GroupedShape samples = by_sample(shape, norm.samples);
+    float* sums = device.scratch(2 * samples.groups());
+    float* of_channel = device.scratch(2 * shape.channels);
+    with_type(type, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      Sums<T> operation;
+      operation.input[0] = static_cast<const T*>(grad_y);
+      operation.input[1] = static_cast<const T*>(x);
+      operation.groups = groups;
+      const Partial partial = for_each_channel(operation, samples, device);
+      GDFQ_LAUNCH(join_shares_kernel, grid_of_warps(samples.groups()), dim3(kThreads), device.stream, partial, sums);
+      GDFQ_LAUNCH(channel_kernel, grid_of_warps(shape.channels), dim3(kThreads), device.stream, sums, groups,
+                  of_channel);
+      GDFQ_LAUNCH(tables_kernel, blocks_for(samples.groups()), dim3(kThreads), device.stream, sums, groups, grad_weight,
+                  grad_bias);
+      Backward<T> backward;
+      backward.input[0] = static_cast<const T*>(grad_y);
+      backward.input[1] = static_cast<const T*>(x);
+      backward.output = static_cast<T*>(grad_x);
+      backward.groups = groups;
+      backward.of_channel = of_channel;
+      backward.count = static_cast<float>(shape.outer * shape.inner);
+      for_each_channel(backward, samples, device);
+    });
+  }
+  check_launch("conditional_batch_norm_act_backward");
+}
+
+}  // namespace gdfq::cuda

@@ -1,0 +1,28 @@
+// Launching, in one place: the macro is what the tests replace to run kernels without a GPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "device.h"
+
+#ifndef GDFQ_LAUNCH
+#define GDFQ_LAUNCH(kernel, grid, block, stream, ...) (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__)
+#endif
+
+namespace gdfq::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;  // of a block, at most
+
+inline std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+inline void check_launch(const char* operation) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw std::runtime_error(std::string(operation) + ": " + cudaGetErrorString(error));
+}
+
+}  // namespace gdfq::cuda

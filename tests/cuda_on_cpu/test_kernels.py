@@ -1,0 +1,143 @@
+"""The CUDA kernels' own source, run on the CPU, against the reference and against float64.
+
+Seeds change the order in which threads and blocks run: what depends on it, a missing barrier for one, fails under some.
+"""
+
+import emulation
+import pytest
+import torch
+from op_cases import CASES, DTYPES, FLOAT32_ONLY, LAYOUTS, Inputs, compare
+
+SEEDS = [0, 1, 2, 3]
+OPS = torch.ops.gdfq_cuda_on_cpu
+
+
+@pytest.fixture(autouse=True, params=SEEDS, ids=lambda seed: f"seed{seed}")
+def seed(request):
+    emulation.set_seed(request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_small_cases(name, dtype, layout):
+    if name in FLOAT32_ONLY and (dtype, layout) != (DTYPES[0], LAYOUTS[0]):
+        return
+    for arguments in CASES[name](Inputs(dtype, layout)):
+        compare(OPS, name, arguments)
+
+
+# Planes of whole vectors and ragged ones, channels of whole vectors and ragged ones, several shares, one channel, no
+# spatial dimensions, a grid with idle threads.
+SHAPES = [(3, 8, 16, 16), (2, 5, 7, 7), (2, 40, 5, 4), (1, 1, 1, 9001), (700, 3), (3, 264, 1, 2), (40, 2, 20, 20)]
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_larger_shapes(shape, dtype, layout, offset, seed):
+    i = Inputs(dtype, layout)
+    channels = shape[1]
+    x, grad = (at_offset(i.x(*shape), offset) for _ in range(2))
+    mean, var, weight, bias, grad_mean, grad_var = (i.channel(channels) for _ in range(6))
+    bn = (mean, var, weight - 0.5, bias - 0.5)
+    quantizer = (i.lower, i.upper, 4, 1e-5, seed % 3, seed % 2 == 0)
+    small = at_offset((grad / x.numel() ** 0.5).to(dtype), offset)  # sums of order one: one absolute tolerance fits
+    labels = torch.randint(3, shape[:1], generator=i.generator)
+    tables = (torch.randn(3, channels, generator=i.generator) for _ in range(2))
+    conditional = (*tables, labels)
+    special = x.clone()
+    special[0, 0].view(-1)[:1], special[-1, -1].view(-1)[-1:] = torch.nan, torch.inf
+    special = at_offset(special, offset)
+    mask = torch.arange((x.numel() + 7) // 8).to(torch.uint8)
+    compare(OPS, "fake_quantize", (special, i.lower, i.upper, 4, -1))
+    compare(OPS, "fake_quantize", (special, -mean, var, 5, 1))
+    compare(OPS, "fake_quantize_clipped", (special, i.lower, i.upper, 4, -1))
+    compare(OPS, "fake_quantize_clipped", (special, -mean, var, 3, 1))
+    compare(OPS, "fake_quantize_clipped_backward", (x, mask))
+    compare(OPS, "fake_quantize_weights", ([x, special], [4, 8]))
+    compare(OPS, "observe_range", (x, torch.tensor([-0.1, 0.2, 0.3]), 0.9))
+    compare(OPS, "observe_range", (special, torch.tensor([-0.1, 0.2, 0.3]), 0.9))
+    compare(OPS, "batch_norm_act_fake_quantize", (special, *bn, *quantizer))
+    compare(OPS, "batch_norm_act_fake_quantize_backward", (small, x, *bn, *quantizer))
+    compare(OPS, "batch_norm_act_moments", (x, *bn, 1e-5, seed % 3))
+    compare(OPS, "batch_norm_act_moments_backward", (grad, grad_mean, grad_var, x, mean, *bn, 1e-5, seed % 3))
+    compare(OPS, "conditional_batch_norm_act", (x, *conditional, mean, var, 0.1, 1e-5, 0.2))
+    compare(OPS, "conditional_batch_norm_act_backward", (small, x, *conditional, mean, var, 0.2))
+
+
+def at_offset(x, offset):
+    """The same values and layout, `offset` elements into a buffer of their own."""
+    buffer = x.new_empty(x.numel() + offset)
+    return buffer[offset:].as_strided(x.shape, x.stride(), offset).copy_(x)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_variance_far_from_the_running_mean(layout):
+    """Sums are shifted by the running mean: what is left of the variance is what float32 inputs allow."""
+    x = torch.randn(4, 8, 12, 12, generator=torch.Generator().manual_seed(0)) + 1000.0
+    x = x.contiguous(memory_format=layout)
+    center = x.mean((0, 2, 3)) + 0.3
+    _, mean, var = OPS.batch_norm_act_moments(x, center, torch.ones(8), None, None, 1e-5, 0)
+    torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), x.double().var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
+
+
+def test_many_layers_in_several_launches():
+    g = torch.Generator().manual_seed(0)
+    weights = [torch.randn(3 + k % 5, 1 + 37 * (k % 40), generator=g) for k in range(150)]
+    compare(OPS, "fake_quantize_weights", (weights, [2 + k % 7 for k in range(150)]))
+    layers = [[torch.randn(1 + k % 300, generator=g) for k in range(150)] for _ in range(4)]
+    for mean in (True, False):
+        compare(OPS, "bns_loss", (*layers, mean))
+
+
+@pytest.mark.parametrize("classes", [1, 10, 1000])
+def test_distillation_loss_against_float64(classes):
+    g = torch.Generator().manual_seed(classes)
+    student, teacher = (torch.randn(33, classes, generator=g) * 3 for _ in range(2))
+    labels = torch.randint(classes, (33,), generator=g)
+    for batchmean in (True, False):
+        loss, cross_entropy, kl, gradient = OPS.distillation_loss(student, teacher, labels, 4.0, 0.5, 2.0, batchmean)
+        leaf = student.double().requires_grad_()
+        soft = torch.log_softmax(leaf / 4, 1), torch.log_softmax(teacher.double() / 4, 1)
+        kl64 = torch.nn.functional.kl_div(*soft, log_target=True, reduction="batchmean" if batchmean else "mean")
+        cross_entropy64 = torch.nn.functional.cross_entropy(leaf, labels)
+        loss64 = 0.5 * cross_entropy64 + 2.0 * 16 * kl64
+        (gradient64,) = torch.autograd.grad(loss64, leaf)
+        for value, exact in ((loss, loss64), (cross_entropy, cross_entropy64), (kl, kl64), (gradient, gradient64)):
+            torch.testing.assert_close(value.double(), exact.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_results_repeat_bit_for_bit():
+    i = Inputs(torch.float32, torch.contiguous_format)
+    x, grad = i.x(8, 6, 24, 24), i.x(8, 6, 24, 24)
+    parameters = [i.channel(6) for _ in range(4)]
+    results = []
+    for seed in SEEDS:
+        emulation.set_seed(seed)
+        results.append(
+            (
+                *OPS.batch_norm_act_moments(x, *parameters, 1e-5, 1),
+                *OPS.batch_norm_act_fake_quantize_backward(grad, x, *parameters, i.lower, i.upper, 4, 1e-5, 1, True),
+            )
+        )
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_wrong_arguments_are_refused_before_a_launch():
+    x, one = torch.randn(2, 3, 4, 4), torch.ones(1)
+    wrong = {
+        "lower has 2 elements": lambda: OPS.fake_quantize(x, torch.ones(2), one, 4, -1),
+        "bits is 9": lambda: OPS.fake_quantize(x, -one, one, 9, -1),
+        "unsupported type": lambda: OPS.fake_quantize(x.double(), -one, one, 4, -1),
+        "labels must be 2": lambda: OPS.conditional_batch_norm_act(
+            x, *[torch.ones(1, 3)] * 2, torch.zeros(3, dtype=torch.int64), *[torch.ones(3)] * 2, 0.1, 1e-5, 1.0
+        ),
+        "act is 3": lambda: OPS.batch_norm_act_moments(x, *[torch.ones(3)] * 2, None, None, 1e-5, 3),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(RuntimeError, match=message):
+            call()
