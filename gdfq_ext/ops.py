@@ -2,10 +2,14 @@
 
 All take float32, float16 or bfloat16 and compute in float32. A 4-D tensor in `channels_last` stays so; any other layout
 that is not contiguous is made contiguous once. Ranges, statistics and BN parameters may have any floating type and are
-converted to float32. Nothing waits for the device. Gradients can be taken once (no double backward through the ops,
-apart from the identity straight-through quantizer, which is linear in the gradient).
+converted to float32. Gradients can be taken once (no double backward through the ops, apart from the identity
+straight-through quantizer, which is linear in the gradient).
+
+Nothing waits for the device, so values are not looked at: a range that is inverted or not finite gives NaN, as does a
+label out of range. With GDFQ_CHECK=1 in the environment they are read, and what is wrong is named.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Literal
 
@@ -19,6 +23,7 @@ StraightThrough = Literal["identity", "clipped"]
 Activation = Literal["none", "relu", "relu6"]
 
 _ops = torch.ops.gdfq_ext
+_CHECK_VALUES = os.environ.get("GDFQ_CHECK") == "1"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -54,7 +59,7 @@ def fake_quantize(
     _check_choice("ste", ste, ("identity", "clipped"))
     axis = -1 if axis is None else _check_axis(axis, x)
     count = 1 if axis < 0 else x.shape[axis]
-    lower, upper = _parameter("lower", lower, count, x), _parameter("upper", upper, count, x)
+    lower, upper = _range(lower, upper, count, x)
     x = _dense(x)
     if ste == "clipped" and torch.is_grad_enabled() and x.requires_grad:
         return _ops.fake_quantize_clipped(x, lower, upper, bits, axis)[0]
@@ -193,7 +198,7 @@ def batch_norm_act_fake_quantize(
     _check_choice("act", act, ACTIVATIONS)
     _check_choice("ste", ste, ("identity", "clipped"))
     parameters = _batch_norm_parameters(x, running_mean, running_var, weight, bias)
-    lower, upper = _parameter("lower", lower, 1, x), _parameter("upper", upper, 1, x)
+    lower, upper = _range(lower, upper, 1, x)
     return _ops.batch_norm_act_fake_quantize(
         _dense(x), *parameters, lower, upper, bits, eps, ACTIVATIONS[act], ste == "clipped"
     )
@@ -310,6 +315,7 @@ def distillation_loss(
         raise ValueError(f"labels has shape {tuple(labels.shape)}; allowed is {tuple(student_logits.shape[:1])}")
     _check_device("teacher_logits", teacher_logits, student_logits)
     _check_device("labels", labels, student_logits)
+    _check_labels(labels, student_logits.shape[1])
     loss, cross_entropy, kl, _ = _ops.distillation_loss(
         student_logits.float().contiguous(), teacher_logits.detach().float().contiguous(), labels.contiguous(),
         temperature, cross_entropy_weight, distillation_weight, reduction == "batchmean",
@@ -367,6 +373,7 @@ def conditional_batch_norm_act(
             raise TypeError(f"{name} is {tensor.dtype}; allowed is float32")
         _check_device(name, tensor, x)
     _check_device("labels", labels, x)
+    _check_labels(labels, weight.shape[0])
     tables = weight.contiguous(), bias.contiguous(), labels.contiguous()
     y, _, _, new_mean, new_var = _ops.conditional_batch_norm_act(
         _dense(x), *tables, running_mean, running_var, momentum, eps, negative_slope
@@ -433,6 +440,27 @@ def _parameter(name: str, tensor: Tensor, count: int, x: Tensor) -> Tensor:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is ({count},)")
     _check_device(name, tensor, x)
     return tensor.float().reshape(count).contiguous()
+
+
+def _range(lower: Tensor, upper: Tensor, count: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    lower, upper = _parameter("lower", lower, count, x), _parameter("upper", upper, count, x)
+    if _CHECK_VALUES:
+        wrong = ~(torch.isfinite(lower) & torch.isfinite(upper) & (lower <= upper))
+        if wrong.any():
+            index = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"lower[{index}] is {lower[index].item()}, upper[{index}] {upper[index].item()}; "
+                "allowed are finite numbers, lower <= upper"
+            )
+    return lower, upper
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    if _CHECK_VALUES:
+        wrong = (labels < 0) | (labels >= classes)
+        if wrong.any():
+            index = int(wrong.nonzero()[0])
+            raise ValueError(f"labels[{index}] is {labels[index].item()}; allowed is 0 to {classes - 1}")
 
 
 def _batch_norm_parameters(
