@@ -13,27 +13,28 @@ GDFQ_HD Affine affine_at(const Parameters& parameters, std::int64_t i) {
   return {parameters.get(0, i), parameters.get(1, i)};
 }
 
-template <Activation activation, class T, class Parameters>
-GDFQ_CLONES void forward_run(const T* x, T* y, std::int64_t length, Parameters parameters, Quantizer quantizer) {
+template <class T, class Parameters>
+GDFQ_CLONES void forward_run(const T* x, T* y, std::int64_t length, Parameters parameters, Quantizer quantizer,
+                             Bounds activation) {
   GDFQ_SIMD
   for (std::int64_t i = 0; i < length; ++i) {
     const float z = apply_affine(to_float(x[i]), affine_at(parameters, i));
-    y[i] = from_float<T>(fake_quantize(activate<activation>(z), quantizer));
+    y[i] = from_float<T>(fake_quantize(activate(z, activation), quantizer));
   }
 }
 
 // Adds dz * (x - running_mean) and dz, where dz is the gradient of z.
-template <Activation activation, bool clipped, class T, class Parameters>
+template <bool clipped, class T, class Parameters>
 GDFQ_CLONES void backward_run(const T* grad_y, const T* x, T* grad_x, std::int64_t length, Parameters parameters,
-                              Quantizer quantizer, Accumulators accumulators) {
+                              Quantizer quantizer, Bounds activation, Accumulators accumulators) {
   const auto strip = [&](std::int64_t begin, std::int64_t count, Accumulators sums) GDFQ_INLINE_LAMBDA {
     GDFQ_SIMD
     for (std::int64_t i = 0; i < count; ++i) {
       const Affine affine = affine_at(parameters, i);
       const float value = to_float(x[begin + i]);
       const float z = apply_affine(value, affine);
-      bool passes = is_active<activation>(z);
-      if (clipped) passes = passes & is_inside(round_to_level(activate<activation>(z), quantizer), quantizer);
+      bool passes = is_active(z, activation);
+      if (clipped) passes = passes & is_inside(round_to_level(activate(z, activation), quantizer), quantizer);
       const float gradient = to_float(grad_y[begin + i]);  // read in any case: a conditional read does not vectorize
       const float grad_z = passes ? gradient : 0.0f;
       grad_x[begin + i] = from_float<T>(fp32::multiply(grad_z, affine.scale));
@@ -51,17 +52,15 @@ void batch_norm_act_fake_quantize(const void* x, void* y, ElementType type, Chan
                                   const Parallel& parallel) {
   if (shape.numel() == 0) return;
   const Quantizer quantizer = ranges.quantizer();
+  const Bounds bounds = bounds_of(activation);
   const ChannelTable<2> table(shape, [&](std::int64_t c) {
     const Affine affine = norm.affine(c);
     return std::array<float, 2>{affine.scale, affine.shift};
   });
   with_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    with_activation(activation, [&](auto chosen) {
-      for_each_run(table, parallel, [&](std::int64_t offset, std::int64_t length, const auto& parameters) {
-        forward_run<decltype(chosen)::value>(static_cast<const T*>(x) + offset, static_cast<T*>(y) + offset, length,
-                                             parameters, quantizer);
-      });
+    for_each_run(table, parallel, [&](std::int64_t offset, std::int64_t length, const auto& parameters) {
+      forward_run(static_cast<const T*>(x) + offset, static_cast<T*>(y) + offset, length, parameters, quantizer, bounds);
     });
   });
 }
@@ -76,6 +75,7 @@ void batch_norm_act_fake_quantize_backward(const void* grad_y, const void* x, vo
     return;
   }
   const Quantizer quantizer = ranges.quantizer();
+  const Bounds bounds = bounds_of(activation);
   const ChannelTable<3> table(shape, [&](std::int64_t c) {
     const Affine affine = norm.affine(c);
     return std::array<float, 3>{affine.scale, affine.shift, norm.running_mean[c]};
@@ -83,14 +83,12 @@ void batch_norm_act_fake_quantize_backward(const void* grad_y, const void* x, vo
   ChannelSums sums(shape.channels);
   with_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    with_activation(activation, [&](auto chosen) {
-      with_bool(clipped, [&](auto is_clipped) {
-        sums = sum_channels(table, parallel, [&](std::int64_t offset, std::int64_t length, const auto& parameters,
-                                                    Accumulators accumulators) {
-          backward_run<decltype(chosen)::value, decltype(is_clipped)::value>(
-              static_cast<const T*>(grad_y) + offset, static_cast<const T*>(x) + offset,
-              static_cast<T*>(grad_x) + offset, length, parameters, quantizer, accumulators);
-        });
+    with_bool(clipped, [&](auto is_clipped) {
+      sums = sum_channels(table, parallel, [&](std::int64_t offset, std::int64_t length, const auto& parameters,
+                                               Accumulators accumulators) {
+        backward_run<decltype(is_clipped)::value>(static_cast<const T*>(grad_y) + offset,
+                                                  static_cast<const T*>(x) + offset, static_cast<T*>(grad_x) + offset,
+                                                  length, parameters, quantizer, bounds, accumulators);
       });
     });
   });

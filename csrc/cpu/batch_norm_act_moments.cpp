@@ -18,15 +18,15 @@ GDFQ_HD Affine affine_at(const Parameters& parameters, std::int64_t i) {
 
 // Adds d and d^2 with d = x - running_mean: deviations from a point near the mean keep the variance accurate where
 // sums of x and x^2 would cancel.
-template <Activation activation, class T, class Parameters>
-GDFQ_CLONES void forward_run(const T* x, T* y, std::int64_t length, Parameters parameters,
+template <class T, class Parameters>
+GDFQ_CLONES void forward_run(const T* x, T* y, std::int64_t length, Parameters parameters, Bounds activation,
                              Accumulators accumulators) {
   const auto strip = [&](std::int64_t begin, std::int64_t count, Accumulators sums) GDFQ_INLINE_LAMBDA {
     GDFQ_SIMD
     for (std::int64_t i = 0; i < count; ++i) {
       const float value = to_float(x[begin + i]);
       const float deviation = value - parameters.get(2, i);
-      y[begin + i] = from_float<T>(activate<activation>(apply_affine(value, affine_at(parameters, i))));
+      y[begin + i] = from_float<T>(activate(apply_affine(value, affine_at(parameters, i)), activation));
       sums.first[i] += deviation;
       sums.second[i] += deviation * deviation;
     }
@@ -35,14 +35,15 @@ GDFQ_CLONES void forward_run(const T* x, T* y, std::int64_t length, Parameters p
 }
 
 // Parameters: scale, shift, mean, grad_mean / n, 2 * grad_variance / n.
-template <Activation activation, class T, class Parameters>
-GDFQ_CLONES void backward_run(const T* grad_y, const T* x, T* grad_x, std::int64_t length, Parameters parameters) {
+template <class T, class Parameters>
+GDFQ_CLONES void backward_run(const T* grad_y, const T* x, T* grad_x, std::int64_t length, Parameters parameters,
+                              Bounds activation) {
   GDFQ_SIMD
   for (std::int64_t i = 0; i < length; ++i) {
     const Affine affine = affine_at(parameters, i);
     const float value = to_float(x[i]);
     const float gradient = to_float(grad_y[i]);  // read in any case: a conditional read does not vectorize
-    const float grad_z = is_active<activation>(apply_affine(value, affine)) ? gradient : 0.0f;
+    const float grad_z = is_active(apply_affine(value, affine), activation) ? gradient : 0.0f;
     const float statistics = parameters.get(3, i) + parameters.get(4, i) * (value - parameters.get(2, i));
     grad_x[i] = from_float<T>(grad_z * affine.scale + statistics);
   }
@@ -64,12 +65,10 @@ void batch_norm_act_moments(const void* x, void* y, float* mean, float* variance
   ChannelSums sums(shape.channels);
   with_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    with_activation(activation, [&](auto chosen) {
-      sums = sum_channels(table, parallel, [&](std::int64_t offset, std::int64_t length, const auto& parameters,
-                                                  Accumulators accumulators) {
-        forward_run<decltype(chosen)::value>(static_cast<const T*>(x) + offset, static_cast<T*>(y) + offset, length,
-                                             parameters, accumulators);
-      });
+    sums = sum_channels(table, parallel, [&](std::int64_t offset, std::int64_t length, const auto& parameters,
+                                             Accumulators accumulators) {
+      forward_run(static_cast<const T*>(x) + offset, static_cast<T*>(y) + offset, length, parameters,
+                  bounds_of(activation), accumulators);
     });
   });
   const double count = static_cast<double>(shape.outer * shape.inner);
@@ -94,12 +93,9 @@ void batch_norm_act_moments_backward(const void* grad_y, const float* grad_mean,
   });
   with_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    with_activation(activation, [&](auto chosen) {
-      for_each_run(table, parallel, [&](std::int64_t offset, std::int64_t length, const auto& parameters) {
-        backward_run<decltype(chosen)::value>(static_cast<const T*>(grad_y) + offset,
-                                              static_cast<const T*>(x) + offset, static_cast<T*>(grad_x) + offset,
-                                              length, parameters);
-      });
+    for_each_run(table, parallel, [&](std::int64_t offset, std::int64_t length, const auto& parameters) {
+      backward_run(static_cast<const T*>(grad_y) + offset, static_cast<const T*>(x) + offset,
+                   static_cast<T*>(grad_x) + offset, length, parameters, bounds_of(activation));
     });
   });
 }

@@ -29,18 +29,6 @@ void with_type(ElementType type, const F& f) {
 }
 
 template <class F>
-void with_activation(Activation activation, const F& f) {
-  switch (activation) {
-    case Activation::kNone:
-      return f(std::integral_constant<Activation, Activation::kNone>());
-    case Activation::kRelu:
-      return f(std::integral_constant<Activation, Activation::kRelu>());
-    case Activation::kRelu6:
-      return f(std::integral_constant<Activation, Activation::kRelu6>());
-  }
-}
-
-template <class F>
 void with_bool(bool value, const F& f) {
   if (value) {
     f(std::true_type());

@@ -144,7 +144,7 @@ GDFQ_HD float apply_affine(float x, const Affine& affine) {
 
 enum class Activation : int { kNone = 0, kRelu = 1, kRelu6 = 2 };
 
-// The same with the kind known at run time only: bounds that are NaN bind nothing.
+// An activation as the bounds that it clamps to. A bound that is NaN binds nothing: every comparison with it is false.
 struct Bounds {
   float low;
   float high;
@@ -159,22 +159,7 @@ GDFQ_HD float activate(float z, const Bounds& bounds) {
   return z > bounds.high ? bounds.high : z;
 }
 
-GDFQ_HD bool is_active(float z, const Bounds& bounds) { return !(z <= bounds.low) && !(z >= bounds.high); }
-
-template <Activation activation>
-GDFQ_HD float activate(float z) {
-  if (activation != Activation::kNone) z = z < 0.0f ? 0.0f : z;
-  if (activation == Activation::kRelu6) z = z > 6.0f ? 6.0f : z;
-  return z;
-}
-
 // Where the activation passes its gradient; NaN does.
-template <Activation activation>
-GDFQ_HD bool is_active(float z) {
-  bool active = true;
-  if (activation != Activation::kNone) active = !(z <= 0.0f);
-  if (activation == Activation::kRelu6) active = active && !(z >= 6.0f);
-  return active;
-}
+GDFQ_HD bool is_active(float z, const Bounds& bounds) { return !(z <= bounds.low) & !(z >= bounds.high); }
 
 }  // namespace gdfq

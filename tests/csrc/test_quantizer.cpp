@@ -55,13 +55,15 @@ void test_empty_range() {
 }
 
 void test_activation() {
-  CHECK(activate<Activation::kNone>(-7.0f) == -7.0f);
-  CHECK(activate<Activation::kRelu>(-7.0f) == 0.0f && activate<Activation::kRelu>(7.0f) == 7.0f);
-  CHECK(activate<Activation::kRelu6>(-7.0f) == 0.0f && activate<Activation::kRelu6>(7.0f) == 6.0f);
-  CHECK(std::isnan(activate<Activation::kRelu6>(kNan)));
-  CHECK(is_active<Activation::kNone>(-1.0f) && is_active<Activation::kRelu>(kNan));
-  CHECK(!is_active<Activation::kRelu>(0.0f) && is_active<Activation::kRelu>(0.1f));
-  CHECK(!is_active<Activation::kRelu6>(6.0f) && is_active<Activation::kRelu6>(5.9f));
+  const Bounds none = bounds_of(Activation::kNone), relu = bounds_of(Activation::kRelu);
+  const Bounds relu6 = bounds_of(Activation::kRelu6);
+  CHECK(activate(-7.0f, none) == -7.0f && activate(-kInfinity, none) == -kInfinity);
+  CHECK(activate(-7.0f, relu) == 0.0f && activate(7.0f, relu) == 7.0f);
+  CHECK(activate(-7.0f, relu6) == 0.0f && activate(7.0f, relu6) == 6.0f);
+  CHECK(std::isnan(activate(kNan, relu6)));
+  CHECK(is_active(-1.0f, none) && is_active(-kInfinity, none) && is_active(kNan, relu));
+  CHECK(!is_active(0.0f, relu) && is_active(0.1f, relu));
+  CHECK(!is_active(6.0f, relu6) && is_active(5.9f, relu6));
 }
 
 void test_affine() {
