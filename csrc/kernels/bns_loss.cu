@@ -21,6 +21,7 @@ struct Layer {
 struct Layers {
   Layer at[kLayers];
 };
+static_assert(sizeof(Layers) < kMaxArguments - 64);  // besides the others
 
 __global__ void __launch_bounds__(kThreads)
     layers_kernel(const Layers layers, std::int64_t all_channels, float* terms, float* gradient) {

@@ -13,7 +13,7 @@
 namespace gdfq::cuda {
 namespace {
 
-constexpr int kLayers = 64;  // their table stays below the 4 KiB that every driver takes as an argument
+constexpr int kLayers = 64;
 constexpr std::int64_t kShort = 1024;
 
 struct Layer {
@@ -31,6 +31,7 @@ struct Layers {
   Layer at[kLayers];
   int count;
 };
+static_assert(sizeof(Layers) <= kMaxArguments);
 
 // The threads that share a channel: a warp or the block.
 struct Team {
