@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from gdfq import demo
 from gdfq.calibrate import calibrate, gaussian_images
 from gdfq.config import Config
+from gdfq.generator import UpsampledConvolution
 from gdfq.graph import build_quantized, build_teacher, capture
 from gdfq.models import load_model
 from gdfq.modules import ActivationQuantizer, BatchNormActQuantizer, WeightQuantizer
@@ -147,7 +148,7 @@ class PlainPyTorch:
         assert config.generator.bns_reduction == config.student.kd_reduction == "mean"
         assert config.quantizer.straight_through == "identity"
         assert config.student.fixed_bns
-        self.latents, self.generator = trainer.latents, trainer.generator
+        self.latents, self.generator = trainer.latents, with_separate_upsampling(trainer.generator)
         self.student = with_separate_quantizers(trainer.student, variant.observe_ranges)
         self.teacher = new_model(task).to(task.device).eval().requires_grad_(not variant.frozen_teacher)
         if variant.channels_last:
@@ -302,6 +303,25 @@ def with_separate_quantizers(student: nn.Module, observe: bool) -> nn.Module:
     return student
 
 
+class UpsamplingThenConvolution(nn.Module):
+    """Nearest up-sampling and a 3x3 convolution one after the other."""
+
+    def __init__(self, convolution: UpsampledConvolution) -> None:
+        super().__init__()
+        self.weight, self.bias = convolution.weight, convolution.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.interpolate(x, scale_factor=2.0), self.weight, self.bias, padding=1)
+
+
+def with_separate_upsampling(generator: nn.Module) -> nn.Module:
+    """G with its up-sampling convolutions exchanged in place; its parameters stay the same objects."""
+    for name, child in list(generator.named_children()):
+        if isinstance(child, UpsampledConvolution):
+            setattr(generator, name, UpsamplingThenConvolution(child))
+    return generator
+
+
 # --- the floor ---------------------------------------------------------------------------------------------------
 
 aten = torch.ops.aten
@@ -312,11 +332,11 @@ _ARITHMETIC = {
 
 
 class Floor:
-    """The convolutions and matrix products of `eager`'s iteration alone, forward and backward, on stand-in tensors of
-    the same shape and layout: what an iteration costs whose every other operation is free."""
+    """The convolutions and matrix products of our iteration alone, forward and backward, on stand-in tensors of the
+    same shape and layout: what an iteration costs whose every other operation is free."""
 
     def __init__(self, task: Task) -> None:
-        iteration = PlainPyTorch(task, Variant())
+        iteration = Gdfq(task)
         with _Recorder() as recorder:
             iteration.step()
         self.calls = recorder.calls

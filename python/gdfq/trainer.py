@@ -73,7 +73,7 @@ class Trainer:
         held_out = LatentSampler(config.generator.latent_size, captured.num_classes, config.run.seed + 1, device)
         self.held_out_latents = held_out.draw(config.run.held_out_images)
         self.generator_optimizer = torch.optim.Adam(
-            self.generator.parameters(), config.generator.learning_rate, config.generator.betas
+            self.generator.parameters(), config.generator.learning_rate, config.generator.betas, fused=True
         )
         self.student_optimizer = torch.optim.SGD(
             self.student.parameters(),
@@ -81,6 +81,7 @@ class Trainer:
             momentum=config.student.momentum,
             nesterov=config.student.momentum > 0,
             weight_decay=config.student.weight_decay,
+            fused=True,
         )
         self.iteration = 0
         self.best: tuple[int, Agreement] | None = None
@@ -247,8 +248,10 @@ class Trainer:
         """The inverse of `state_dict`, into a trainer made from the same model and configuration."""
         self.generator.load_state_dict(state["generator"])
         self.student.load_state_dict(state["student"])
-        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
-        self.student_optimizer.load_state_dict(state["student_optimizer"])
+        for name in ("generator_optimizer", "student_optimizer"):
+            optimizer = getattr(self, name)
+            optimizer.load_state_dict(state[name])
+            _lay_out_like_parameters(optimizer)
         self.latents.random.set_state(state["random"])
         self.iteration = state["iteration"]
         self.generator_sums.copy_(state["generator_sums"])
@@ -256,3 +259,11 @@ class Trainer:
         self.generator_steps, self.student_steps = state["steps"]
         self.best_student = state["best_student"]
         self.best = None if state["best"] is None else (state["best"][0], Agreement(*state["best"][1:]))
+
+
+def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Files know no strides, and fused optimizers walk through a parameter and its state in memory order, unchecked."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)

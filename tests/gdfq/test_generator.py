@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from gdfq.config import GeneratorConfig
-from gdfq.generator import ConditionalBatchNorm, Generator, LatentSampler, images_per_class
+from gdfq.generator import ConditionalBatchNorm, Generator, LatentSampler, UpsampledConvolution, images_per_class
 
 
 @pytest.mark.parametrize("architecture", ["embedding", "conditional"])
@@ -32,6 +33,19 @@ def test_number_of_parameters_is_that_of_the_released_architecture():
     assert count("embedding", (3, 32, 32), 10) == 10 * 100 + linear + convolutions + 2 * (128 + 128 + 64)
     linear = 100 * 128 * 56 * 56 + 128 * 56 * 56
     assert count("conditional", (3, 224, 224), 1000) == linear + convolutions + 2 * 1000 * (128 + 128 + 64)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 4), (8, 8)])
+def test_upsampled_convolution_is_upsampling_and_convolution(size):
+    layer = UpsampledConvolution(3, 4).double()
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    expected = F.conv2d(F.interpolate(x, scale_factor=2.0), layer.weight, layer.bias, padding=1)
+    leaves = [x, layer.weight, layer.bias]
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(expected)
+    pairs = (torch.autograd.grad(y, leaves, upstream) for y in (layer(x), expected))
+    for ours, exact in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
 
 
 def test_conditional_batch_norm_scales_and_shifts_by_label():
