@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.provenance import describe, provenance
+from gdfq.bench.provenance import describe, provenance
 from gdfq.calibrate import calibrate, gaussian_images
 from gdfq.config import Config
 from gdfq.errors import GdfqError

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.provenance import describe, provenance
 from benchmarks.step_providers import DEFAULT, PROVIDERS, Task
+from gdfq.bench.provenance import describe, provenance
 from gdfq.errors import GdfqError
 from gdfq.files import write_text
 from gdfq.models import parse_model_args

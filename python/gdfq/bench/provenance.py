@@ -4,12 +4,14 @@ import os
 import platform
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
+PEERS = ("triton", "brevitas", "torchao", "nvidia-modelopt")
 
 
 def provenance(threads: int) -> dict[str, Any]:
@@ -18,6 +20,7 @@ def provenance(threads: int) -> dict[str, Any]:
     return {
         "machine": {
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "driver": driver() if on_gpu else None,
             "cpu": cpu_model(),
             "cores": os.cpu_count(),
             "load_average": list(os.getloadavg()),
@@ -26,9 +29,26 @@ def provenance(threads: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_gpu else None,
         "python": platform.python_version(),
+        "peers": {name: version for name in PEERS if (version := installed(name))},
         "gdfq_commit": commit(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
+
+
+def installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def driver() -> str | None:
+    """Version of the GPU's driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def cpu_model() -> str:
@@ -43,15 +63,21 @@ def cpu_model() -> str:
 
 
 def commit() -> dict[str, Any]:
-    """The commit of the source tree; `dirty` is true where tracked files differ from it, both None outside git."""
+    """The commit of the source tree; `dirty` is true where tracked files differ from it.
+
+    Outside a checkout of its own the hash is GDFQ_COMMIT, for copies of a tree without its history, and `dirty` None.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return {"hash": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        if Path(git("rev-parse", "--show-toplevel")) == ROOT:
+            dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+            return {"hash": git("rev-parse", "HEAD"), "dirty": dirty}
     except (OSError, subprocess.CalledProcessError):
-        return {"hash": None, "dirty": None}
+        pass
+    return {"hash": os.environ.get("GDFQ_COMMIT"), "dirty": None}
 
 
 def describe(facts: dict[str, Any]) -> str:
