@@ -108,7 +108,7 @@ struct Planes {
 constexpr std::int64_t kMaxShare = std::int64_t{1} << 30;
 
 template <class Operation, int N>
-__global__ void __launch_bounds__(kThreads) planes_kernel(Operation operation, Planes planes) {
+__global__ void __launch_bounds__(kThreads, 2) planes_kernel(Operation operation, Planes planes) {
   using T = typename Operation::T;
   constexpr int unroll = kUnroll<Operation, N>;
   const std::int64_t group = blockIdx.x;

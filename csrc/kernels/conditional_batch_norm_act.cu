@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads) join_shares_kernel(Partial partial, 
 }
 
 // Sums over the samples of a channel, weighted by gamma: what the gradient of x takes from mean and variance.
-// Samples without a row are left out; their own gradient is NaN.
+// A sample without a row makes it NaN.
 __global__ void __launch_bounds__(kThreads) channel_kernel(const float* sums, Groups groups, float* of_channel) {
   const std::int64_t c = group_of_warp();
   if (c >= groups.channels) return;

@@ -51,7 +51,7 @@ class RangeOfChannel {
       round = run / by_.shape.channels;
     }
     position_ = first - run * by_.shape.inner;
-    channel_ = run - round * by_.shape.channels;
+    channel_ = static_cast<int>(run - round * by_.shape.channels);
     quantizer_ = ranges_.quantizer(channel_);
   }
 
@@ -69,7 +69,7 @@ class RangeOfChannel {
   const Ranges& ranges_;
   const ChannelDividers& by_;
   Quantizer quantizer_{};
-  std::int64_t channel_ = 0;
+  int channel_ = 0;
   std::int64_t position_ = 0;  // in the channel's run of `inner` elements
 };
 

@@ -22,6 +22,17 @@ __device__ __forceinline__ Vector<T, N> load(const T* source) {
 
 template <class T, int N>
 __device__ __forceinline__ void store(T* target, const Vector<T, N>& vector) {
+#if defined(__CUDA_ARCH__)
+  // Spelled out: of a plain assignment nvcc makes stores of single elements in some kernels.
+  if constexpr (sizeof(vector) == 16) {
+    uint4 bits;
+    memcpy(&bits, &vector, sizeof(bits));
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(bits.x), "r"(bits.y), "r"(bits.z),
+                 "r"(bits.w)
+                 : "memory");
+    return;
+  }
+#endif
   *reinterpret_cast<Vector<T, N>*>(target) = vector;
 }
 

@@ -18,7 +18,7 @@ VARIANTS = {
     "plain": ([], []),
     "coverage": (["--coverage", "-O0"], ["--coverage"]),
     "sanitize": (
-        ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-DGDFQ_EMU_UCONTEXT"],
+        ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"],
         ["-fsanitize=address,undefined"],
     ),
 }

@@ -38,40 +38,109 @@ SHAPES = [(3, 8, 16, 16), (2, 5, 7, 7), (2, 40, 5, 4), (1, 1, 1, 9001), (700, 3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_larger_shapes(shape, dtype, layout, offset, seed):
+    for name, arguments in larger_calls(shape, dtype, layout, seed):
+        compare(Placed(OPS, offset=offset), name, arguments)
+
+
+def larger_calls(shape, dtype, layout, seed):
+    """Calls of every op that takes an x of this shape; the seed chooses among the settings."""
     i = Inputs(dtype, layout)
     channels = shape[1]
-    x, grad = (at_offset(i.x(*shape), offset) for _ in range(2))
+    x, grad = i.x(*shape), i.x(*shape)
     mean, var, weight, bias, grad_mean, grad_var = (i.channel(channels) for _ in range(6))
     bn = (mean, var, weight - 0.5, bias - 0.5)
     quantizer = (i.lower, i.upper, 4, 1e-5, seed % 3, seed % 2 == 0)
-    small = at_offset((grad / x.numel() ** 0.5).to(dtype), offset)  # sums of order one: one absolute tolerance fits
+    small = (grad / x.numel() ** 0.5).to(dtype)  # sums of order one: one absolute tolerance fits
     labels = torch.randint(3, shape[:1], generator=i.generator)
     tables = (torch.randn(3, channels, generator=i.generator) for _ in range(2))
     conditional = (*tables, labels)
     special = x.clone()
     special[0, 0].view(-1)[:1], special[-1, -1].view(-1)[-1:] = torch.nan, torch.inf
-    special = at_offset(special, offset)
     mask = torch.arange((x.numel() + 7) // 8).to(torch.uint8)
-    compare(OPS, "fake_quantize", (special, i.lower, i.upper, 4, -1))
-    compare(OPS, "fake_quantize", (special, -mean, var, 5, 1))
-    compare(OPS, "fake_quantize_clipped", (special, i.lower, i.upper, 4, -1))
-    compare(OPS, "fake_quantize_clipped", (special, -mean, var, 3, 1))
-    compare(OPS, "fake_quantize_clipped_backward", (x, mask))
-    compare(OPS, "fake_quantize_weights", ([x, special], [4, 8]))
-    compare(OPS, "observe_range", (x, torch.tensor([-0.1, 0.2, 0.3]), 0.9))
-    compare(OPS, "observe_range", (special, torch.tensor([-0.1, 0.2, 0.3]), 0.9))
-    compare(OPS, "batch_norm_act_fake_quantize", (special, *bn, *quantizer))
-    compare(OPS, "batch_norm_act_fake_quantize_backward", (small, x, *bn, *quantizer))
-    compare(OPS, "batch_norm_act_moments", (x, *bn, 1e-5, seed % 3))
-    compare(OPS, "batch_norm_act_moments_backward", (grad, grad_mean, grad_var, x, mean, *bn, 1e-5, seed % 3))
-    compare(OPS, "conditional_batch_norm_act", (x, *conditional, mean, var, 0.1, 1e-5, 0.2))
-    compare(OPS, "conditional_batch_norm_act_backward", (small, x, *conditional, mean, var, 0.2))
+    yield "fake_quantize", (special, i.lower, i.upper, 4, -1)
+    yield "fake_quantize", (special, -mean, var, 5, 1)
+    yield "fake_quantize_clipped", (special, i.lower, i.upper, 4, -1)
+    yield "fake_quantize_clipped", (special, -mean, var, 3, 1)
+    yield "fake_quantize_clipped_backward", (x, mask)
+    yield "fake_quantize_weights", ([x, special], [4, 8])
+    yield "observe_range", (x, torch.tensor([-0.1, 0.2, 0.3]), 0.9)
+    yield "observe_range", (special, torch.tensor([-0.1, 0.2, 0.3]), 0.9)
+    yield "batch_norm_act_fake_quantize", (special, *bn, *quantizer)
+    yield "batch_norm_act_fake_quantize_backward", (small, x, *bn, *quantizer)
+    yield "batch_norm_act_moments", (x, *bn, 1e-5, seed % 3)
+    yield "batch_norm_act_moments_backward", (grad, grad_mean, grad_var, x, mean, *bn, 1e-5, seed % 3)
+    yield "conditional_batch_norm_act", (x, *conditional, mean, var, 0.1, 1e-5, 0.2)
+    yield "conditional_batch_norm_act_backward", (small, x, *conditional, mean, var, 0.2)
 
 
-def at_offset(x, offset):
-    """The same values and layout, `offset` elements into a buffer of their own."""
-    buffer = x.new_empty(x.numel() + offset)
-    return buffer[offset:].as_strided(x.shape, x.stride(), offset).copy_(x)
+class Placed:
+    """Ops that first move their arguments to `device`, `offset` elements into a buffer of their own."""
+
+    def __init__(self, ops, device="cpu", offset=0):
+        self.ops, self.device, self.offset = ops, device, offset
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            moved = placed(arguments, self.device, self.offset)
+            result = getattr(self.ops, name)(*moved)
+            for argument, after in zip(arguments, moved, strict=True):
+                if isinstance(argument, torch.Tensor):
+                    argument.copy_(after)  # what was updated in place
+            return placed(result, "cpu", 0)
+
+        return call
+
+
+def placed(value, device, offset):
+    """The same values and layouts in new memory; `offset` is what they have already where it is 0."""
+    if isinstance(value, (list, tuple)):
+        return [placed(element, device, offset) for element in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    offset = offset or value.storage_offset()
+    buffer = torch.empty(value.numel() + offset, dtype=value.dtype, device=device)
+    copy = buffer[offset:].as_strided(value.shape, value.stride(), offset).copy_(value.detach())
+    return copy.requires_grad_(value.requires_grad)
+
+
+# One plane and interleaved rows in more shares than a warp has lanes; several shares of whole vectors within a plane.
+@pytest.mark.parametrize("shape", [(1, 1, 261, 301), (1, 3, 151, 153), (1, 2, 80, 80)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_many_shares(shape, layout):
+    i = Inputs(torch.float32, layout)
+    x, bn = i.x(*shape), [i.channel(shape[1]) for _ in range(4)]
+    small = i.x(*shape) / x.numel() ** 0.5
+    compare(OPS, "batch_norm_act_moments", (x, *bn, 1e-5, 1))
+    compare(OPS, "batch_norm_act_fake_quantize_backward", (small, x, *bn, i.lower, i.upper, 4, 1e-5, 1, True))
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_range_takes_in_every_element(dtype, offset):
+    for position in range(19):
+        x = torch.zeros(19, dtype=dtype)
+        x[position] = 3.0 if position % 2 else -3.0
+        compare(Placed(OPS, offset=offset), "observe_range", (x, torch.zeros(3), 0.9))
+
+
+def test_labels_that_are_no_class():
+    i = Inputs(torch.float32, torch.contiguous_format)
+    labels = torch.tensor([2, -1, 3, 0])
+    tables, statistics = [torch.randn(3, 2) for _ in range(2)], [i.channel(2) for _ in range(2)]
+    compare(OPS, "distillation_loss", (i.x(4, 3), i.x(4, 3), labels, 4.0, 1.0, 1.0, True))
+    compare(OPS, "conditional_batch_norm_act", (i.x(4, 2, 5), *tables, labels, *statistics, 0.1, 1e-5, 0.2))
+    compare(OPS, "conditional_batch_norm_act_backward", (i.x(4, 2, 5), i.x(4, 2, 5), *tables, labels, *statistics, 0.2))
+
+
+def test_empty_inputs():
+    i = Inputs(torch.float32, torch.contiguous_format)
+    x, labels = i.x(0, 3, 4, 4), torch.zeros(0, dtype=torch.int64)
+    bn, tables = [i.channel() for _ in range(4)], [torch.randn(2, 3) for _ in range(2)]
+    compare(OPS, "batch_norm_act_moments", (x, *bn, 1e-5, 1))
+    compare(OPS, "batch_norm_act_moments_backward", (x, *bn[:2], x, *bn[:3], None, None, 1e-5, 1))
+    compare(OPS, "distillation_loss", (i.x(0, 3), i.x(0, 3), labels, 4.0, 1.0, 1.0, True))
+    compare(OPS, "conditional_batch_norm_act", (x, *tables, labels, *bn[:2], 0.1, 1e-5, 0.2))
+    compare(OPS, "conditional_batch_norm_act_backward", (x, x, *tables, labels, *bn[:2], 0.2))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

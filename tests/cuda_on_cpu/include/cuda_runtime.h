@@ -146,13 +146,16 @@ inline void run_block(Block& b) {
   }
   std::vector<unsigned> ord(n); std::iota(ord.begin(), ord.end(), 0u);
   std::mt19937 rng(seed() * 7919u + b.bid.x * 31u + b.bid.y);
+  const unsigned slow = rng() % b.warps.size();
   Block* saved = blk; blk = &b;
   while (b.live && b.err.empty()) {
     if (seed()) std::shuffle(ord.begin(), ord.end(), rng);
     bool ran = false;
-    for (unsigned i : ord) {
+    // One warp runs only while no other can: what it has not read yet is overwritten where a barrier is missing.
+    for (int turn = 0; turn < 2 && !ran; ++turn) for (unsigned i : ord) {
       Thread& t = b.th[i];
       if (t.done || (t.wptr && *t.wptr == t.wval)) continue;
+      if (seed() && turn == 0 && i / 32 == slow) continue;
       ran = true; cur = &t; b.switches++;
 #ifdef GDFQ_EMU_UC
       swapcontext(&b.main, &t.ctx);
