@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from gdfq import demo
+from gdfq.bench.operations import SeparateQuantizer
 from gdfq.calibrate import calibrate, gaussian_images
 from gdfq.config import Config
 from gdfq.generator import UpsampledConvolution
@@ -227,22 +228,6 @@ class PlainPyTorch:
 # --- quantizers without gdfq_ext ---------------------------------------------------------------------------------
 
 
-class SeparateQuantizer(torch.autograd.Function):
-    """Eq. 6, one tensor operation per operation sign, with the identity gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:
-        half = 2 ** (bits - 1)
-        scale = (2**bits - 1) / torch.clamp(upper - lower, min=1e-8)
-        zero = torch.round(scale * lower) + half
-        level = torch.round(scale * x - zero)
-        return (torch.clamp(level, -half, half - 1) + zero) / scale
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient, None, None, None
-
-
 class SeparateWeightQuantizer(nn.Module):
     """Layer by layer, per output channel."""
 
@@ -257,7 +242,7 @@ class SeparateWeightQuantizer(nn.Module):
         rows = weight.detach().reshape(len(weight), -1)
         shape = [-1] + [1] * (weight.dim() - 1)
         lower, upper = rows.min(1).values.view(shape), rows.max(1).values.view(shape)
-        return SeparateQuantizer.apply(weight, lower, upper, self.bits)
+        return SeparateQuantizer.apply(weight, lower, upper, self.bits, False)
 
 
 class SeparateActivationQuantizer(nn.Module):
@@ -273,7 +258,7 @@ class SeparateActivationQuantizer(nn.Module):
         if self.observed is not None:
             lower, upper = x.detach().min().item(), x.detach().max().item()
             self.observed = [0.9 * self.observed[0] + 0.1 * lower, 0.9 * self.observed[1] + 0.1 * upper]
-        return SeparateQuantizer.apply(x, self.range[0], self.range[1], self.bits)
+        return SeparateQuantizer.apply(x, self.range[0], self.range[1], self.bits, False)
 
 
 class BatchNormActThenQuantizer(nn.Module):

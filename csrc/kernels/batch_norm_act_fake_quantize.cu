@@ -74,16 +74,10 @@ __global__ void __launch_bounds__(kThreads)
 void batch_norm_act_fake_quantize(const void* x, void* y, ElementType type, ChannelShape shape,
                                   const FrozenBatchNorm& norm, const Ranges& ranges, Activation activation,
                                   const Device& device) {
-  if (shape.numel() == 0) return;
-  with_type(type, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    Forward<T> operation;
-    operation.input[0] = static_cast<const T*>(x);
-    operation.output = static_cast<T*>(y);
+  for_each_channel<Forward>(type, {x}, y, GroupedShape(shape), device, [&](auto& operation) {
     operation.norm = norm;
     operation.activation = bounds_of(activation);
     operation.ranges = ranges;
-    for_each_channel(operation, GroupedShape(shape), device);
   });
   check_launch("batch_norm_act_fake_quantize");
 }
@@ -93,21 +87,13 @@ void batch_norm_act_fake_quantize_backward(const void* grad_y, const void* x, vo
                                            const FrozenBatchNorm& norm, const Ranges& ranges, Activation activation,
                                            bool clipped, const Device& device) {
   if (shape.channels == 0) return;
-  Partial partial{nullptr, shape.channels, 0};  // of an empty tensor: the sums are 0
-  if (shape.numel() > 0) {
-    with_type(type, [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      Backward<T> operation;
-      operation.input[0] = static_cast<const T*>(grad_y);
-      operation.input[1] = static_cast<const T*>(x);
-      operation.output = static_cast<T*>(grad_x);
-      operation.norm = norm;
-      operation.activation = bounds_of(activation);
-      operation.ranges = ranges;
-      operation.clipped = clipped;
-      partial = for_each_channel(operation, GroupedShape(shape), device);
-    });
-  }
+  const auto set = [&](auto& operation) {
+    operation.norm = norm;
+    operation.activation = bounds_of(activation);
+    operation.ranges = ranges;
+    operation.clipped = clipped;
+  };
+  const Partial partial = for_each_channel<Backward>(type, {grad_y, x}, grad_x, GroupedShape(shape), device, set);
   GDFQ_LAUNCH(finish_kernel, grid_of_warps(shape.channels), dim3(kThreads), device.stream, partial, norm, grad_weight,
               grad_bias);
   check_launch("batch_norm_act_fake_quantize_backward");

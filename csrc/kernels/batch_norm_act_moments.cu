@@ -74,18 +74,11 @@ struct Backward : ChannelOperation<T, 2, 0, true> {
 void batch_norm_act_moments(const void* x, void* y, float* mean, float* variance, ElementType type, ChannelShape shape,
                             const FrozenBatchNorm& norm, Activation activation, const Device& device) {
   if (shape.channels == 0) return;
-  Partial partial{nullptr, shape.channels, 0};  // of an empty tensor: 0 / 0
-  if (shape.numel() > 0) {
-    with_type(type, [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      Forward<T> operation;
-      operation.input[0] = static_cast<const T*>(x);
-      operation.output = static_cast<T*>(y);
-      operation.norm = norm;
-      operation.activation = bounds_of(activation);
-      partial = for_each_channel(operation, GroupedShape(shape), device);
-    });
-  }
+  const auto set = [&](auto& operation) {
+    operation.norm = norm;
+    operation.activation = bounds_of(activation);
+  };
+  const Partial partial = for_each_channel<Forward>(type, {x}, y, GroupedShape(shape), device, set);
   const double count = static_cast<double>(shape.outer * shape.inner);
   GDFQ_LAUNCH(finish_kernel, grid_of_warps(shape.channels), dim3(kThreads), device.stream, partial, norm.running_mean,
               shape.numel() == 0 ? 0.0 : count, mean, variance);
@@ -96,20 +89,13 @@ void batch_norm_act_moments_backward(const void* grad_y, const float* grad_mean,
                                      const void* x, const float* mean, void* grad_x, ElementType type,
                                      ChannelShape shape, const FrozenBatchNorm& norm, Activation activation,
                                      const Device& device) {
-  if (shape.numel() == 0) return;
-  with_type(type, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    Backward<T> operation;
-    operation.input[0] = static_cast<const T*>(grad_y);
-    operation.input[1] = static_cast<const T*>(x);
-    operation.output = static_cast<T*>(grad_x);
+  for_each_channel<Backward>(type, {grad_y, x}, grad_x, GroupedShape(shape), device, [&](auto& operation) {
     operation.norm = norm;
     operation.activation = bounds_of(activation);
     operation.mean = mean;
     operation.grad_mean = grad_mean;
     operation.grad_variance = grad_variance;
     operation.count = static_cast<float>(shape.outer * shape.inner);
-    for_each_channel(operation, GroupedShape(shape), device);
   });
   check_launch("batch_norm_act_moments_backward");
 }

@@ -13,6 +13,8 @@
 // a fixed order. How a tensor is divided depends on its shape and alignment alone, so results repeat bit for bit.
 #pragma once
 
+#include <initializer_list>
+
 #include "channel_shape.h"
 #include "divider.h"
 #include "reduce.cuh"
@@ -299,7 +301,7 @@ Partial run_interleaved(const Operation& operation, const GroupedShape& shape, c
 
 // Runs `operation` over a tensor that is not empty.
 template <class Operation>
-Partial for_each_channel(const Operation& operation, const GroupedShape& shape, const Device& device) {
+Partial run(const Operation& operation, const GroupedShape& shape, const Device& device) {
   constexpr int N = kVector<typename Operation::T>;
   bool aligned = !Operation::kHasOutput || is_aligned(operation.output);
   for (const auto* input : operation.input) aligned = aligned && is_aligned(input);
@@ -309,6 +311,24 @@ Partial for_each_channel(const Operation& operation, const GroupedShape& shape, 
   }
   if (aligned && shape.inner % N == 0) return run_planes<Operation, N>(operation, shape, device);
   return run_planes<Operation, 1>(operation, shape, device);
+}
+
+// Runs Operation<T> for the type T of the tensors; `set` gives it its parameters. An empty tensor has no shares.
+template <template <class> class Operation, class Set>
+Partial for_each_channel(ElementType type, std::initializer_list<const void*> inputs, void* output,
+                         const GroupedShape& shape, const Device& device, const Set& set) {
+  Partial partial{nullptr, shape.groups(), 0};
+  if (shape.numel() == 0) return partial;
+  with_type(type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    Operation<T> operation;
+    int k = 0;
+    for (const void* input : inputs) operation.input[k++] = static_cast<const T*>(input);
+    operation.output = static_cast<T*>(output);
+    set(operation);
+    partial = run(operation, shape, device);
+  });
+  return partial;
 }
 
 }  // namespace gdfq::cuda

@@ -205,26 +205,18 @@ void conditional_batch_norm_act(const void* x, void* y, const BatchStatistics& s
                                 ChannelShape shape, const ConditionalBatchNorm& norm, float momentum, float epsilon,
                                 const Device& device) {
   if (shape.channels == 0) return;
-  with_type(type, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const bool empty = shape.numel() == 0;
-    Partial partial{nullptr, shape.channels, 0};
-    if (!empty) {
-      Moments<T> moments;
-      moments.input[0] = static_cast<const T*>(x);
-      moments.running_mean = statistics.running_mean;
-      partial = for_each_channel(moments, GroupedShape(shape), device);
-    }
-    const double count = empty ? 0.0 : static_cast<double>(shape.outer * shape.inner);
-    GDFQ_LAUNCH(statistics_kernel, grid_of_warps(shape.channels), dim3(kThreads), device.stream, partial, count,
-                momentum, epsilon, statistics);
-    if (empty) return;
-    Forward<T> forward;
-    forward.input[0] = static_cast<const T*>(x);
-    forward.output = static_cast<T*>(y);
-    forward.groups = {norm, statistics.mean, statistics.inv_std, shape.channels};
-    for_each_channel(forward, by_sample(shape, norm.samples), device);
+  const Partial partial = for_each_channel<Moments>(type, {x}, nullptr, GroupedShape(shape), device, [&](auto& moments) {
+    moments.running_mean = statistics.running_mean;
   });
+  const bool empty = shape.numel() == 0;
+  const double count = empty ? 0.0 : static_cast<double>(shape.outer * shape.inner);
+  GDFQ_LAUNCH(statistics_kernel, grid_of_warps(shape.channels), dim3(kThreads), device.stream, partial, count, momentum,
+              epsilon, statistics);
+  if (!empty) {
+    for_each_channel<Forward>(type, {x}, y, by_sample(shape, norm.samples), device, [&](auto& forward) {
+      forward.groups = {norm, statistics.mean, statistics.inv_std, shape.channels};
+    });
+  }
   check_launch("conditional_batch_norm_act");
 }
 
@@ -241,26 +233,16 @@ void conditional_batch_norm_act_backward(const void* grad_y, const void* x, void
     const GroupedShape samples = by_sample(shape, norm.samples);
     float* sums = device.scratch(2 * samples.groups());
     float* of_channel = device.scratch(2 * shape.channels);
-    with_type(type, [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      Sums<T> operation;
-      operation.input[0] = static_cast<const T*>(grad_y);
-      operation.input[1] = static_cast<const T*>(x);
+    const Partial partial = for_each_channel<Sums>(type, {grad_y, x}, nullptr, samples, device,
+                                                   [&](auto& operation) { operation.groups = groups; });
+    GDFQ_LAUNCH(join_shares_kernel, grid_of_warps(samples.groups()), dim3(kThreads), device.stream, partial, sums);
+    GDFQ_LAUNCH(channel_kernel, grid_of_warps(shape.channels), dim3(kThreads), device.stream, sums, groups, of_channel);
+    GDFQ_LAUNCH(tables_kernel, blocks_for(samples.groups()), dim3(kThreads), device.stream, sums, groups, grad_weight,
+                grad_bias);
+    for_each_channel<Backward>(type, {grad_y, x}, grad_x, samples, device, [&](auto& operation) {
       operation.groups = groups;
-      const Partial partial = for_each_channel(operation, samples, device);
-      GDFQ_LAUNCH(join_shares_kernel, grid_of_warps(samples.groups()), dim3(kThreads), device.stream, partial, sums);
-      GDFQ_LAUNCH(channel_kernel, grid_of_warps(shape.channels), dim3(kThreads), device.stream, sums, groups,
-                  of_channel);
-      GDFQ_LAUNCH(tables_kernel, blocks_for(samples.groups()), dim3(kThreads), device.stream, sums, groups, grad_weight,
-                  grad_bias);
-      Backward<T> backward;
-      backward.input[0] = static_cast<const T*>(grad_y);
-      backward.input[1] = static_cast<const T*>(x);
-      backward.output = static_cast<T*>(grad_x);
-      backward.groups = groups;
-      backward.of_channel = of_channel;
-      backward.count = static_cast<float>(shape.outer * shape.inner);
-      for_each_channel(backward, samples, device);
+      operation.of_channel = of_channel;
+      operation.count = static_cast<float>(shape.outer * shape.inner);
     });
   }
   check_launch("conditional_batch_norm_act_backward");

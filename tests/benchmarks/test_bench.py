@@ -2,13 +2,11 @@
 
 import csv
 import json
-import sys
 
 import pytest
 import torch
 
 import gdfq_ext
-from gdfq import cli
 from gdfq.bench import measure, peers, shapes, timing
 from gdfq.bench.operations import DTYPES, LAYOUTS, OPERATIONS, Case, Problem, disagreement
 
@@ -20,23 +18,6 @@ CASES = [
     for layout in (LAYOUTS if OPERATIONS[operation].layouts else ["nchw"])
 ]
 FLOAT32_ONLY = {("eager", "fake_quantize_weight"), ("eager", "fake_quantize_weights")}
-
-
-@pytest.fixture
-def gdfq(monkeypatch, capsys):
-    """Run the command line in this process: `gdfq(*arguments)` gives exit code, standard output, standard error."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gdfq", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.mark.parametrize(("operation", "dtype", "layout"), CASES)

@@ -6,7 +6,7 @@ Seeds change the order in which threads and blocks run: what depends on it, a mi
 import emulation
 import pytest
 import torch
-from op_cases import CASES, DTYPES, FLOAT32_ONLY, LAYOUTS, Inputs, compare
+from op_cases import CASES, COMBINATIONS, DTYPES, LAYOUTS, Inputs, compare
 
 SEEDS = [0, 1, 2, 3]
 OPS = torch.ops.gdfq_cuda_on_cpu
@@ -18,12 +18,8 @@ def seed(request):
     return request.param
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype", "layout"), COMBINATIONS)
 def test_small_cases(name, dtype, layout):
-    if name in FLOAT32_ONLY and (dtype, layout) != (DTYPES[0], LAYOUTS[0]):
-        return
     for arguments in CASES[name](Inputs(dtype, layout)):
         compare(OPS, name, arguments)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from small_models import Plain, randomize_batch_norm
 
-from gdfq import cli, run_folder
+from gdfq import run_folder
 
 MODELS = Path(__file__).parent / "small_models.py"
 SHORT = [
@@ -23,23 +23,6 @@ SHORT = [
         "schedule.warmup_epochs=1", "schedule.range_batches=1", "run.held_out_images=16", "run.checkpoint_every=1",
     )
 ]  # fmt: skip
-
-
-@pytest.fixture
-def gdfq(monkeypatch, capsys):
-    """Run the command line in this process: `gdfq(*arguments)` gives exit code, standard output, standard error."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gdfq", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -137,7 +137,15 @@ CASES = {
     "conditional_batch_norm_act": conditional_batch_norm_act,
     "conditional_batch_norm_act_backward": conditional_batch_norm_act_backward,
 }
+PLAIN = DTYPES[0], LAYOUTS[0]
 FLOAT32_ONLY = {"bns_loss", "distillation_loss"}
+COMBINATIONS = [
+    (name, dtype, layout)
+    for name in CASES
+    for dtype in DTYPES
+    for layout in LAYOUTS
+    if name not in FLOAT32_ONLY or (dtype, layout) == PLAIN
+]
 
 # Results that are sums over many elements, whose order of addition is free. All others must be equal bit for bit.
 SUMS = {

@@ -3,7 +3,7 @@
 import pytest
 import test_kernels
 import torch
-from op_cases import CASES, DTYPES, FLOAT32_ONLY, LAYOUTS, OPS, Inputs, compare, results
+from op_cases import CASES, COMBINATIONS, DTYPES, LAYOUTS, OPS, Inputs, compare, results
 
 # The tests are collected here too, where the fixture `on_the_device` has them run on the GPU, against the CPU.
 from test_kernels import (  # noqa: F401
@@ -54,12 +54,8 @@ def test_every_op_has_a_kernel():
     assert {op["cuda"].backend for op in report.ops.values()} == {"native"}, str(report)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype", "layout"), COMBINATIONS)
 def test_opcheck(name, dtype, layout):
-    if name in FLOAT32_ONLY and (dtype, layout) != (DTYPES[0], LAYOUTS[0]):
-        return
     for arguments in cases(name, dtype, layout):
         opcheck(getattr(OPS, name), arguments)
 

@@ -118,9 +118,9 @@ class SeparateQuantizer(torch.autograd.Function):
     """Eq. 6, one tensor operation per operation sign, with the identity gradient or the clipped one."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, lower: Tensor, upper: Tensor, clipped: bool) -> Tensor:
-        half = 2 ** (BITS - 1)
-        scale = (2**BITS - 1) / torch.clamp(upper - lower, min=1e-8)
+    def forward(ctx, x: Tensor, lower: Tensor, upper: Tensor, bits: int, clipped: bool) -> Tensor:
+        half = 2 ** (bits - 1)
+        scale = (2**bits - 1) / torch.clamp(upper - lower, min=1e-8)
         zero = torch.round(scale * lower) + half
         level = torch.round(scale * x - zero)
         if clipped:
@@ -129,7 +129,7 @@ class SeparateQuantizer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        return gradient * ctx.saved_tensors[0] if ctx.saved_tensors else gradient, None, None, None
+        return gradient * ctx.saved_tensors[0] if ctx.saved_tensors else gradient, None, None, None, None
 
 
 def quantizers(
@@ -140,7 +140,7 @@ def quantizers(
     scale, zero_point, top = affine.scale, affine.zero_points(), affine.levels - 1
 
     def released():
-        return SeparateQuantizer.apply(source(), lower, upper, clipped)
+        return SeparateQuantizer.apply(source(), lower, upper, BITS, clipped)
 
     def eager():
         if affine.axis is None:
@@ -193,7 +193,7 @@ def weights_case(problem: Problem, shapes: list[tuple[int, ...]], ours: Callable
     def separate(weight: Tensor) -> Tensor:
         flat, shape = weight.detach().flatten(1), [-1] + [1] * (weight.dim() - 1)
         lower, upper = flat.min(1).values.view(shape).float(), flat.max(1).values.view(shape).float()
-        return SeparateQuantizer.apply(weight, lower, upper, False)
+        return SeparateQuantizer.apply(weight, lower, upper, BITS, False)
 
     def eager():
         return [
