@@ -112,11 +112,16 @@ class RunConfig(_Section):
     seed: int = 0
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     channels_last: bool = Field(True, description="memory format of the images and convolution weights")
-    precision: Literal["float32", "bfloat16"] = Field(
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32",
-        description="bfloat16: the convolutions and linear layers of all three networks in training; statistics, "
-        "quantizers and losses stay float32, and so does every figure that is reported",
+        description="of the convolutions and linear layers of all three networks in training (tf32 on a GPU only); "
+        "statistics, quantizers and losses stay float32, and so does every figure that is reported",
     )
+    execution: Literal["auto", "eager", "graph"] = Field(
+        "auto",
+        description="graph: each phase's iteration is captured as a CUDA graph and replayed; auto: that on a GPU",
+    )
+    compile: bool = Field(False, description="torch.compile the forward passes and losses of both steps")
     log_every: int = Field(20, ge=1, description="iterations between two entries of the log")
     checkpoint_every: int = Field(200, ge=1, description="iterations between two checkpoints")
     held_out_images: int = Field(512, ge=2, description="synthetic images behind the data-free figures")

@@ -126,6 +126,11 @@ class LatentSampler:
         self.device = device
         self.random = torch.Generator(device).manual_seed(seed)
 
+    def restore(self, state: Tensor) -> None:
+        """Go on from `state` with a new generator: one whose capture as a CUDA graph failed cannot be used again."""
+        self.random = torch.Generator(self.device)
+        self.random.set_state(state)
+
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
         """Noise `(count, latent_size)` ~ N(0, 1) and labels `(count,)` int64, uniform."""
         noise = torch.randn(count, self.latent_size, generator=self.random, device=self.device)

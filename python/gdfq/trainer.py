@@ -8,11 +8,13 @@ images with the teacher's logits as soft targets. Three phases, by epoch:
 3. alternate training.
 
 All state that an iteration reads or writes is in `Trainer.state_dict()`, so that a resumed run continues bit for bit.
+All of it is in tensors that are written in place, so that an iteration can be a CUDA graph (see `gdfq.execution`).
 """
 
 import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -21,10 +23,12 @@ from torch import Tensor, nn
 from gdfq.calibrate import Agreement, agreement, calibrate, check_ranges
 from gdfq.config import Config
 from gdfq.errors import GdfqError
+from gdfq.execution import Execution
 from gdfq.generator import Generator, LatentSampler
 from gdfq.graph import CapturedModel, Teacher
-from gdfq.losses import generator_loss, student_loss
-from gdfq.modules import freeze_batch_norm, observing
+from gdfq.losses import GeneratorLoss, StudentLoss, generator_loss, student_loss
+from gdfq.modules import moving_statistics, observing
+from gdfq.precision import products_in_tf32
 
 
 class Metrics(NamedTuple):
@@ -56,6 +60,7 @@ class Trainer:
         iteration: how many are done.
         best: the epoch (from 1) at which a data-free criterion, agreement of Q with P on held-out synthetic images,
             was best, and its figures. It chooses nothing: it is reported beside the last epoch.
+        execution: how iterations are carried out; its `description` says so in words.
     """
 
     def __init__(self, teacher: Teacher, student: nn.Module, captured: CapturedModel, config: Config) -> None:
@@ -73,22 +78,30 @@ class Trainer:
         held_out = LatentSampler(config.generator.latent_size, captured.num_classes, config.run.seed + 1, device)
         self.held_out_latents = held_out.draw(config.run.held_out_images)
         self.generator_optimizer = torch.optim.Adam(
-            self.generator.parameters(), config.generator.learning_rate, config.generator.betas, fused=True
+            self.generator.parameters(),
+            torch.tensor(config.generator.learning_rate, device=device),
+            config.generator.betas,
+            fused=True,
+            capturable=device.type == "cuda",
         )
         self.student_optimizer = torch.optim.SGD(
             self.student.parameters(),
-            config.student.learning_rate,
+            torch.tensor(config.student.learning_rate, device=device),
             momentum=config.student.momentum,
             nesterov=config.student.momentum > 0,
             weight_decay=config.student.weight_decay,
             fused=True,
         )
+        self.execution = Execution(config.run.execution, device, self.latents)
+        if config.run.compile:
+            self._generator_forward = torch.compile(self._generator_forward, dynamic=False)
+            self._student_forward = torch.compile(self._student_forward, dynamic=False)
         self.iteration = 0
         self.best: tuple[int, Agreement] | None = None
         self.best_student: dict[str, Tensor] = {}
-        self.generator_sums = torch.zeros(3, device=device)
-        self.student_sums = torch.zeros(2, device=device)
-        self.generator_steps = self.student_steps = 0  # in the sums
+        # Metrics since they were last read, and in the last place the number of steps.
+        self.generator_sums = torch.zeros(4, device=device)
+        self.student_sums = torch.zeros(3, device=device)
 
     # --- where in the schedule ---
 
@@ -124,8 +137,8 @@ class Trainer:
     def _begin_epoch(self) -> None:
         schedule = self.config.schedule
         factor = schedule.decay ** sum(self.epoch >= milestone for milestone in schedule.milestones)
-        self.generator_optimizer.param_groups[0]["lr"] = self.config.generator.learning_rate * factor
-        self.student_optimizer.param_groups[0]["lr"] = self.config.student.learning_rate * factor
+        self.generator_optimizer.param_groups[0]["lr"].fill_(self.config.generator.learning_rate * factor)
+        self.student_optimizer.param_groups[0]["lr"].fill_(self.config.student.learning_rate * factor)
         first_trained = max(schedule.warmup_epochs, schedule.range_epochs)
         if self.epoch == schedule.range_epochs:
             check_ranges(self.student)
@@ -133,45 +146,54 @@ class Trainer:
             calibrate(self.student, self.fresh_images(schedule.range_batches))
 
     def _step(self) -> None:
-        noise, labels = self.latents.draw(self.config.schedule.batch_size)
-        images, teacher_logits = self._generator_step(noise, labels)
-        if self.phase == "training":
-            self._student_step(images, teacher_logits, labels)
-        elif self.phase == "ranges":
-            with torch.no_grad(), observing(self.student), self._precision():
-                self.student(images)
+        phase = self.phase
+        self.execution.run(phase, lambda: self._iteration(phase))
 
-    def _precision(self) -> torch.autocast:
-        """Convolutions and linear layers inside the block run in `run.precision`."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bfloat16")
+    def _iteration(self, phase: str) -> None:
+        """What the device does in one iteration, and nothing else: Python is not here when a graph is replayed."""
+        with products_in_tf32(self.config.run.precision == "tf32"):
+            noise, labels = self.latents.draw(self.config.schedule.batch_size)
+            images, teacher_logits = self._generator_step(noise, labels)
+            if phase == "training":
+                self._student_step(images, teacher_logits, labels)
+            elif phase == "ranges":
+                with torch.no_grad(), observing(self.student), self._autocast():
+                    self.student(images)
 
     def _generator_step(self, noise: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """A step of G; returns its images and the teacher's logits for them, both detached."""
-        with self._precision():
-            images = self.generator(noise, labels)
-            logits, means, variances = self.teacher.with_moments(images)
-        loss = generator_loss(self.config.generator, self.teacher, logits, labels, means, variances)
+        loss, images, logits = self._generator_forward(noise, labels)
         self.generator_optimizer.zero_grad()
         loss.total.backward()
         self.generator_optimizer.step()
-        logits = logits.detach()
+        images, logits = images.detach(), logits.detach()
         hits = 100 * (logits.argmax(1) == labels).float().mean()
-        self.generator_sums += torch.stack([loss.cross_entropy, loss.bns, hits])
-        self.generator_steps += 1
-        return images.detach(), logits
+        self.generator_sums += torch.stack([loss.cross_entropy, loss.bns, hits, torch.ones_like(hits)])
+        return images, logits
+
+    def _generator_forward(self, noise: Tensor, labels: Tensor) -> tuple[GeneratorLoss, Tensor, Tensor]:
+        with self._autocast():
+            images = self.generator(noise, labels)
+            logits, statistics = self.teacher.with_statistics(images)
+        return generator_loss(self.config.generator, logits, labels, statistics), images, logits
 
     def _student_step(self, images: Tensor, teacher_logits: Tensor, labels: Tensor) -> None:
         """A step of Q on G's images, with the teacher's logits as soft targets."""
-        freeze_batch_norm(self.student, self.config.student.fixed_bns)
-        with self._precision():
-            logits = self.student(images)
-        loss = student_loss(self.config.student, logits, teacher_logits, labels)
-        freeze_batch_norm(self.student, True)
+        with nullcontext() if self.config.student.fixed_bns else moving_statistics(self.student):
+            loss = self._student_forward(images, teacher_logits, labels)
         self.student_optimizer.zero_grad()
         loss.total.backward()
         self.student_optimizer.step()
-        self.student_sums += torch.stack([loss.cross_entropy, loss.kl])
-        self.student_steps += 1
+        self.student_sums += torch.stack([loss.cross_entropy, loss.kl, torch.ones_like(loss.kl)])
+
+    def _student_forward(self, images: Tensor, teacher_logits: Tensor, labels: Tensor) -> StudentLoss:
+        with self._autocast():
+            logits = self.student(images)
+        return student_loss(self.config.student, logits, teacher_logits, labels)
+
+    def _autocast(self) -> torch.autocast:
+        """With `run.precision = "bfloat16"` convolutions and linear layers inside the block run in it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bfloat16")
 
     def _end_epoch(self) -> None:
         """Note what the data-free criterion says of the epoch that has ended, if Q was trained in it."""
@@ -189,12 +211,14 @@ class Trainer:
         Raises:
             GdfqError: a loss is NaN or infinite.
         """
-        generator = (self.generator_sums / max(self.generator_steps, 1)).tolist()
-        student = (self.student_sums / self.student_steps).tolist() if self.student_steps else [None, None]
+        *generator, generator_steps = self.generator_sums.tolist()
+        *student, student_steps = self.student_sums.tolist()
         self.generator_sums.zero_()
         self.student_sums.zero_()
-        self.generator_steps = self.student_steps = 0
-        metrics = Metrics(*generator, *student)
+        metrics = Metrics(
+            *(value / max(generator_steps, 1) for value in generator),
+            *(value / student_steps if student_steps else None for value in student),
+        )
         broken = [name for name, value in metrics._asdict().items() if value is not None and not math.isfinite(value)]
         if broken:
             raise GdfqError(
@@ -239,7 +263,6 @@ class Trainer:
             "iteration": self.iteration,
             "generator_sums": self.generator_sums,
             "student_sums": self.student_sums,
-            "steps": [self.generator_steps, self.student_steps],
             "best_student": self.best_student,
             "best": None if self.best is None else [self.best[0], *vars(self.best[1]).values()],
         }
@@ -251,18 +274,23 @@ class Trainer:
         for name in ("generator_optimizer", "student_optimizer"):
             optimizer = getattr(self, name)
             optimizer.load_state_dict(state[name])
-            _lay_out_like_parameters(optimizer)
+            _mend_loaded(optimizer, self.device)
         self.latents.random.set_state(state["random"])
         self.iteration = state["iteration"]
         self.generator_sums.copy_(state["generator_sums"])
         self.student_sums.copy_(state["student_sums"])
-        self.generator_steps, self.student_steps = state["steps"]
         self.best_student = state["best_student"]
         self.best = None if state["best"] is None else (state["best"][0], Agreement(*state["best"][1:]))
+        self.execution.restart()
 
 
-def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Files know no strides, and fused optimizers walk through a parameter and its state in memory order, unchecked."""
+def _mend_loaded(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Put back what `load_state_dict` does not: the learning rate's device, and the strides, which files do not know.
+
+    Fused optimizers walk through a parameter and its state in memory order, unchecked.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"].to(device)
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
