@@ -5,13 +5,13 @@ is, so that what was done once on the device can be done again without Python: n
 allocated.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 
 from gdfq.generator import LatentSampler
 
-# Iterations of a phase before its capture: gradients, optimizer state and the libraries' workspaces come into being in
+# Iterations of a kind before its capture: gradients, optimizer state and the libraries' workspaces come into being in
 # them, and libraries choose their algorithms.
 WARMUP = 3
 
@@ -53,10 +53,11 @@ class CudaGraph:
 class Execution:
     """Runs iterations, as a CUDA graph where that is wanted and possible.
 
-    Every phase has a graph of its own. Its first iterations run eagerly; they are iterations like all others.
+    Every kind of iteration has a graph of its own, until one of another kind comes. Its first iterations run eagerly;
+    they are iterations like all others.
 
     Args:
-        kind: `eager`; `graph`; or `auto`, a graph where the device has them.
+        wanted: `eager`; `graph`; or `auto`, a graph where the device has them.
         device: of all tensors.
         latents: the one source of random numbers in an iteration.
 
@@ -64,29 +65,29 @@ class Execution:
         description: `eager`, `graph` or, where a graph was wanted, `eager: ` and why it is none.
     """
 
-    def __init__(self, kind: str, device: torch.device, latents: LatentSampler) -> None:
+    def __init__(self, wanted: str, device: torch.device, latents: LatentSampler) -> None:
         self.device = device
         self.latents = latents
         obstacle = CudaGraph.obstacle(device)
-        self.wanted = kind != "eager" and obstacle is None
-        self.description = f"eager: {obstacle}" if kind == "graph" and obstacle else "eager"
+        self.wanted = wanted != "eager" and obstacle is None
+        self.description = f"eager: {obstacle}" if wanted == "graph" and obstacle else "eager"
         self.restart()
 
     def restart(self) -> None:
         """Forget what was captured: tensors have been exchanged."""
-        self.phase: str | None = None
+        self.kind: Hashable = None
         self.graph: CudaGraph | None = None
         self.warm_ups = 0
         self.captured = False
 
-    def run(self, phase: str, iteration: Callable[[], None]) -> None:
-        """Carry out one iteration of `phase`, whose iterations are all `iteration()`."""
+    def run(self, kind: Hashable, iteration: Callable[[], None]) -> None:
+        """Carry out `iteration()`, which does the same every time that `kind` is the same."""
         if not self.wanted:
             iteration()
             return
-        if phase != self.phase:
+        if kind != self.kind:
             self.restart()
-            self.phase, self.graph = phase, CudaGraph(self.device, self.latents.random)
+            self.kind, self.graph = kind, CudaGraph(self.device, self.latents.random)
         if self.warm_ups < WARMUP:
             self.warm_ups += 1
             self.graph.warm_up(iteration)

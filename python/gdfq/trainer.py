@@ -7,6 +7,8 @@ images with the teacher's logits as soft targets. Three phases, by epoch:
 2. warm-up (`warmup_epochs`): only G is trained, and Q is not run at all once its ranges are fixed;
 3. alternate training.
 
+G may be fixed earlier, after `generator_epochs` or by the paper's stopping condition: then only Q goes on.
+
 All state that an iteration reads or writes is in `Trainer.state_dict()`, so that a resumed run continues bit for bit.
 All of it is in tensors that are written in place, so that an iteration can be a CUDA graph (see `gdfq.execution`).
 """
@@ -35,14 +37,14 @@ class Metrics(NamedTuple):
     """Means over the iterations since the last entry of the log.
 
     Attributes:
-        generator_cross_entropy, bns: the parts of G's loss (Eq. 4, 5).
-        generator_accuracy: share of generated images that the teacher classifies as their label, percent.
+        generator_cross_entropy, bns: the parts of G's loss (Eq. 4, 5); None while G is not trained.
+        generator_accuracy: share of generated images that the teacher classifies as their label, percent; likewise.
         student_cross_entropy, kl: the parts of Q's loss (Eq. 7 to 10); None while Q is not trained.
     """
 
-    generator_cross_entropy: float
-    bns: float
-    generator_accuracy: float
+    generator_cross_entropy: float | None
+    bns: float | None
+    generator_accuracy: float | None
     student_cross_entropy: float | None
     kl: float | None
 
@@ -60,6 +62,7 @@ class Trainer:
         iteration: how many are done.
         best: the epoch (from 1) at which a data-free criterion, agreement of Q with P on held-out synthetic images,
             was best, and its figures. It chooses nothing: it is reported beside the last epoch.
+        generator_stopped: whether the stopping condition, `generator.stop_accuracy`, has been met.
         execution: how iterations are carried out; its `description` says so in words.
     """
 
@@ -97,6 +100,7 @@ class Trainer:
             self._generator_forward = torch.compile(self._generator_forward, dynamic=False)
             self._student_forward = torch.compile(self._student_forward, dynamic=False)
         self.iteration = 0
+        self.generator_stopped = False
         self.best: tuple[int, Agreement] | None = None
         self.best_student: dict[str, Tensor] = {}
         # Metrics since they were last read, and in the last place the number of steps.
@@ -120,6 +124,11 @@ class Trainer:
         if self.epoch < schedule.range_epochs:
             return "ranges"
         return "warm-up" if self.epoch < schedule.warmup_epochs else "training"
+
+    @property
+    def trains_generator(self) -> bool:
+        last = self.config.schedule.generator_epochs
+        return not self.generator_stopped and (last is None or self.epoch < last)
 
     # --- Algorithm 1 ---
 
@@ -146,14 +155,18 @@ class Trainer:
             calibrate(self.student, self.fresh_images(schedule.range_batches))
 
     def _step(self) -> None:
-        phase = self.phase
-        self.execution.run(phase, lambda: self._iteration(phase))
+        kind = (self.phase, self.trains_generator)
+        self.execution.run(kind, lambda: self._iteration(*kind))
 
-    def _iteration(self, phase: str) -> None:
+    def _iteration(self, phase: str, trains_generator: bool) -> None:
         """What the device does in one iteration, and nothing else: Python is not here when a graph is replayed."""
         with products_in_tf32(self.config.run.precision == "tf32"):
             noise, labels = self.latents.draw(self.config.schedule.batch_size)
-            images, teacher_logits = self._generator_step(noise, labels)
+            if trains_generator:
+                images, teacher_logits = self._generator_step(noise, labels)
+            else:
+                with torch.no_grad():
+                    _, images, teacher_logits = self._generator_forward(noise, labels)
             if phase == "training":
                 self._student_step(images, teacher_logits, labels)
             elif phase == "ranges":
@@ -196,8 +209,10 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bfloat16")
 
     def _end_epoch(self) -> None:
-        """Note what the data-free criterion says of the epoch that has ended, if Q was trained in it."""
-        schedule = self.config.schedule
+        """See whether G is to stop, and note what the data-free criterion says of an epoch in which Q was trained."""
+        schedule, enough = self.config.schedule, self.config.generator.stop_accuracy
+        if enough is not None and not self.generator_stopped:
+            self.generator_stopped = self.held_out_accuracy() > enough
         if self.epoch <= max(schedule.warmup_epochs, schedule.range_epochs):
             return
         figures = self.held_out_agreement()
@@ -216,7 +231,7 @@ class Trainer:
         self.generator_sums.zero_()
         self.student_sums.zero_()
         metrics = Metrics(
-            *(value / max(generator_steps, 1) for value in generator),
+            *(value / generator_steps if generator_steps else None for value in generator),
             *(value / student_steps if student_steps else None for value in student),
         )
         broken = [name for name, value in metrics._asdict().items() if value is not None and not math.isfinite(value)]
@@ -250,6 +265,13 @@ class Trainer:
     def held_out_agreement(self) -> Agreement:
         return agreement(self.teacher, self.student, self.held_out_images())
 
+    @torch.no_grad()
+    def held_out_accuracy(self) -> float:
+        """Share of the held-out images that the teacher classifies as the label they were made for, percent."""
+        _, labels = self.held_out_latents
+        guesses = torch.cat([self.teacher(images).argmax(1) for images in self.held_out_images()])
+        return 100 * (guesses == labels).double().mean().item()
+
     # --- checkpoints ---
 
     def state_dict(self) -> dict:
@@ -261,6 +283,7 @@ class Trainer:
             "student_optimizer": self.student_optimizer.state_dict(),
             "random": self.latents.random.get_state(),
             "iteration": self.iteration,
+            "generator_stopped": self.generator_stopped,
             "generator_sums": self.generator_sums,
             "student_sums": self.student_sums,
             "best_student": self.best_student,
@@ -277,6 +300,7 @@ class Trainer:
             _mend_loaded(optimizer, self.device)
         self.latents.random.set_state(state["random"])
         self.iteration = state["iteration"]
+        self.generator_stopped = state["generator_stopped"]
         self.generator_sums.copy_(state["generator_sums"])
         self.student_sums.copy_(state["student_sums"])
         self.best_student = state["best_student"]

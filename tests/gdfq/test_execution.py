@@ -54,6 +54,7 @@ def assert_same(one: Trainer, other: Trainer) -> None:
         {"generator__architecture": "conditional", "quantizer__straight_through": "clipped"},
         {"student__fixed_bns": False, "quantizer__placement": "paper", "student__momentum": 0.0},
         {"run__precision": "bfloat16", "schedule__reestimate_ranges": False},
+        {"schedule__generator_epochs": 4},
     ],
 )
 def test_replayed_iterations_equal_eager_ones_bit_for_bit(graphs, changes):

@@ -100,6 +100,35 @@ def test_learning_rates_fall_at_the_milestones():
     assert rates[12:] == [pytest.approx([1e-4, 1e-3])] * 3
 
 
+@pytest.mark.parametrize(
+    ("changes", "trained_iterations"),
+    [
+        ({"schedule__generator_epochs": 3}, 9),  # separate training: G first, then Q
+        ({"generator__stop_accuracy": 0.0}, 3),  # met at the end of the first epoch
+        ({"generator__stop_accuracy": 100.0}, 15),  # more than all cannot be
+    ],
+)
+def test_a_generator_that_is_trained_no_more_stays_as_it_is_and_q_goes_on(changes, trained_iterations):
+    trainer = new_trainer(schedule__reestimate_ranges=False, **changes)
+    history = []
+
+    def look() -> None:
+        names = {name for name, _ in trainer.generator.named_parameters()}
+        weights = {name: value for name, value in snapshot(trainer.generator).items() if name in names}
+        history.append((weights, snapshot(trainer.student), trainer.read_metrics()))
+
+    trainer.run(look)
+    moves = [changed(before[0], after[0]) for before, after in itertools.pairwise(history)]
+    assert moves == [True] * (trained_iterations - 1) + [False] * (15 - trained_iterations)
+    assert [metrics.bns is not None for *_, metrics in history] == [True] * trained_iterations + [False] * (
+        15 - trained_iterations
+    )
+    assert changed(history[-2][1], history[-1][1])
+    resumed = new_trainer(**changes)
+    resumed.load_state_dict(trainer.state_dict())
+    assert resumed.trains_generator == trainer.trains_generator
+
+
 @pytest.mark.parametrize("fixed", [True, False])
 def test_fixed_bns_keeps_the_teachers_statistics_in_q(fixed):
     trainer = new_trainer(student__fixed_bns=fixed)
