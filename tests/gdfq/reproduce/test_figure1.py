@@ -71,14 +71,14 @@ def test_comparison_by_hand():
         x = to_points(images)[:, 0]
         return torch.stack([torch.zeros_like(x), 4 * x], 1)
 
-    points = torch.tensor([[1.0, 3.0], [-1.0, -3.0], [-0.5, 3.0], [5.0, -2.0]])
-    data = LabelledPoints(points, torch.tensor([1, 0, 1, 1]))
+    points = torch.tensor([[1.0, 3.0], [-1.0, -3.0], [-0.5, 3.0], [5.0, -2.0], [1.0, -3.0]])
+    data = LabelledPoints(points, torch.tensor([1, 0, 1, 1, 1]))
     moved = data._replace(points=points + torch.tensor([3.0, 4.0]))
     figures = compare(classifier, data, moved)
-    assert figures["label_by_classifier"] == 0.75  # the third is left of 0
-    assert figures["label_by_rule"] == 0.75  # the fourth is below the curve
-    assert figures["near_boundary"] == 0.25  # the third alone, at 0.5 < log(9) / 4 = 0.549
-    assert figures["inside_square"] == 0.75  # the fourth is at x = 5
+    assert figures["label_by_classifier"] == 0.8  # the third is left of 0
+    assert figures["label_by_rule"] == 0.6  # the last two are below the curve
+    assert figures["near_boundary"] == 0.2  # the third alone, at 0.5 < log(9) / 4 = 0.549
+    assert figures["inside_square"] == 0.8  # the fourth is at x = 5
     distances = figures["energy_distance"]
     assert distances["classes"][0] == pytest.approx(math.sqrt(2 * 5))  # one point, moved by 5
     assert distances["class_mean"] == pytest.approx(sum(distances["classes"]) / 2)
