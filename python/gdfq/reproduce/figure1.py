@@ -42,7 +42,7 @@ POINTS = 2000  # of every sample
 BATCH_SIZE = 200
 CLASSIFIER_ITERATIONS = 1000
 GENERATOR_ITERATIONS = 2000
-CONFIDENT = 0.9
+CONFIDENT = 0.9  # the probability from which on a point is not near the boundary
 PICTURE_INCHES = (14.0, 4.2)
 DOTS_PER_INCH = 100
 CPU = torch.device("cpu")
@@ -196,7 +196,7 @@ class PointGenerator(nn.Module):
 
 def generate(teacher: Teacher, iterations: int, seed: int, progress: bool = False) -> LabelledPoints:
     """Train a generator on CE + beta * BNS (Eq. 4, 5) and draw a sample from it, with the labels asked for."""
-    config = GeneratorConfig(latent_size=16, bns_reduction="sum")
+    config = GeneratorConfig(latent_size=16, bns_reduction="sum")  # 16: a plane needs less noise than images do
     generator = PointGenerator(config.latent_size)
     latents = LatentSampler(config.latent_size, CLASSES, seed, CPU)
     optimizer = torch.optim.Adam(generator.parameters(), config.learning_rate, config.betas)
