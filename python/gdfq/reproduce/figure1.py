@@ -203,8 +203,8 @@ def generate(teacher: Teacher, iterations: int, seed: int, progress: bool = Fals
     schedule = CosineAnnealingLR(optimizer, iterations)
     for _ in trange(iterations, disable=not progress, desc="generator", unit="it", dynamic_ncols=True):
         noise, labels = latents.draw(BATCH_SIZE)
-        logits, means, variances = teacher.with_moments(generator(noise, labels))
-        loss = generator_loss(config, teacher, logits, labels, means, variances)
+        logits, statistics = teacher.with_statistics(generator(noise, labels))
+        loss = generator_loss(config, logits, labels, statistics)
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
