@@ -28,7 +28,8 @@ class Report:
             training.
         float_bytes, quantized_bytes: size of the parameters before and after.
         seconds: wall time of the quantization.
-        kept: `trained`, or `calibrated` where plain calibration was better by the data-free criterion.
+        kept: `trained`, or `calibrated`: by a method without training, or by `gdfq` where plain calibration was better
+            by the data-free criterion.
         top1: on real data that the user gave, percent: `float`, `quantized` and, where there is a data-free choice,
             `data_free_choice`. Nothing was chosen by it.
         versions: of Python, torch and this package, and the device.
@@ -66,7 +67,7 @@ class Report:
             f"size         {self.float_bytes / 1e6:.2f} MB in float32, {self.quantized_bytes / 1e6:.2f} MB packed",
             f"data-free    {_figures(self.data_free)} ({self.data_free.images} held-out synthetic images)",
         ]
-        if self.kept == "calibrated":
+        if self.kept == "calibrated" and self.config.method == "gdfq":
             lines.append("             plain calibration was better than training by this criterion, and was kept")
         if self.data_free_choice is not None:
             epoch, figures = self.data_free_choice
