@@ -47,12 +47,14 @@ class Result:
         report: what was done and how good it is.
         generator: G, for the method `gdfq`; None for the baselines.
         held_out_images: synthetic batches `(N, C, H, W)` that Q was not trained on; the data-free figures are theirs.
+        choice_state: Q's state dict at the epoch of `report.data_free_choice`; None where there is no such choice.
     """
 
     model: nn.Module
     report: Report
     generator: Generator | None
     held_out_images: list[Tensor]
+    choice_state: dict[str, Tensor] | None = None
 
 
 @products_in_tf32(False)
@@ -90,7 +92,7 @@ def quantize(
     """
     config = config or Config.load(default_preset(model))
     _check_real_images(config.method, calibrate_on, train_on)
-    device = _device(config.run.device)
+    device = device_named(config.run.device)
     check_finite(model)
     captured = capture(model, config.model.image_size, config.model.channels, device)
     _check_classes(captured, config)
@@ -109,7 +111,7 @@ def quantize(
     report = _report(task, account, outcome, agreement(teacher, student, held_out))
     if evaluate_on is not None:
         report.top1 = _top1(task, outcome, evaluate_on)
-    result = Result(student, report, outcome.generator, held_out)
+    result = Result(student, report, outcome.generator, held_out, outcome.choice_state or None)
     if folder is not None:
         _write(folder, result, captured)
     return result
@@ -291,7 +293,8 @@ def _write(folder: Path, result: Result, captured: CapturedModel) -> None:
 # --- checks ------------------------------------------------------------------------------------------------------
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device of the setting `run.device`; raises `GdfqError` where it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

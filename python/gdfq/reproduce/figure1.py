@@ -23,12 +23,12 @@ from tqdm import trange
 from gdfq.baselines.zeroq import distill
 from gdfq.calibrate import gaussian_images
 from gdfq.config import GeneratorConfig, ZeroqConfig
-from gdfq.errors import GdfqError
 from gdfq.files import write_atomically, write_text
 from gdfq.generator import LatentSampler
 from gdfq.graph import Teacher, build_teacher, capture
 from gdfq.losses import generator_loss
 from gdfq.report import versions
+from gdfq.reproduce.scale import check_scale, scaled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,26 +73,19 @@ def figure1(out: Path | None, seed: int = 0, scale: float = 1.0, progress: bool 
     Raises:
         GdfqError: `scale` is not above 0, or `out` cannot be written.
     """
-    if not 0 < scale < math.inf:
-        raise GdfqError(
-            f"scale is {scale}, but must be a number above 0, for example 0.1 for a tenth of the iterations"
-        )
-
-    def scaled(iterations: int) -> int:
-        return max(1, round(iterations * scale))
-
+    check_scale(scale)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        teacher = train_classifier(real_points(), scaled(CLASSIFIER_ITERATIONS), progress)
+        teacher = train_classifier(real_points(), scaled(CLASSIFIER_ITERATIONS, scale), progress)
         reference, fresh = real_points(), real_points()
         (noise,) = gaussian_images(IMAGE_SHAPE, POINTS, POINTS, seed, CPU)
-        zeroq_config = ZeroqConfig(images=POINTS, iterations=scaled(ZeroqConfig().iterations))
+        zeroq_config = ZeroqConfig(images=POINTS, iterations=scaled(ZeroqConfig().iterations, scale))
         zeroq_images = distill(teacher, IMAGE_SHAPE, zeroq_config, seed, CPU, progress)
         panels = {
             "real": fresh,
             "gaussian": label_by_classifier(teacher, noise),
             "zeroq": label_by_classifier(teacher, zeroq_images),
-            "gdfq": generate(teacher, scaled(GENERATOR_ITERATIONS), seed, progress),
+            "gdfq": generate(teacher, scaled(GENERATOR_ITERATIONS, scale), seed, progress),
         }
         random_labels = {
             f"{method}_random_labels": panels[method]._replace(labels=torch.randint(CLASSES, (POINTS,)))
