@@ -23,6 +23,7 @@ def zeroq(
     return SyntheticImages(batches(config.run.seed), batches(config.run.seed + 1))
 
 
+@torch.enable_grad()  # images may be made when a calibration asks for them, which itself needs no gradients
 def distill(
     teacher: Teacher,
     shape: tuple[int, int, int],
