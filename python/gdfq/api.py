@@ -307,8 +307,8 @@ def _check_real_images(method: str, calibrate_on: Any, train_on: Any) -> None:
         )
     if method not in _CALIBRATED_ON_REAL_IMAGES and calibrate_on is not None:
         raise GdfqError(
-            f"`calibrate_on` (`--calibration-data`) is for the methods {', '.join(_CALIBRATED_ON_REAL_IMAGES)}, but the "
-            f"method is '{method}': leave it out or choose one of these"
+            f"`calibrate_on` (`--calibration-data`) is for the methods {', '.join(_CALIBRATED_ON_REAL_IMAGES)}, but "
+            f"the method is '{method}': leave it out or choose one of these"
         )
 
 

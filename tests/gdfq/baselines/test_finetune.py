@@ -80,9 +80,12 @@ def test_the_loss_on_real_images_falls(labelled):
 def test_ranges_first_then_only_q_is_trained(labelled):
     tuner = new_tuner(labelled)
     teacher, generator = snapshot(tuner.teacher), snapshot(tuner.generator)
+    batches, asked_for = tuner.training_images.batch, []
+    tuner.training_images.batch = lambda iteration: asked_for.append(iteration) or batches(iteration)
     history = [(tuner.phase, snapshot(tuner.student))]
     tuner.run(lambda: history.append((tuner.phase, snapshot(tuner.student))))
     assert [phase for phase, _ in history[:-1]] == ["ranges"] * 8 + ["training"] * 32
+    assert asked_for == list(range(40))
     for (phase, before), (_, after) in itertools.pairwise(history):
         ranges = {name for name in changed(before, after) if name.startswith("activation_quantizers.")}
         weights = changed(before, after) - ranges
