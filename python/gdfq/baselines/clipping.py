@@ -63,8 +63,6 @@ def mse(values: Tensor, counts: Tensor | None, bits: int) -> tuple[Tensor, Tenso
     """-a and a with the least squared error of Eq. 6 on the values clipped there.
 
     a is searched among the largest magnitude times 2^(-j/4), j = 0 to 31, then in steps of 2^(1/32) around the best.
-    Weights are clamped before they are quantized, activations are not. That matters, since -a and a lie half way
-    between two levels of Eq. 6: what is clamped there can take the inner one, what lies beyond takes the outer.
     """
     largest = values.abs().amax(1)
     low, high = values.amin(1), values.amax(1)
@@ -73,7 +71,9 @@ def mse(values: Tensor, counts: Tensor | None, bits: int) -> tuple[Tensor, Tenso
     def try_clip_values(candidates: Tensor) -> None:
         nonlocal best, least
         lower, upper = torch.maximum(low, -candidates), torch.minimum(high, candidates)
-        clipped = values.clamp(lower[:, None], upper[:, None]) if counts is None else values
+        # Clamped first, as weights are: the ends of a symmetric range lie half way between two levels of Eq. 6, and
+        # what is clamped there can take the inner one.
+        clipped = values.clamp(lower[:, None], upper[:, None])
         error = (gdfq_ext.fake_quantize(clipped, lower, upper, bits, axis=0) - values).square_()
         error = (error if counts is None else error * counts).sum(1)
         # Where all values are on one side of zero the range can be inverted, and its error NaN: never the least.

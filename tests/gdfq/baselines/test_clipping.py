@@ -236,6 +236,15 @@ def test_histograms_hold_every_activation_of_all_batches():
     assert not quantizer._forward_hooks
 
 
+def test_histograms_are_those_of_activations_that_nothing_has_quantized():
+    student = new_student(activation_bits=2, input_bits=2)
+    _, pooled = activation_quantizers(student).values()
+    with torch.no_grad():
+        low, high, _ = activation_histograms(student, BATCHES)[pooled]
+        expected = float_activations(student).mean((2, 3))
+    torch.testing.assert_close(torch.stack([low, high]), torch.stack(expected.aminmax()))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_activation_ranges_are_the_rules(rule):
     student = new_student(placement="paper")
