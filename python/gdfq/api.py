@@ -312,11 +312,13 @@ def _check_real_images(method: str, calibrate_on: Any, train_on: Any) -> None:
             "command line), or take a method that needs none, as 'gdfq'"
         )
     if method != "finetune" and train_on is not None:
-        raise GdfqError(f"`train_on` is for method 'finetune', but the method is '{method}': leave one of them out")
+        raise GdfqError(
+            f"`train_on` (`--training-data`) is for method 'finetune', but the method is '{method}': leave it out"
+        )
     if method not in _CALIBRATED_ON_REAL_IMAGES and calibrate_on is not None:
         raise GdfqError(
-            f"`calibrate_on` is for the methods {', '.join(_CALIBRATED_ON_REAL_IMAGES)}, but the method is '{method}', "
-            "which takes no real images to calibrate on: leave it out or choose one of these"
+            f"`calibrate_on` (`--calibration-data`) is for the methods {', '.join(_CALIBRATED_ON_REAL_IMAGES)}, but "
+            f"the method is '{method}': leave it out or choose one of these"
         )
 
 

@@ -7,8 +7,9 @@ The baselines of the paper's Table 5. All three quantize by Eq. 6, as GDFQ does,
 - activations per tensor, from a histogram over all calibration images. The image itself keeps its minimum and maximum:
   pixels have few different values, and none of them is an outlier.
 
-A rule gets `values (rows, N)`, each of them `counts (rows, N)` times (None: once), and the bits; it returns the lower
-and the upper clip value of each row, `(rows,)` float32. They may lie outside the values; nothing is clipped there.
+A rule gets `values (rows, N)` and the bits: weights, or with `counts (rows, N)` the histogram of activations. It
+returns the lower and the upper clip value of each row, `(rows,)` float32. They may lie outside the values; nothing is
+clipped there.
 """
 
 import math
@@ -70,7 +71,10 @@ def mse(values: Tensor, counts: Tensor | None, bits: int) -> tuple[Tensor, Tenso
     def try_clip_values(candidates: Tensor) -> None:
         nonlocal best, least
         lower, upper = torch.maximum(low, -candidates), torch.minimum(high, candidates)
-        error = (gdfq_ext.fake_quantize(values, lower, upper, bits, axis=0) - values).square_()
+        # Clamped first, as weights are: the ends of a symmetric range lie half way between two levels of Eq. 6, and
+        # what is clamped there can take the inner one.
+        clipped = values.clamp(lower[:, None], upper[:, None])
+        error = (gdfq_ext.fake_quantize(clipped, lower, upper, bits, axis=0) - values).square_()
         error = (error if counts is None else error * counts).sum(1)
         # Where all values are on one side of zero the range can be inverted, and its error NaN: never the least.
         better = error < least

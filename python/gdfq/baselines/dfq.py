@@ -128,8 +128,8 @@ def absorb_high_biases(student: fx.GraphModule, pairs: list[Pair]) -> None:
 
         c = max(0, beta - 3 gamma)      beta - c      bias of the next layer + W2 c
 
-    for pairs through a ReLU: relu(x - c) = relu(x) - c wherever x > c. As in DFQ, the next layer's zero padding is not
-    looked at.
+    for pairs through a ReLU: relu(x - c) = relu(x) - c wherever x > c. Where the next layer pads with zeros, which c is
+    not part of, its output is off at the border; DFQ takes no notice of that.
     """
     for _, batch_norm, second in pairs:
         if _batch_norm(student, batch_norm).act == "relu":

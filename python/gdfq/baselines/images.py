@@ -1,6 +1,7 @@
 """Images for the baselines: made of nothing (noise, a generator), or real ones that the user gives."""
 
 import functools
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -145,14 +146,14 @@ def _stack(name: str, images: Sequence[Any], shape: tuple[int, int, int]) -> Ten
 
 
 def _checked_labels(labels: Sequence[Any], num_classes: int) -> Tensor:
-    try:
-        checked = torch.tensor([int(label) for label in labels])
-    except (TypeError, ValueError):
-        raise GdfqError(f"`train_on`: a label must be an integer, 0..{num_classes - 1}; given: {labels[0]!r}") from None
-    low, high = int(checked.min()), int(checked.max())
-    if low < 0 or high >= num_classes:
-        raise GdfqError(
-            f"`train_on` holds the label {high if low >= 0 else low}, but the model knows {num_classes} classes "
-            f"(0..{num_classes - 1}); give the data that the model was trained for"
-        )
-    return checked
+    for label in labels:
+        try:
+            known = 0 <= operator.index(label) < num_classes
+        except TypeError:
+            raise GdfqError(f"`train_on`: a label must be an integer, 0..{num_classes - 1}; given: {label!r}") from None
+        if not known:
+            raise GdfqError(
+                f"`train_on` holds the label {int(label)}, but the model knows {num_classes} classes "
+                f"(0..{num_classes - 1}); give the data that the model was trained for"
+            )
+    return torch.tensor([int(label) for label in labels])
