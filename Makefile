@@ -60,5 +60,5 @@ check-development:
 	$(PY) .ci/missing_requirements.py --development
 
 clean:
-	rm -rf build dist demo-output *.egg-info python/*.egg-info gdfq_ext/*.so
+	rm -rf build dist demo-output reproduce-output *.egg-info python/*.egg-info gdfq_ext/*.so
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -227,7 +227,7 @@ def reproduce(
 
     progress = not as_json and sys.stderr.isatty()
     if name == "figure1":
-        if data or weights or models or cell or settings or list_cells or len(seeds or []) > 1:
+        if data or weights or models or cell is not None or settings or list_cells or len(seeds or []) > 1:
             raise GdfqError("figure1 has no cells and takes no data: give --out, --scale, --json and one --seeds alone")
         result = figure1(out, *(seeds or []), scale=scale, progress=progress)
         typer.echo(json.dumps(result) if as_json else f"written to {out}: figure1.png, figure1.json")

@@ -1,1 +1,1 @@
-"""The paper's experiments, repeated: each is a function that writes its figures, and its picture if it has one."""
+"""The paper's experiments, repeated: its tables (tables.py as data, grid.py runs them) and its figure (figure1.py)."""
