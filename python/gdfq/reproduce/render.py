@@ -65,8 +65,8 @@ def orderings(cells: list[dict]) -> list[dict]:
         cells: entries of `gdfq.reproduce.grid.Grid.result`.
 
     Returns:
-        `network`, `bits`, the row that is `higher` in the paper, the one that is `lower`, and `holds`: True or False
-        where every seed of one row is above all of the other's, None where they overlap.
+        `network`, `bits`, the row that is `higher` in the paper, the one that is `lower`, our means of both in `ours`,
+        and `holds`: True or False where every seed of one row is above all of the other's, else None.
     """
     found = []
     for first, second in itertools.combinations([cell for cell in cells if cell["results"]], 2):
@@ -74,12 +74,13 @@ def orderings(cells: list[dict]) -> list[dict]:
         if order is None or (first["network"], first["bits"]) != (second["network"], second["bits"]):
             continue
         higher, lower = (first, second) if order else (second, first)
-        ours, theirs = ([result["top1"]["quantized"] for result in cell["results"]] for cell in (higher, lower))
-        holds = True if min(ours) > max(theirs) else False if max(ours) < min(theirs) else None
+        above, below = ([result["top1"]["quantized"] for result in cell["results"]] for cell in (higher, lower))
+        holds = True if min(above) > max(below) else False if max(above) < min(below) else None
         found.append(
             {
                 "network": first["network"], "bits": first["bits"],
                 "higher": higher["row"], "lower": lower["row"], "holds": holds,
+                "ours": [statistics.mean(above), statistics.mean(below)],
             }
         )  # fmt: skip
     return found
@@ -181,12 +182,12 @@ def _bits(bits: int) -> str:
 def _orderings(found: list[dict]) -> str:
     if not found:
         return "No two rows to compare yet.\n"
-    verdicts = {True: "in the paper's order", False: "in the opposite order", None: "with overlapping seeds"}
+    verdicts = {True: "in the paper's order", False: "in the opposite order", None: "undecided"}
     counts = ", ".join(f"{sum(pair['holds'] is holds for pair in found)} {words}" for holds, words in verdicts.items())
     lines = [f"Of {len(found)} pairs of rows of one network and bit width: {counts}.\n"]
     lines += [
         f"- {pair['network']}, {_bits(pair['bits'])}: {pair['higher']} above {pair['lower']} in the paper; here "
-        f"{verdicts[pair['holds']]}\n"
+        f"{verdicts[pair['holds']]}, {pair['ours'][0]:.2f} and {pair['ours'][1]:.2f}\n"
         for pair in found
         if pair["holds"] is not True
     ]

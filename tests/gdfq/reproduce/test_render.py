@@ -41,7 +41,8 @@ def test_published_gap():
 )
 def test_an_order_holds_when_all_seeds_say_so(ours, theirs, holds):
     (pair,) = render.orderings([entry("ZeroQ", {"x": 79}, theirs), entry("ours", {"x": 90}, ours)])
-    assert pair == {"network": "a", "bits": 4, "higher": "ours", "lower": "ZeroQ", "holds": holds}
+    means = [pytest.approx(sum(ours) / len(ours)), pytest.approx(sum(theirs) / len(theirs))]
+    assert pair == {"network": "a", "bits": 4, "higher": "ours", "lower": "ZeroQ", "holds": holds, "ours": means}
 
 
 def test_only_rows_of_one_network_and_width_with_results_are_compared():
@@ -83,7 +84,7 @@ def test_the_page_has_ours_beside_the_papers():
         "table": "table1", "title": "Comparisons", "offline": True, "seeds": [0], "scale": 0.5,
         "settings": {"schedule.iterations": 3}, "machines": [render.machine(provenance)], "cells": cells,
         "orderings": [
-            {"network": "n", "bits": 4, "higher": "ours", "lower": "ZeroQ", "holds": holds}
+            {"network": "n", "bits": 4, "higher": "ours", "lower": "ZeroQ", "holds": holds, "ours": [90.0, 79.256]}
             for holds in (True, True, False, None)
         ],
     }  # fmt: skip
@@ -97,7 +98,8 @@ def test_the_page_has_ours_beside_the_papers():
     assert "Scale 0.5, schedule.iterations = 3." in page
     assert "Measured on a processor, 2 cores, 1 threads, torch 2.x, gdfq 0123456789ab.\n" in page
     assert "Of 4 pairs" in page
-    assert "2 in the paper's order, 1 in the opposite order, 1 with overlapping seeds" in page
+    assert "2 in the paper's order, 1 in the opposite order, 1 undecided" in page
+    assert "here in the opposite order, 90.00 and 79.26\n" in page
     assert page.count("- n, W4A4: ours above ZeroQ in the paper; here") == 2
     assert "Offline" not in render.markdown(result | {"offline": False})
     assert "No two rows to compare" in render.markdown(result | {"orderings": []})

@@ -56,6 +56,16 @@ def test_listing(gdfq, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_failed_cells_are_said_and_the_exit_code_is_not_zero(gdfq, few_shipped_images, tmp_path):
+    """A divergent learning rate: cell 1, whose Q is trained, fails; cell 2 has nothing to train."""
+    options = ["--offline", "--out", tmp_path, *SHORT, "--set", "student.learning_rate=1e30", "--json"]
+    code, out, err = gdfq("reproduce", "table1", *options)
+    assert code == 1
+    assert [len(cell["results"]) for cell in json.loads(out)["cells"]] == [0, 1, 0]
+    assert "failed: cell 1, seed 0: " in err
+    assert err.splitlines()[-1].startswith("gdfq: 2 cells failed, the first: ")
+
+
 def test_figure1(gdfq, tmp_path):
     code, out, _ = gdfq("reproduce", "figure1", "--scale", 0.005, "--seeds", 3, "--out", tmp_path, "--json")
     assert (code, json.loads(out)["seed"]) == (0, 3)
