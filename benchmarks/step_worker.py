@@ -2,6 +2,7 @@
 
     run N -> {"seconds": S}    N iterations, timed together, the device finished
     memory -> {"peak_mb": M}   highest memory since the warm-up: the process's, or on a GPU what torch allocated
+    profile -> {...}           what `benchmarks.parts.measure` gives
 """
 
 import json
@@ -15,7 +16,10 @@ from typing import Any
 import torch
 
 import gdfq_ext
-from benchmarks.step_providers import PROVIDERS, Task
+from benchmarks import parts
+from benchmarks.step_providers import PROVIDERS, Task, use_precision
+
+PROFILED = 3  # iterations
 
 
 def main() -> None:
@@ -30,21 +34,25 @@ def main() -> None:
     torch.set_num_threads(threads)
     try:
         arguments["model_arguments"] = tuple((name, value) for name, value in arguments["model_arguments"])
-        subject = PROVIDERS[provider](Task(**arguments))
+        task = Task(**arguments)
+        use_precision(task.precision)
+        subject = PROVIDERS[provider](task)
         timed(subject, 1)
         evidence = subject.evidence()
         timed(subject, warmup - 1)
+        reset_peak()
+        answer(evidence=evidence, backend=backend(provider))
+        for line in sys.stdin:
+            command, _, count = line.strip().partition(" ")
+            if command == "run":
+                answer(seconds=timed(subject, int(count)))
+            elif command == "memory":
+                answer(peak_mb=peak_mb())
+            else:
+                answer(**parts.measure(subject.step, PROFILED, subject.networks))
     except Exception as error:
         answer(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
         raise
-    reset_peak()
-    answer(evidence=evidence, backend=backend(provider))
-    for line in sys.stdin:
-        command, _, count = line.strip().partition(" ")
-        if command == "run":
-            answer(seconds=timed(subject, int(count)))
-        else:
-            answer(peak_mb=peak_mb())
 
 
 def timed(subject: Any, iterations: int) -> float:
@@ -63,7 +71,8 @@ def synchronize() -> None:
 
 
 def backend(provider: str) -> str:
-    return gdfq_ext.backend_report().cause if provider in ("ours", "reference") else "PyTorch"
+    uses_gdfq_ext = provider == "reference" or provider.startswith("ours")
+    return gdfq_ext.backend_report().cause if uses_gdfq_ext else "PyTorch"
 
 
 def reset_peak() -> None:
