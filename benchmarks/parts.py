@@ -24,8 +24,8 @@ MARK = "gdfq stage: "
 PARTS = ("generator", "teacher", "student", "quantizers", "statistics", "losses", "optimizers", "other")
 # The fused operations of gdfq_ext hold the BatchNorm and activation before a quantizer, and the teacher's, too.
 OWN_PART = {
-    "quantizers": re.compile(r"gdfq_ext\W+(batch_norm_act_)?fake_quantize|gdfq_ext\W+observe_range"),
-    "statistics": re.compile(r"gdfq_ext\W+(batch_norm_act_moments|bns_loss)"),
+    "quantizers": re.compile(r"gdfq_ext[:_]+(batch_norm_act_)?fake_quantize|gdfq_ext[:_]+observe_range"),
+    "statistics": re.compile(r"gdfq_ext[:_]+(batch_norm_act_moments|bns_loss)"),
     "optimizers": re.compile(r"Optimizer\."),
 }
 # Operators that move no data: they allocate, look at a tensor in another way, or call on others to do something.

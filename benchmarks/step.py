@@ -31,7 +31,7 @@ from gdfq.models import parse_model_args
 # Before a turn: threads of the previous worker's OpenMP keep spinning for some milliseconds after its last region.
 PAUSE = 0.05
 
-OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "ended with code -9")
+OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "ALLOC_FAILED", "ended with code -9")
 STUDENT_FIGURES = ("student_cross_entropy", "kl", "student_gradient")
 
 
@@ -86,10 +86,7 @@ class Worker:
         """
         line = self.process.stdout.readline()
         answer = json.loads(line) if line else {"error": f"the process ended with code {self.process.wait()}"}
-        if "error" in answer:
-            lacking = self.provider in OPTIONAL or any(words in answer["error"] for words in OUT_OF_MEMORY)
-            raise (CannotRunError if lacking else RuntimeError)(f"{self.provider}: {answer['error']}")
-        return answer
+        return checked(self.provider, answer)
 
     def ask(self, question: str) -> dict[str, Any]:
         """`answer` to one line of what `step_worker.py` understands."""
@@ -107,6 +104,15 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def checked(provider: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a provider's worker, if it is no error (see `Worker.answer`)."""
+    error = answer.get("error")
+    if error is None:
+        return answer
+    lacking = provider in OPTIONAL or any(words in error for words in OUT_OF_MEMORY)
+    raise (CannotRunError if lacking else RuntimeError)(f"{provider}: {error}")
 
 
 class Workers:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pytorchcv.models.vgg import VGG
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -78,7 +79,7 @@ def new_model(task: Task) -> nn.Module:
     if task.model == "demo":
         return demo.teacher()
     model = load_model(task.model, **dict(task.model_arguments))
-    if task.image_size is not None and task.model.startswith("pytorchcv:"):
+    if task.image_size is not None and type(model).__module__.startswith("pytorchcv."):
         take_any_image_size(model, task.image_size)
     return fit_batch_norm(model, task.image_size or model.in_size)
 
@@ -87,7 +88,7 @@ def take_any_image_size(model: nn.Module, image_size: int) -> None:
     """Exchange or add what stands before the classifier of a pytorchcv model, which fits the maps of one size only."""
     if isinstance(getattr(getattr(model, "features", None), "final_pool", None), nn.AvgPool2d):
         model.features.final_pool = nn.AdaptiveAvgPool2d(1)
-    elif type(model).__name__ == "VGG" and image_size != VGG_IMAGE_SIZE:
+    elif isinstance(model, VGG) and image_size != VGG_IMAGE_SIZE:
         model.features.add_module("final_pool", nn.AdaptiveAvgPool2d(VGG_IMAGE_SIZE // 32))
 
 

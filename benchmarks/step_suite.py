@@ -128,14 +128,14 @@ class Suite:
         providers = [name for name in PROVIDERS if any(name in result["ratio_to_ours"] for result in drawn.values())]
         bars = [name for name in providers if name != "floor"]
         width = 0.8 / len(bars)
-        figure, axes = pyplot.subplots(figsize=(2 + (0.4 + 0.3 * len(bars)) * max(len(drawn), 2), 4.5))
+        figure, axes = pyplot.subplots(figsize=(max(8, (0.4 + 0.3 * len(bars)) * len(drawn)), 4.5))
         for number, provider in enumerate(bars):
             heights = {
                 place + (number - (len(bars) - 1) / 2) * width: result["ratio_to_ours"][provider]
                 for place, result in enumerate(drawn.values())
                 if provider in result["ratio_to_ours"]
             }
-            drawn_bars = axes.bar(list(heights), list(heights.values()), width, label=provider)
+            drawn_bars = axes.bar(list(heights), list(heights.values()), width, label=provider, color=f"C{number}")
             axes.bar_label(drawn_bars, [f"{height:.2f}" for height in heights.values()], fontsize=6, padding=1)
         floors = {
             place: result["ratio_to_ours"]["floor"]
