@@ -78,28 +78,31 @@ class Suite:
         self.failed: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
 
-    def measure(self, name: str, task: Task, resume: bool) -> None:
-        """Measure a cell, unless it is to be taken from its file."""
-        path = self.folder / f"{name}.json"
-        result = self._finished(path, task) if resume else None
+    def keep(self, name: str, task: Task) -> bool:
+        """Take a cell from its file, if that is there and of these arguments and this commit."""
         try:
-            if result is None:
-                path.unlink(missing_ok=True)  # should this one fail, an older one is not its result
-                result = step.measure(task, self.plan)
-                write_text(path, json.dumps(result, indent=2) + "\n")
-            self.cells[name] = result
+            result = json.loads(self._path(name).read_text())
+            wanted = {"arguments": step.arguments_of(task, self.plan), "gdfq_commit": self.facts["gdfq_commit"]}
+            if {name: result[name] for name in wanted} != wanted:
+                return False
+        except (OSError, ValueError, KeyError):
+            return False
+        self.cells[name] = result
+        return True
+
+    def measure(self, name: str, task: Task) -> None:
+        self._path(name).unlink(missing_ok=True)  # should this one fail, an older one is not its result
+        try:
+            result = step.measure(task, self.plan)
         except (AssertionError, RuntimeError, GdfqError) as error:
             self.failed[name] = str(error)
+        else:
+            write_text(self._path(name), json.dumps(result, indent=2) + "\n")
+            self.cells[name] = result
         self.write()
 
-    def _finished(self, path: Path, task: Task) -> dict[str, Any] | None:
-        """The result in the file, if it is of these arguments and this commit."""
-        try:
-            result = json.loads(path.read_text())
-            wanted = {"arguments": step.arguments_of(task, self.plan), "gdfq_commit": self.facts["gdfq_commit"]}
-            return result if {name: result[name] for name in wanted} == wanted else None
-        except (OSError, ValueError, KeyError):
-            return None
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
 
     def write(self) -> None:
         result = {**self.facts, "cells": self.cells, "failed": self.failed, "left_out": self.left_out}
@@ -181,11 +184,13 @@ def main(arguments: list[str] | None = None) -> int:
     suite = Suite(step.plan_from(args), args.out)
     end = time.monotonic() + 60 * args.minutes
     for name, task in cells(args):
+        if args.resume and suite.keep(name, task):
+            continue
         if time.monotonic() > end:
             suite.left_out[name] = f"the {args.minutes:g} minutes were up"
             continue
-        suite.measure(name, task, args.resume)
-        print(f"{name}: {suite.failed.get(name, 'done')}", file=sys.stderr, flush=True)
+        suite.measure(name, task)
+        print(f"{name}: {suite.failed.get(name, 'measured')}", file=sys.stderr, flush=True)
     suite.write()
     print(suite.table())
     try:

@@ -93,6 +93,14 @@ def test_no_cell_is_begun_when_the_time_is_up(measured, tmp_path, capsys):
     assert "left out: resnet20-batch200: the -1 minutes were up" in capsys.readouterr().out
 
 
+def test_what_was_measured_is_kept_when_the_time_is_up(measured, tmp_path):
+    assert run(tmp_path, "--networks", "resnet20") == 0
+    assert run(tmp_path, "--networks", "resnet20", "resnet18", "--resume", "--minutes", "-1") == 0
+    suite = json.loads((tmp_path / "suite.json").read_text())
+    assert list(suite["cells"]) == ["resnet20-batch200"]
+    assert list(suite["left_out"]) == ["resnet18-batch16", "resnet18-batch64"]
+
+
 def test_without_matplotlib_the_figures_remain(measured, tmp_path, monkeypatch, capsys):
     def missing():
         raise GdfqError("no picture was drawn")
