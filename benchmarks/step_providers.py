@@ -79,17 +79,20 @@ def new_model(task: Task) -> nn.Module:
     if task.model == "demo":
         return demo.teacher()
     model = load_model(task.model, **dict(task.model_arguments))
-    if task.image_size is not None and type(model).__module__.startswith("pytorchcv."):
-        take_any_image_size(model, task.image_size)
+    fit_classifier(model, task.image_size)
     return fit_batch_norm(model, task.image_size or model.in_size)
 
 
-def take_any_image_size(model: nn.Module, image_size: int) -> None:
-    """Exchange or add what stands before the classifier of a pytorchcv model, which fits the maps of one size only."""
-    if isinstance(getattr(getattr(model, "features", None), "final_pool", None), nn.AvgPool2d):
+def fit_classifier(model: nn.Module, image_size: int | None) -> None:
+    """Exchange or add what stands before the classifier of a pytorchcv model, which takes the maps of one image size
+    only and, in VGG, of one layout."""
+    pool = getattr(getattr(model, "features", None), "final_pool", None)
+    if isinstance(model, VGG):
+        if image_size not in (None, VGG_IMAGE_SIZE):
+            model.features.add_module("final_pool", nn.AdaptiveAvgPool2d(VGG_IMAGE_SIZE // 32))
+        model.features.add_module("flatten", nn.Flatten())  # the model's own view() fails in channels_last
+    elif image_size is not None and isinstance(pool, nn.AvgPool2d):
         model.features.final_pool = nn.AdaptiveAvgPool2d(1)
-    elif isinstance(model, VGG) and image_size != VGG_IMAGE_SIZE:
-        model.features.add_module("final_pool", nn.AdaptiveAvgPool2d(VGG_IMAGE_SIZE // 32))
 
 
 @torch.no_grad()

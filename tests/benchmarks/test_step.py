@@ -67,10 +67,16 @@ def test_a_provider_has_settings_of_its_own():
     assert PlainPyTorch(TINY, Variant(compile=True)).networks is None
 
 
-def test_every_image_size_fits_a_vgg():
-    model = VGG([[4]] * 5, bias=False, use_bn=True)
-    step_providers.take_any_image_size(model, 64)
-    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 1000)
+@pytest.mark.parametrize("image_size", [None, 64, 224])
+def test_every_image_size_and_layout_fits_a_vgg(image_size):
+    model = VGG([[2]] * 5, bias=False, use_bn=True, num_classes=5).eval()
+    images = torch.randn(2, 3, image_size or 224, image_size or 224)
+    plain = None if image_size == 64 else model(images)
+    step_providers.fit_classifier(model, image_size)
+    logits = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+    assert logits.shape == (2, 5)
+    if plain is not None:
+        torch.testing.assert_close(logits, plain)
 
 
 class FakeWorker:
