@@ -70,7 +70,10 @@ def test_resume_measures_what_is_missing_or_was_measured_otherwise(measured, tmp
     measured.clear()
     assert run(tmp_path, *few, "--resume") == 0
     assert measured == [("resnet18", 4)]
-    assert set(json.loads((tmp_path / "suite.json").read_text())["cells"]) == {"resnet20-batch4", "resnet18-batch4"}
+    cells = json.loads((tmp_path / "suite.json").read_text())["cells"]
+    assert {name: cell["arguments"]["preset"] for name, cell in cells.items()} == {
+        "resnet20-batch4": "cifar", "resnet18-batch4": "imagenet",
+    }  # fmt: skip
     assert run(tmp_path, *few, "--resume", "--precision", "bfloat16") == 0
     assert measured == [("resnet18", 4), ("resnet20_cifar10", 4), ("resnet18", 4)]
     path = tmp_path / "resnet20-batch4.json"
@@ -78,6 +81,18 @@ def test_resume_measures_what_is_missing_or_was_measured_otherwise(measured, tmp
     measured.clear()
     assert run(tmp_path, *few, "--resume", "--precision", "bfloat16") == 0
     assert measured == [("resnet20_cifar10", 4)]
+
+
+def test_what_was_measured_is_written_before_the_next_cell_begins(tmp_path, monkeypatch):
+    def measure(task, plan):
+        if "resnet18" in task.model:
+            raise KeyboardInterrupt
+        return result(task, plan, {"ours": 10.0})
+
+    monkeypatch.setattr(step, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "--networks", "resnet20", "resnet18")
+    assert list(json.loads((tmp_path / "suite.json").read_text())["cells"]) == ["resnet20-batch200"]
 
 
 def test_a_failing_cell_leaves_no_older_result(measured, tmp_path):
