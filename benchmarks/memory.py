@@ -9,7 +9,6 @@ once, and the end.
 import argparse
 import gc
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -108,9 +107,12 @@ def measure(
 
 
 def memory_mb() -> dict[str, float]:
-    """Resident memory of the process and, on a GPU, what torch has allocated there."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    sizes = {"rss_mb": pages * os.sysconf("SC_PAGE_SIZE") / MB}
+    """Memory that the process holds, paged out or not, and, on a GPU, what torch has allocated there.
+
+    Pages of files are left out: the kernel drops and reads them again as it likes.
+    """
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    sizes = {"process_mb": sum(int(status[name].split()[0]) for name in ("RssAnon", "VmSwap")) * 1024 / MB}
     if torch.cuda.is_available():
         sizes["gpu_mb"] = torch.cuda.memory_allocated() / MB
     return sizes

@@ -22,6 +22,7 @@ from gdfq.files import save_tensors, write_text
 from gdfq.generator import Generator, images_per_class
 from gdfq.graph import Account, CapturedModel, Teacher, build_quantized, build_teacher, capture, size_in_bytes
 from gdfq.models import check_finite
+from gdfq.precision import products_in_tf32
 from gdfq.report import Report, save_picture, versions
 from gdfq.trainer import Trainer
 from gdfq.training_run import TrainingRun
@@ -44,6 +45,7 @@ class Result:
     held_out_images: list[Tensor]
 
 
+@products_in_tf32(False)
 def quantize(
     model: nn.Module,
     config: Config | None = None,
@@ -129,6 +131,7 @@ class _Outcome:
     kept: str = "calibrated"
     choice: tuple[int, Agreement] | None = None
     choice_state: dict[str, Tensor] | None = None
+    execution: str = "eager"
 
 
 def _gdfq(task: _Task) -> _Outcome:
@@ -138,7 +141,10 @@ def _gdfq(task: _Task) -> _Outcome:
         run.resume()
     run.train(task.progress)
     kept = "calibrated" if _calibration_is_better(task, trainer) else "trained"
-    return _Outcome(trainer.held_out_images(), run.seconds, trainer.generator, kept, trainer.best, trainer.best_student)
+    return _Outcome(
+        trainer.held_out_images(), run.seconds, trainer.generator, kept, trainer.best, trainer.best_student,
+        trainer.execution.description,
+    )  # fmt: skip
 
 
 def _calibration_is_better(task: _Task, trainer: Trainer) -> bool:
@@ -187,6 +193,7 @@ def _report(task: _Task, account: Account, outcome: _Outcome, data_free: Agreeme
         quantized_bytes=quantized_bytes,
         seconds=outcome.seconds,
         kept=outcome.kept,
+        execution=outcome.execution,
         versions=versions(task.device),
     )
 

@@ -63,6 +63,14 @@ class GeneratorConfig(_Section):
         "mean", description="mean over channels and layers (released code), or the sum of squared norms (paper)"
     )
 
+    stop_accuracy: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="eta: G is trained no more after an epoch whose end finds the teacher classifying more than this "
+        "percentage of held-out images as their label; without it, G is trained to the end",
+    )
+
 
 class StudentConfig(_Section):
     """Q: its optimizer (SGD, Nesterov) and loss CE + gamma * T^2 * KL (Eq. 7 to 10)."""
@@ -86,6 +94,9 @@ class ScheduleConfig(_Section):
     iterations: int = Field(200, ge=1, description="per epoch; one iteration = a step of G and a step of Q")
     batch_size: int = Field(200, ge=2)
     warmup_epochs: int = Field(4, ge=1, description="G alone is trained")
+    generator_epochs: int | None = Field(
+        None, ge=1, description="epochs in which G is trained, after which Q goes on with it as it is; without it, all"
+    )
     range_epochs: int = Field(4, ge=1, description="first epochs, in which the activation ranges are observed")
     reestimate_ranges: bool = Field(True, description="observe the ranges again, with the trained G, when warm-up ends")
     range_batches: int = Field(50, ge=1, description="batches that a re-estimation or calibration looks at")
@@ -112,11 +123,16 @@ class RunConfig(_Section):
     seed: int = 0
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     channels_last: bool = Field(True, description="memory format of the images and convolution weights")
-    precision: Literal["float32", "bfloat16"] = Field(
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32",
-        description="bfloat16: the convolutions and linear layers of all three networks in training; statistics, "
-        "quantizers and losses stay float32, and so does every figure that is reported",
+        description="of the convolutions and linear layers of all three networks in training (tf32 on a GPU only); "
+        "statistics, quantizers and losses stay float32, and so does every figure that is reported",
     )
+    execution: Literal["auto", "eager", "graph"] = Field(
+        "auto",
+        description="graph: each phase's iteration is captured as a CUDA graph and replayed; auto: that on a GPU",
+    )
+    compile: bool = Field(False, description="torch.compile the forward passes and losses of both steps")
     log_every: int = Field(20, ge=1, description="iterations between two entries of the log")
     checkpoint_every: int = Field(200, ge=1, description="iterations between two checkpoints")
     held_out_images: int = Field(512, ge=2, description="synthetic images behind the data-free figures")

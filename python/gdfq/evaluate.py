@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from gdfq.errors import GdfqError
+from gdfq.precision import products_in_tf32
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Evaluation:
     """Wall-clock time, reading and decoding included."""
 
 
+@products_in_tf32(False)
 def evaluate(
     model: nn.Module,
     dataset: Dataset,

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -319,31 +320,33 @@ def _name(node: fx.Node) -> str:
 # --- the teacher -------------------------------------------------------------------------------------------------
 
 
+class BatchNormStatistics(NamedTuple):
+    """Of the input of every BN layer, `(C_l,)` float32 each: the arguments of `gdfq_ext.bns_loss` (Eq. 5).
+
+    Attributes:
+        means, variances: over the batch, the variance biased, with gradients to the images.
+        running_means, running_vars: what the model remembers of its training.
+    """
+
+    means: list[Tensor]
+    variances: list[Tensor]
+    running_means: list[Tensor]
+    running_vars: list[Tensor]
+
+
 class Teacher(nn.Module):
     """The full-precision model P, frozen, in eval mode, able to say what its BN layers saw.
 
-    `teacher(x)` gives logits `(N, classes)`. `teacher.with_moments(x)` gives `(logits, means, variances)`: for each BN
-    layer the mean and the biased variance of its input over the batch, `(C_l,)` float32, with gradients to x.
-
-    Attributes:
-        running_means, running_vars: the statistics that Eq. 5 compares them with, layer by layer.
+    `teacher(x)` gives logits `(N, classes)`, `teacher.with_statistics(x)` the logits and the `BatchNormStatistics`.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, statistics: list[tuple[str, str]]) -> None:
+    def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__()
         self.graph_module = graph_module.requires_grad_(False)
-        self._statistics = statistics
 
-    @property
-    def running_means(self) -> list[Tensor]:
-        return [self.graph_module.get_buffer(mean) for mean, _ in self._statistics]
-
-    @property
-    def running_vars(self) -> list[Tensor]:
-        return [self.graph_module.get_buffer(var) for _, var in self._statistics]
-
-    def with_moments(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        return self.graph_module(x)
+    def with_statistics(self, x: Tensor) -> tuple[Tensor, BatchNormStatistics]:
+        logits, statistics = self.graph_module(x)
+        return logits, BatchNormStatistics(*statistics)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.graph_module(x)[0]
@@ -353,7 +356,7 @@ def build_teacher(captured: CapturedModel) -> Teacher:
     """Rewrite the captured model so that every BN also gives the moments of its input, in the same pass."""
     module = copy.deepcopy(captured.module)
     graph = module.graph
-    statistics, means, variances = [], [], []
+    statistics = BatchNormStatistics([], [], [], [])
     for node in _batch_norms(graph):
         *tensors, eps, act = node.args
         with graph.inserting_before(node):
@@ -361,14 +364,13 @@ def build_teacher(captured: CapturedModel) -> Teacher:
             y, mean, var = (graph.call_function(operator.getitem, (fused, i)) for i in range(3))
         node.replace_all_uses_with(y)
         graph.erase_node(node)
-        means.append(mean)
-        variances.append(var)
-        statistics.append((tensors[1].target, tensors[2].target))
+        for values, value in zip(statistics, (mean, var, *tensors[1:3]), strict=True):
+            values.append(value)
     output = _output(graph)
-    output.args = ((output.args[0], means, variances),)
+    output.args = ((output.args[0], tuple(statistics)),)
     graph.lint()
     module.recompile()
-    return Teacher(module, statistics)
+    return Teacher(module)
 
 
 def _batch_norms(graph: fx.Graph) -> Iterator[fx.Node]:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import gdfq_ext
 from gdfq.config import GeneratorConfig, StudentConfig
-from gdfq.graph import Teacher
+from gdfq.graph import BatchNormStatistics
 
 
 class GeneratorLoss(NamedTuple):
@@ -27,24 +27,17 @@ class StudentLoss(NamedTuple):
 
 
 def generator_loss(
-    config: GeneratorConfig,
-    teacher: Teacher,
-    logits: Tensor,
-    labels: Tensor,
-    means: list[Tensor],
-    variances: list[Tensor],
+    config: GeneratorConfig, logits: Tensor, labels: Tensor, statistics: BatchNormStatistics
 ) -> GeneratorLoss:
     """CE(z_P, y) + beta * BNS (Eq. 4, 5).
 
     Args:
         logits: z_P `(N, classes)`.
         labels: y `(N,)` int64.
-        means, variances: what the teacher's BN layers saw, `Teacher.with_moments`.
+        statistics: what the teacher's BN layers saw and what they remember, `Teacher.with_statistics`.
     """
     cross_entropy = F.cross_entropy(logits.float(), labels)
-    bns = gdfq_ext.bns_loss(
-        means, variances, teacher.running_means, teacher.running_vars, reduction=config.bns_reduction
-    )
+    bns = gdfq_ext.bns_loss(*statistics, reduction=config.bns_reduction)
     total = config.cross_entropy_weight * cross_entropy + config.bns_weight * bns
     return GeneratorLoss(total, cross_entropy.detach(), bns.detach())
 

@@ -150,8 +150,14 @@ def observing(model: nn.Module) -> Iterator[None]:
             quantizer.observing = False
 
 
-def freeze_batch_norm(model: nn.Module, frozen: bool) -> None:
-    """Set "fixed BNS" (`BatchNormAct.frozen`) for every BN of `model`."""
-    for module in model.modules():
-        if isinstance(module, BatchNormAct):
-            module.frozen = frozen
+@contextmanager
+def moving_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside the block no BN of `model` is frozen (`BatchNormAct.frozen`): the opposite of the paper's "fixed BNS"."""
+    layers = [module for module in model.modules() if isinstance(module, BatchNormAct)]
+    for layer in layers:
+        layer.frozen = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.frozen = True

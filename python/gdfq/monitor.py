@@ -39,14 +39,14 @@ class Monitor:
     def advance(self) -> None:
         self.bar.update(1)
 
-    def write(self, iteration: int, epoch: int, phase: str, metrics: dict[str, float | None]) -> None:
+    def write(self, iteration: int, epoch: int, phase: str, execution: str, metrics: dict[str, float | None]) -> None:
         """One entry of the log, the events and the bar; a metric that is None is left out."""
         known = {name: value for name, value in metrics.items() if value is not None}
         shown = {_SHORT.get(name, name): f"{value:.3g}" for name, value in known.items() if name in _SHORT}
         self.bar.set_description(phase, refresh=False)
         self.bar.set_postfix(shown, refresh=False)
         if self.log is not None:
-            entry = {"iteration": iteration, "epoch": epoch, "phase": phase, **known}
+            entry = {"iteration": iteration, "epoch": epoch, "phase": phase, "execution": execution, **known}
             entry["seconds"] = round(time.monotonic() - self.start, 3)
             self.log.write(json.dumps(entry) + "\n")
             self.log.flush()

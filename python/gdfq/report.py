@@ -29,6 +29,7 @@ class Report:
         float_bytes, quantized_bytes: size of the parameters before and after.
         seconds: wall time of the quantization.
         kept: `trained`, or `calibrated` where plain calibration was better by the data-free criterion.
+        execution: `eager`, `graph`, or why iterations were eager though a graph was asked for (see `gdfq.execution`).
         top1: on real data that the user gave, percent: `float`, `quantized` and, where there is a data-free choice,
             `data_free_choice`. Nothing was chosen by it.
         versions: of Python, torch and this package, and the device.
@@ -42,6 +43,7 @@ class Report:
     seconds: float
     data_free_choice: tuple[int, Agreement] | None = None
     kept: str = "trained"
+    execution: str = "eager"
     top1: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
@@ -66,6 +68,8 @@ class Report:
             f"size         {self.float_bytes / 1e6:.2f} MB in float32, {self.quantized_bytes / 1e6:.2f} MB packed",
             f"data-free    {_figures(self.data_free)} ({self.data_free.images} held-out synthetic images)",
         ]
+        if self.execution != "eager":
+            lines.insert(1, f"iterations   {self.execution}")
         if self.kept == "calibrated":
             lines.append("             plain calibration was better than training by this criterion, and was kept")
         if self.data_free_choice is not None:

@@ -7,12 +7,16 @@ images with the teacher's logits as soft targets. Three phases, by epoch:
 2. warm-up (`warmup_epochs`): only G is trained, and Q is not run at all once its ranges are fixed;
 3. alternate training.
 
+G may be fixed earlier, after `generator_epochs` or by the paper's stopping condition: then only Q goes on.
+
 All state that an iteration reads or writes is in `Trainer.state_dict()`, so that a resumed run continues bit for bit.
+All of it is in tensors that are written in place, so that an iteration can be a CUDA graph (see `gdfq.execution`).
 """
 
 import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -21,24 +25,26 @@ from torch import Tensor, nn
 from gdfq.calibrate import Agreement, agreement, calibrate, check_ranges
 from gdfq.config import Config
 from gdfq.errors import GdfqError
+from gdfq.execution import Execution
 from gdfq.generator import Generator, LatentSampler
 from gdfq.graph import CapturedModel, Teacher
-from gdfq.losses import generator_loss, student_loss
-from gdfq.modules import freeze_batch_norm, observing
+from gdfq.losses import GeneratorLoss, StudentLoss, generator_loss, student_loss
+from gdfq.modules import moving_statistics, observing
+from gdfq.precision import products_in_tf32
 
 
 class Metrics(NamedTuple):
     """Means over the iterations since the last entry of the log.
 
     Attributes:
-        generator_cross_entropy, bns: the parts of G's loss (Eq. 4, 5).
-        generator_accuracy: share of generated images that the teacher classifies as their label, percent.
+        generator_cross_entropy, bns: the parts of G's loss (Eq. 4, 5); None while G is not trained.
+        generator_accuracy: share of generated images that the teacher classifies as their label, percent; likewise.
         student_cross_entropy, kl: the parts of Q's loss (Eq. 7 to 10); None while Q is not trained.
     """
 
-    generator_cross_entropy: float
-    bns: float
-    generator_accuracy: float
+    generator_cross_entropy: float | None
+    bns: float | None
+    generator_accuracy: float | None
     student_cross_entropy: float | None
     kl: float | None
 
@@ -56,6 +62,8 @@ class Trainer:
         iteration: how many are done.
         best: the epoch (from 1) at which a data-free criterion, agreement of Q with P on held-out synthetic images,
             was best, and its figures. It chooses nothing: it is reported beside the last epoch.
+        generator_stopped: whether the stopping condition, `generator.stop_accuracy`, has been met.
+        execution: how iterations are carried out; its `description` says so in words.
     """
 
     def __init__(self, teacher: Teacher, student: nn.Module, captured: CapturedModel, config: Config) -> None:
@@ -73,22 +81,31 @@ class Trainer:
         held_out = LatentSampler(config.generator.latent_size, captured.num_classes, config.run.seed + 1, device)
         self.held_out_latents = held_out.draw(config.run.held_out_images)
         self.generator_optimizer = torch.optim.Adam(
-            self.generator.parameters(), config.generator.learning_rate, config.generator.betas, fused=True
+            self.generator.parameters(),
+            torch.tensor(config.generator.learning_rate, device=device),
+            config.generator.betas,
+            fused=True,
+            capturable=device.type == "cuda",
         )
         self.student_optimizer = torch.optim.SGD(
             self.student.parameters(),
-            config.student.learning_rate,
+            torch.tensor(config.student.learning_rate, device=device),
             momentum=config.student.momentum,
             nesterov=config.student.momentum > 0,
             weight_decay=config.student.weight_decay,
             fused=True,
         )
+        self.execution = Execution(config.run.execution, device, self.latents)
+        if config.run.compile:
+            self._generator_forward = torch.compile(self._generator_forward, dynamic=False)
+            self._student_forward = torch.compile(self._student_forward, dynamic=False)
         self.iteration = 0
+        self.generator_stopped = False
         self.best: tuple[int, Agreement] | None = None
         self.best_student: dict[str, Tensor] = {}
-        self.generator_sums = torch.zeros(3, device=device)
-        self.student_sums = torch.zeros(2, device=device)
-        self.generator_steps = self.student_steps = 0  # in the sums
+        # Metrics since they were last read, and in the last place the number of steps.
+        self.generator_sums = torch.zeros(4, device=device)
+        self.student_sums = torch.zeros(3, device=device)
 
     # --- where in the schedule ---
 
@@ -108,6 +125,11 @@ class Trainer:
             return "ranges"
         return "warm-up" if self.epoch < schedule.warmup_epochs else "training"
 
+    @property
+    def trains_generator(self) -> bool:
+        last = self.config.schedule.generator_epochs
+        return not self.generator_stopped and (last is None or self.epoch < last)
+
     # --- Algorithm 1 ---
 
     def run(self, after_iteration: Callable[[], None] = lambda: None) -> None:
@@ -124,8 +146,8 @@ class Trainer:
     def _begin_epoch(self) -> None:
         schedule = self.config.schedule
         factor = schedule.decay ** sum(self.epoch >= milestone for milestone in schedule.milestones)
-        self.generator_optimizer.param_groups[0]["lr"] = self.config.generator.learning_rate * factor
-        self.student_optimizer.param_groups[0]["lr"] = self.config.student.learning_rate * factor
+        self.generator_optimizer.param_groups[0]["lr"].fill_(self.config.generator.learning_rate * factor)
+        self.student_optimizer.param_groups[0]["lr"].fill_(self.config.student.learning_rate * factor)
         first_trained = max(schedule.warmup_epochs, schedule.range_epochs)
         if self.epoch == schedule.range_epochs:
             check_ranges(self.student)
@@ -133,49 +155,64 @@ class Trainer:
             calibrate(self.student, self.fresh_images(schedule.range_batches))
 
     def _step(self) -> None:
-        noise, labels = self.latents.draw(self.config.schedule.batch_size)
-        images, teacher_logits = self._generator_step(noise, labels)
-        if self.phase == "training":
-            self._student_step(images, teacher_logits, labels)
-        elif self.phase == "ranges":
-            with torch.no_grad(), observing(self.student), self._precision():
-                self.student(images)
+        kind = (self.phase, self.trains_generator)
+        self.execution.run(kind, lambda: self._iteration(*kind))
 
-    def _precision(self) -> torch.autocast:
-        """Convolutions and linear layers inside the block run in `run.precision`."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bfloat16")
+    def _iteration(self, phase: str, trains_generator: bool) -> None:
+        """What the device does in one iteration, and nothing else: Python is not here when a graph is replayed."""
+        with products_in_tf32(self.config.run.precision == "tf32"):
+            noise, labels = self.latents.draw(self.config.schedule.batch_size)
+            if trains_generator:
+                images, teacher_logits = self._generator_step(noise, labels)
+            else:
+                with torch.no_grad():
+                    _, images, teacher_logits = self._generator_forward(noise, labels)
+            if phase == "training":
+                self._student_step(images, teacher_logits, labels)
+            elif phase == "ranges":
+                with torch.no_grad(), observing(self.student), self._autocast():
+                    self.student(images)
 
     def _generator_step(self, noise: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """A step of G; returns its images and the teacher's logits for them, both detached."""
-        with self._precision():
-            images = self.generator(noise, labels)
-            logits, means, variances = self.teacher.with_moments(images)
-        loss = generator_loss(self.config.generator, self.teacher, logits, labels, means, variances)
+        loss, images, logits = self._generator_forward(noise, labels)
         self.generator_optimizer.zero_grad()
         loss.total.backward()
         self.generator_optimizer.step()
-        logits = logits.detach()
+        images, logits = images.detach(), logits.detach()
         hits = 100 * (logits.argmax(1) == labels).float().mean()
-        self.generator_sums += torch.stack([loss.cross_entropy, loss.bns, hits])
-        self.generator_steps += 1
-        return images.detach(), logits
+        self.generator_sums += torch.stack([loss.cross_entropy, loss.bns, hits, torch.ones_like(hits)])
+        return images, logits
+
+    def _generator_forward(self, noise: Tensor, labels: Tensor) -> tuple[GeneratorLoss, Tensor, Tensor]:
+        with self._autocast():
+            images = self.generator(noise, labels)
+            logits, statistics = self.teacher.with_statistics(images)
+        return generator_loss(self.config.generator, logits, labels, statistics), images, logits
 
     def _student_step(self, images: Tensor, teacher_logits: Tensor, labels: Tensor) -> None:
         """A step of Q on G's images, with the teacher's logits as soft targets."""
-        freeze_batch_norm(self.student, self.config.student.fixed_bns)
-        with self._precision():
-            logits = self.student(images)
-        loss = student_loss(self.config.student, logits, teacher_logits, labels)
-        freeze_batch_norm(self.student, True)
+        with nullcontext() if self.config.student.fixed_bns else moving_statistics(self.student):
+            loss = self._student_forward(images, teacher_logits, labels)
         self.student_optimizer.zero_grad()
         loss.total.backward()
         self.student_optimizer.step()
-        self.student_sums += torch.stack([loss.cross_entropy, loss.kl])
-        self.student_steps += 1
+        self.student_sums += torch.stack([loss.cross_entropy, loss.kl, torch.ones_like(loss.kl)])
+
+    def _student_forward(self, images: Tensor, teacher_logits: Tensor, labels: Tensor) -> StudentLoss:
+        with self._autocast():
+            logits = self.student(images)
+        return student_loss(self.config.student, logits, teacher_logits, labels)
+
+    def _autocast(self) -> torch.autocast:
+        """With `run.precision = "bfloat16"` convolutions and linear layers inside the block run in it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bfloat16")
 
     def _end_epoch(self) -> None:
-        """Note what the data-free criterion says of the epoch that has ended, if Q was trained in it."""
-        schedule = self.config.schedule
+        """See whether G is to stop, and note what the data-free criterion says of an epoch in which Q was trained."""
+        schedule, enough = self.config.schedule, self.config.generator.stop_accuracy
+        if enough is not None and not self.generator_stopped:
+            self.generator_stopped = self.held_out_accuracy() > enough
         if self.epoch <= max(schedule.warmup_epochs, schedule.range_epochs):
             return
         figures = self.held_out_agreement()
@@ -189,12 +226,14 @@ class Trainer:
         Raises:
             GdfqError: a loss is NaN or infinite.
         """
-        generator = (self.generator_sums / max(self.generator_steps, 1)).tolist()
-        student = (self.student_sums / self.student_steps).tolist() if self.student_steps else [None, None]
+        *generator, generator_steps = self.generator_sums.tolist()
+        *student, student_steps = self.student_sums.tolist()
         self.generator_sums.zero_()
         self.student_sums.zero_()
-        self.generator_steps = self.student_steps = 0
-        metrics = Metrics(*generator, *student)
+        metrics = Metrics(
+            *(value / generator_steps if generator_steps else None for value in generator),
+            *(value / student_steps if student_steps else None for value in student),
+        )
         broken = [name for name, value in metrics._asdict().items() if value is not None and not math.isfinite(value)]
         if broken:
             raise GdfqError(
@@ -226,6 +265,13 @@ class Trainer:
     def held_out_agreement(self) -> Agreement:
         return agreement(self.teacher, self.student, self.held_out_images())
 
+    @torch.no_grad()
+    def held_out_accuracy(self) -> float:
+        """Share of the held-out images that the teacher classifies as the label they were made for, percent."""
+        _, labels = self.held_out_latents
+        guesses = torch.cat([self.teacher(images).argmax(1) for images in self.held_out_images()])
+        return 100 * (guesses == labels).double().mean().item()
+
     # --- checkpoints ---
 
     def state_dict(self) -> dict:
@@ -237,9 +283,9 @@ class Trainer:
             "student_optimizer": self.student_optimizer.state_dict(),
             "random": self.latents.random.get_state(),
             "iteration": self.iteration,
+            "generator_stopped": self.generator_stopped,
             "generator_sums": self.generator_sums,
             "student_sums": self.student_sums,
-            "steps": [self.generator_steps, self.student_steps],
             "best_student": self.best_student,
             "best": None if self.best is None else [self.best[0], *vars(self.best[1]).values()],
         }
@@ -251,18 +297,24 @@ class Trainer:
         for name in ("generator_optimizer", "student_optimizer"):
             optimizer = getattr(self, name)
             optimizer.load_state_dict(state[name])
-            _lay_out_like_parameters(optimizer)
+            _mend_loaded(optimizer, self.device)
         self.latents.random.set_state(state["random"])
         self.iteration = state["iteration"]
+        self.generator_stopped = state["generator_stopped"]
         self.generator_sums.copy_(state["generator_sums"])
         self.student_sums.copy_(state["student_sums"])
-        self.generator_steps, self.student_steps = state["steps"]
         self.best_student = state["best_student"]
         self.best = None if state["best"] is None else (state["best"][0], Agreement(*state["best"][1:]))
+        self.execution.restart()
 
 
-def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Files know no strides, and fused optimizers walk through a parameter and its state in memory order, unchecked."""
+def _mend_loaded(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Put back what `load_state_dict` does not: the learning rate's device, and the strides, which files do not know.
+
+    Fused optimizers walk through a parameter and its state in memory order, unchecked.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"].to(device)
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:

@@ -57,7 +57,8 @@ class TrainingRun:
                 self.seconds = time.monotonic() - start
                 monitor.advance()
                 if done % run.log_every == 0 or finished:
-                    monitor.write(done, trainer.epoch, trainer.phase, trainer.read_metrics()._asdict())
+                    execution = trainer.execution.description
+                    monitor.write(done, trainer.epoch, trainer.phase, execution, trainer.read_metrics()._asdict())
                 if done % run.checkpoint_every == 0 or finished or stop_requested.is_set():
                     self._save()
                 if stop_requested.is_set() and not finished:

@@ -18,7 +18,7 @@ def test_training_stays_flat(tmp_path, capsys):
     assert {"machine", "threads", "torch", "gdfq_commit", "arguments"} <= result.keys()
     assert [sample["iteration"] for sample in result["samples"]] == [20, 40, 60, 80, 100, 120]
     assert (result["from_iteration"], result["to_iteration"]) == (60, 120)
-    assert result["growth_mb"]["rss_mb"] < 4
+    assert result["growth_mb"]["process_mb"] < 4
     assert "MB per 1000 iterations" in capsys.readouterr().out
 
 
@@ -26,18 +26,18 @@ def test_leak_is_found():
     leak = []
     trainer = memory.new_trainer(60, batch=4)
     result = memory.measure(trainer, 10, 30, lambda: leak.append(torch.ones(1_000_000)))  # 4 MB an iteration
-    assert 110 < result["growth_mb"]["rss_mb"] < 130
-    assert 3667 < result["growth_mb_per_1000_iterations"]["rss_mb"] < 4333
+    assert 110 < result["growth_mb"]["process_mb"] < 130
+    assert 3667 < result["growth_mb_per_1000_iterations"]["process_mb"] < 4333
     (problem,) = memory.exceeded(result["growth_mb"], 8)
-    assert problem.startswith("rss grew by")
+    assert problem.startswith("process grew by")
 
 
 def test_exit_code_tells_of_growth(monkeypatch, capsys):
     grown = {"samples": [], "from_iteration": 100, "to_iteration": 200}
-    grown |= {"growth_mb": {"rss_mb": 9.0}, "growth_mb_per_1000_iterations": {"rss_mb": 90.0}}
+    grown |= {"growth_mb": {"process_mb": 9.0}, "growth_mb_per_1000_iterations": {"process_mb": 90.0}}
     monkeypatch.setattr(memory, "measure", lambda *_: grown)
     assert memory.main(["--iterations", "10"]) == 1
-    assert "rss grew by 9.0 MB, allowed are 8 MB" in capsys.readouterr().err
+    assert "process grew by 9.0 MB, allowed are 8 MB" in capsys.readouterr().err
 
 
 def test_too_few_samples_are_no_result():

@@ -48,10 +48,15 @@ def test_teacher_computes_what_the_model_computes(make):
     expected = model(x)
     inputs = dict(seen)
     teacher = build_teacher(capture(model))
-    logits, means, variances = teacher.with_moments(x)
+    logits, statistics = teacher.with_statistics(x)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-    assert len(means) == len(inputs)
-    for mean, var, value in zip(means, variances, inputs.values(), strict=True):
+    assert {len(values) for values in statistics} == {len(inputs)}
+    for (mean, var, running_mean, running_var), (name, value) in zip(
+        zip(*statistics, strict=True), inputs.items(), strict=True
+    ):
+        layer = model.get_submodule(name)
+        assert torch.equal(running_mean, layer.running_mean)
+        assert torch.equal(running_var, layer.running_var)
         dims = [d for d in range(value.dim()) if d != 1]
         torch.testing.assert_close(mean.double(), value.double().mean(dims), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(var.double(), value.double().var(dims, correction=0), rtol=1e-4, atol=1e-5)
@@ -143,8 +148,8 @@ def test_gradients_reach_every_parameter_of_q_and_none_of_the_teacher():
     student, _ = build_quantized(captured, QuantizerConfig())
     calibrate(student, [torch.randn(8, 3, 8, 8)])
     x = torch.randn(8, 3, 8, 8, requires_grad=True)
-    logits, means, variances = teacher.with_moments(x)
-    (logits.sum() + means[0].sum() + variances[0].sum()).backward()
+    logits, statistics = teacher.with_statistics(x)
+    (logits.sum() + statistics.means[0].sum() + statistics.variances[0].sum()).backward()
     assert x.grad.abs().sum() > 0
     assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
     student(x.detach()).square().sum().backward()

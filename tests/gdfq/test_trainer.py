@@ -46,9 +46,9 @@ def short_config(**changes) -> Config:
     return Config.load("cifar", {**SHORT, **{key.replace("__", "."): value for key, value in changes.items()}})
 
 
-def new_trainer(make=Residual, **changes) -> Trainer:
+def new_trainer(make=Residual, device="cpu", **changes) -> Trainer:
     torch.manual_seed(0)
-    captured = capture(randomize_batch_norm(make()))
+    captured = capture(randomize_batch_norm(make()), device=device)
     config = short_config(**changes)
     return Trainer(build_teacher(captured), build_quantized(captured, config.quantizer)[0], captured, config)
 
@@ -93,11 +93,40 @@ def test_learning_rates_fall_at_the_milestones():
     rates = []
     trainer.run(
         lambda: rates.append(
-            [o.param_groups[0]["lr"] for o in (trainer.generator_optimizer, trainer.student_optimizer)]
+            [o.param_groups[0]["lr"].item() for o in (trainer.generator_optimizer, trainer.student_optimizer)]
         )
     )
-    assert rates[:12] == [[1e-3, 1e-2]] * 12
+    assert rates[:12] == [pytest.approx([1e-3, 1e-2])] * 12
     assert rates[12:] == [pytest.approx([1e-4, 1e-3])] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "trained_iterations"),
+    [
+        ({"schedule__generator_epochs": 3}, 9),  # separate training: G first, then Q
+        ({"generator__stop_accuracy": 0.0}, 3),  # met at the end of the first epoch
+        ({"generator__stop_accuracy": 100.0}, 15),  # more than all cannot be
+    ],
+)
+def test_a_generator_that_is_trained_no_more_stays_as_it_is_and_q_goes_on(changes, trained_iterations):
+    trainer = new_trainer(schedule__reestimate_ranges=False, **changes)
+    history = []
+
+    def look() -> None:
+        names = {name for name, _ in trainer.generator.named_parameters()}
+        weights = {name: value for name, value in snapshot(trainer.generator).items() if name in names}
+        history.append((weights, snapshot(trainer.student), trainer.read_metrics()))
+
+    trainer.run(look)
+    moves = [changed(before[0], after[0]) for before, after in itertools.pairwise(history)]
+    assert moves == [True] * (trained_iterations - 1) + [False] * (15 - trained_iterations)
+    assert [metrics.bns is not None for *_, metrics in history] == [True] * trained_iterations + [False] * (
+        15 - trained_iterations
+    )
+    assert changed(history[-2][1], history[-1][1])
+    resumed = new_trainer(**changes)
+    resumed.load_state_dict(trainer.state_dict())
+    assert resumed.trains_generator == trainer.trains_generator
 
 
 @pytest.mark.parametrize("fixed", [True, False])
@@ -194,8 +223,8 @@ def test_zeroq_images_fit_the_statistics_better_than_noise():
     teacher = build_teacher(capture(randomize_batch_norm(Residual())))
 
     def misfit(images: torch.Tensor) -> float:
-        _, means, variances = teacher.with_moments(images)
-        terms = zip(means, variances, teacher.running_means, teacher.running_vars, strict=True)
+        _, statistics = teacher.with_statistics(images)
+        terms = zip(*statistics, strict=True)
         return sum(((m - rm).square().sum() + (v.sqrt() - rv.sqrt()).square().sum()).item() for m, v, rm, rv in terms)
 
     noise = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))

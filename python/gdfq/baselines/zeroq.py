@@ -47,13 +47,16 @@ def distill(
     optimizer = torch.optim.Adam([images], config.learning_rate)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, min_lr=1e-4, patience=100)
     zero, one = torch.zeros(shape[0], device=device), torch.ones(shape[0], device=device)
-    target_means = [zero, *teacher.running_means]
-    target_stds = [one, *(_std(variance) for variance in teacher.running_vars)]
     for _ in trange(config.iterations, disable=not progress, desc="ZeroQ images", unit="it", dynamic_ncols=True):
-        _, means, variances = teacher.with_moments(images)
+        _, layers = teacher.with_statistics(images)
         image_variance, image_mean = torch.var_mean(images, (0, 2, 3), correction=0)
-        stds = [_std(variance) for variance in (image_variance, *variances)]
-        loss = gdfq_ext.bns_loss([image_mean, *means], stds, target_means, target_stds, reduction="mean")
+        loss = gdfq_ext.bns_loss(
+            [image_mean, *layers.means],
+            [_std(variance) for variance in (image_variance, *layers.variances)],
+            [zero, *layers.running_means],
+            [one, *(_std(variance) for variance in layers.running_vars)],
+            reduction="mean",
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
