@@ -24,7 +24,7 @@ from gdfq import demo
 from gdfq.bench.operations import SeparateQuantizer
 from gdfq.calibrate import calibrate, gaussian_images
 from gdfq.config import Config
-from gdfq.generator import UpsampledConvolution
+from gdfq.generator import ConditionalBatchNorm, UpsampledConvolution
 from gdfq.graph import build_quantized, build_teacher, capture
 from gdfq.models import load_model
 from gdfq.modules import ActivationQuantizer, BatchNormActQuantizer, WeightQuantizer
@@ -108,12 +108,6 @@ def fit_batch_norm(model: nn.Module, image_size: int | tuple[int, int]) -> nn.Mo
     for module, momentum in zip(batch_norms, momenta, strict=True):
         module.momentum = momentum
     return model.eval()
-
-
-def use_precision(precision: str) -> None:
-    """Let convolutions and matrix products round their factors to TF32 where that is the precision, else not: PyTorch's
-    own default is TF32 for convolutions. For the whole process, so that all providers compute alike."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def new_trainer(task: Task, overrides: dict[str, Any] | None = None) -> Trainer:
@@ -204,7 +198,7 @@ class PlainPyTorch:
         assert config.quantizer.straight_through == "identity"
         assert config.student.fixed_bns
         self.device = task.device
-        self.latents, self.generator = trainer.latents, with_separate_upsampling(trainer.generator)
+        self.latents, self.generator = trainer.latents, with_separate_layers(trainer.generator)
         self.student = with_separate_quantizers(trainer.student, variant.observe_ranges)
         self.teacher = new_model(task).to(task.device).eval().requires_grad_(not variant.frozen_teacher)
         if variant.channels_last:
@@ -288,7 +282,7 @@ class PlainPyTorch:
         return loss, logits, cross_entropy, kl
 
 
-# --- quantizers without gdfq_ext ---------------------------------------------------------------------------------
+# --- layers without gdfq_ext ---------------------------------------------------------------------------------
 
 
 class SeparateWeightQuantizer(nn.Module):
@@ -362,11 +356,32 @@ class UpsamplingThenConvolution(nn.Module):
         return F.conv2d(F.interpolate(x, scale_factor=2.0), self.weight, self.bias, padding=1)
 
 
-def with_separate_upsampling(generator: nn.Module) -> nn.Module:
-    """G with its up-sampling convolutions exchanged in place; its parameters stay the same objects."""
+class BatchNormThenActivation(nn.Module):
+    """BatchNorm of the batch, gamma and beta looked up by label where there are more than one, and LeakyReLU."""
+
+    def __init__(self, norm: ConditionalBatchNorm) -> None:
+        super().__init__()
+        self.gamma, self.beta = norm.gamma, norm.beta
+        self.register_buffer("running_mean", norm.running_mean)
+        self.register_buffer("running_var", norm.running_var)
+        self.momentum, self.eps, self.negative_slope = norm.momentum, norm.eps, norm.negative_slope
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        conditional = len(self.gamma) > 1
+        affine = (None, None) if conditional else (self.gamma[0], self.beta[0])
+        x = F.batch_norm(x, self.running_mean, self.running_var, *affine, True, self.momentum, self.eps)
+        if conditional:
+            gamma, beta = (F.embedding(labels, table)[:, :, None, None] for table in (self.gamma, self.beta))
+            x = torch.addcmul(beta, x, gamma)
+        return x if self.negative_slope == 1 else F.leaky_relu(x, self.negative_slope)
+
+
+def with_separate_layers(generator: nn.Module) -> nn.Module:
+    """G with its fused layers exchanged in place; its parameters stay the same objects."""
+    exchanged = {UpsampledConvolution: UpsamplingThenConvolution, ConditionalBatchNorm: BatchNormThenActivation}
     for name, child in list(generator.named_children()):
-        if isinstance(child, UpsampledConvolution):
-            setattr(generator, name, UpsamplingThenConvolution(child))
+        if type(child) in exchanged:
+            setattr(generator, name, exchanged[type(child)](child))
     return generator
 
 

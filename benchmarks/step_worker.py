@@ -10,6 +10,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 
 import gdfq_ext
 from benchmarks import parts
-from benchmarks.step_providers import PROVIDERS, Task, use_precision
+from benchmarks.step_providers import PROVIDERS, Task
+from gdfq.precision import products_in_tf32
 
 PROFILED = 3  # iterations
 
@@ -32,27 +34,32 @@ def main() -> None:
         print(json.dumps(values), file=answers, flush=True)
 
     torch.set_num_threads(threads)
+    arguments["model_arguments"] = tuple((name, value) for name, value in arguments["model_arguments"])
+    task = Task(**arguments)
     try:
-        arguments["model_arguments"] = tuple((name, value) for name, value in arguments["model_arguments"])
-        task = Task(**arguments)
-        use_precision(task.precision)
-        subject = PROVIDERS[provider](task)
-        timed(subject, 1)
-        evidence = subject.evidence()
-        timed(subject, warmup - 1)
-        reset_peak()
-        answer(evidence=evidence, backend=backend(provider))
-        for line in sys.stdin:
-            command, _, count = line.strip().partition(" ")
-            if command == "run":
-                answer(seconds=timed(subject, int(count)))
-            elif command == "memory":
-                answer(peak_mb=peak_mb())
-            else:
-                answer(**parts.measure(subject.step, PROFILED, subject.networks))
+        with products_in_tf32(task.precision == "tf32"):  # by all providers alike
+            serve(provider, task, warmup, answer)
     except Exception as error:
         answer(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
         raise
+
+
+def serve(provider: str, task: Task, warmup: int, answer: Callable[..., None]) -> None:
+    """Warm up, answer with the figures of the first iteration, and then to every line."""
+    subject = PROVIDERS[provider](task)
+    timed(subject, 1)
+    evidence = subject.evidence()
+    timed(subject, warmup - 1)
+    reset_peak()
+    answer(evidence=evidence, backend=backend(provider))
+    for line in sys.stdin:
+        command, _, count = line.strip().partition(" ")
+        if command == "run":
+            answer(seconds=timed(subject, int(count)))
+        elif command == "memory":
+            answer(peak_mb=peak_mb())
+        else:
+            answer(**parts.measure(subject.step, PROFILED, subject.networks))
 
 
 def timed(subject: Any, iterations: int) -> float:

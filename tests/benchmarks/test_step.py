@@ -7,6 +7,7 @@ import pytest
 import torch
 from pytorchcv.models.vgg import VGG
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import step, step_providers
 from benchmarks.parts import PARTS
@@ -40,13 +41,27 @@ def test_a_run_with_its_processes(tmp_path, capsys):
     assert "released" in capsys.readouterr().out
 
 
-def test_two_iterations_agree_in_losses_and_gradients():
+@pytest.mark.parametrize("preset", ["cifar", "imagenet"])
+def test_two_iterations_agree_in_losses_and_gradients(preset):
+    task = replace(TINY, preset=preset)
     variants = [Variant(), step_providers.RELEASED, Variant(observe_ranges=True)]
-    subjects = [Gdfq(TINY), *(PlainPyTorch(TINY, variant) for variant in variants)]
+    subjects = [Gdfq(task), *(PlainPyTorch(task, variant) for variant in variants)]
     for _ in range(2):
         for subject in subjects:
             subject.step()
         step.check_agreement({str(i): subject.evidence() for i, subject in enumerate(subjects)}, 0.01, 0.02)
+
+
+@pytest.mark.parametrize("preset", ["cifar", "imagenet"])
+def test_plain_pytorch_uses_nothing_of_gdfq_ext(preset):
+    task = replace(TINY, preset=preset)
+    used = []
+    for subject in (Gdfq(task), PlainPyTorch(task, Variant())):
+        subject.step()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            subject.step()
+        used.append(any("gdfq_ext" in event.name for event in profiler.events()))
+    assert used == [True, False]
 
 
 @pytest.mark.parametrize("variant", [Variant(), step_providers.RELEASED])
