@@ -101,7 +101,7 @@ else
     cifar=(--batch 200) imagenet=(--batch 16)
     more_cells=()
     rounds=(--iterations 8)
-    providers=(released eager ours floor) with_compile=(compile ours)
+    providers=(released eager ours ours-eager floor) with_compile=(compile ours ours-compile)
 fi
 
 if [[ -n ${GDFQ_WHEELS:-} ]]; then
@@ -119,9 +119,9 @@ fi
 stage bench 110 "${bench[@]}" "${main_bench[@]}" --out "$out/bench"
 stage bench-more 90 "${bench[@]}" "${more_bench[@]}" --out "$out/bench-more"
 if has_module pytorchcv.model_provider; then
-    stage step-resnet18 60 "${suite[@]}" --networks resnet18 "${imagenet[@]}" "${rounds[@]}" \
+    stage step-resnet18 75 "${suite[@]}" --networks resnet18 "${imagenet[@]}" "${rounds[@]}" \
         --providers "${providers[@]}"
-    stage step-resnet20 50 "${suite[@]}" --networks resnet20 "${cifar[@]}" "${rounds[@]}" --providers "${providers[@]}"
+    stage step-resnet20 65 "${suite[@]}" --networks resnet20 "${cifar[@]}" "${rounds[@]}" --providers "${providers[@]}"
 else
     say "step benchmarks: skipped, $PYTHON has no pytorchcv"
 fi

@@ -19,11 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+import gdfq_ext
 from benchmarks.parts import Networks
 from gdfq import demo
 from gdfq.bench.operations import SeparateQuantizer
 from gdfq.calibrate import calibrate, gaussian_images
 from gdfq.config import Config
+from gdfq.errors import GdfqError
+from gdfq.execution import WARMUP
 from gdfq.generator import ConditionalBatchNorm, UpsampledConvolution
 from gdfq.graph import build_quantized, build_teacher, capture
 from gdfq.models import load_model
@@ -154,8 +157,19 @@ class Gdfq:
 
     def __init__(self, task: Task, overrides: dict[str, Any] | None = None) -> None:
         self.trainer = new_trainer(task, overrides)
-        compiled = (overrides or {}).get("run.compile", False)
+        compiled = self.trainer.config.run.compile
         self.networks = None if compiled else networks_of(self.trainer, self.trainer.teacher.graph_module)
+
+    def backend(self) -> str:
+        """Which kernels run and whether from a CUDA graph, in words; to be asked after the warm-up.
+
+        Raises:
+            GdfqError: there is no graph although `overrides` ask for one.
+        """
+        execution = self.trainer.execution.description
+        if self.trainer.config.run.execution == "graph" and execution != "graph":
+            raise GdfqError(f"after {WARMUP} iterations there must be a CUDA graph, but execution is '{execution}'")
+        return f"{gdfq_ext.backend_report().cause}; execution: {execution}"
 
     def step(self) -> None:
         self.trainer._step()
@@ -236,6 +250,9 @@ class PlainPyTorch:
             self._losses()
             for logits in (teacher_logits, student_logits):
                 (logits.detach().argmax(1) == labels).float().mean().item()
+
+    def backend(self) -> str:
+        return "PyTorch"
 
     def evidence(self) -> dict[str, float]:
         """The losses of the last iteration and the norms of its gradients."""
@@ -411,6 +428,9 @@ class Floor:
         for function, args, kwargs in self.calls:
             function(*args, **kwargs)
 
+    def backend(self) -> str:
+        return "PyTorch"
+
     def evidence(self) -> dict[str, float]:
         """It computes nothing that means something."""
         return {}
@@ -444,8 +464,11 @@ PROVIDERS = {
     "compile": lambda task: PlainPyTorch(task, Variant(compile=True)),
     "reference": Gdfq,
     "ours": Gdfq,
+    "ours-eager": lambda task: Gdfq(task, {"run.execution": "eager"}),
+    "ours-graph": lambda task: Gdfq(task, {"run.execution": "graph"}),
+    "ours-compile": lambda task: Gdfq(task, {"run.compile": True}),
     "floor": Floor,
 }
 DEFAULT = ("released", "eager", "compile", "reference", "ours", "floor")
 # These need what not every machine has; the others can only lack memory.
-OPTIONAL = {"compile"}
+OPTIONAL = {"compile", "ours-compile", "ours-graph"}

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-import gdfq_ext
 from benchmarks import parts
 from benchmarks.step_providers import PROVIDERS, Task
 from gdfq.precision import products_in_tf32
@@ -51,7 +50,7 @@ def serve(provider: str, task: Task, warmup: int, answer: Callable[..., None]) -
     evidence = subject.evidence()
     timed(subject, warmup - 1)
     reset_peak()
-    answer(evidence=evidence, backend=backend(provider))
+    answer(evidence=evidence, backend=subject.backend())
     for line in sys.stdin:
         command, _, count = line.strip().partition(" ")
         if command == "run":
@@ -75,11 +74,6 @@ def timed(subject: Any, iterations: int) -> float:
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def backend(provider: str) -> str:
-    uses_gdfq_ext = provider == "reference" or provider.startswith("ours")
-    return gdfq_ext.backend_report().cause if uses_gdfq_ext else "PyTorch"
 
 
 def reset_peak() -> None:

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import step, step_providers
 from benchmarks.parts import PARTS
 from benchmarks.step_providers import Floor, Gdfq, PlainPyTorch, Task, Variant
+from gdfq.errors import GdfqError
 
 TINY = Task(model="benchmarks.memory:SmallNet", image_size=8, batch=4)
 
@@ -82,7 +83,18 @@ def test_a_provider_has_settings_of_its_own():
     assert Gdfq(TINY, {"student.learning_rate": 0.5}).trainer.student_optimizer.param_groups[0]["lr"] == 0.5
     assert Gdfq(TINY).networks is not None
     # Hooks would break the graph that was compiled.
+    assert step_providers.PROVIDERS["ours-compile"](TINY).networks is None
     assert PlainPyTorch(TINY, Variant(compile=True)).networks is None
+
+
+def test_no_graph_is_measured_where_there_is_none():
+    assert Gdfq(TINY).backend().endswith("; execution: eager")
+    subject = step_providers.PROVIDERS["ours-graph"](TINY)
+    subject.trainer.execution.description = "eager: CUDA graphs need a CUDA device"
+    with pytest.raises(GdfqError, match="must be a CUDA graph, but execution is 'eager: CUDA graphs need"):
+        subject.backend()
+    subject.trainer.execution.description = "graph"
+    assert subject.backend().endswith("; execution: graph")
 
 
 @pytest.mark.parametrize("image_size", [None, 64, 224])
