@@ -101,7 +101,7 @@ else
     cifar=(--batch 200) imagenet=(--batch 16)
     more_cells=()
     rounds=(--iterations 8)
-    providers=(released eager ours ours-eager floor) with_compile=(compile ours ours-compile)
+    providers=(released eager ours ours-eager floor) with_compile=(compile ours)
 fi
 
 if [[ -n ${GDFQ_WHEELS:-} ]]; then
