@@ -9,6 +9,7 @@
 #   PYTHON        the interpreter (python3); its torch is used as it is
 #   GDFQ_WHEELS   a folder of wheels that it lacks (benchmarks/collect_wheels.sh fills one): put on its path for this
 #                 session only; nothing is installed into the interpreter
+#   STAGES        an extended regular expression: only the stages whose names it matches run, for a second visit
 #   GDFQ_COMMIT   names the commit where the tree is a copy without its history
 #
 # --dry-run goes through the same stages at the smallest size on a CPU, so that no visit is lost to a typo. It builds
@@ -42,6 +43,7 @@ say() { echo "$*" | tee -a "$out/summary.txt"; }
 stage() {
     local name=$1 limit=$2 left=$((TOTAL - SECONDS)) begun=$SECONDS code=0
     shift 2
+    [[ $name =~ ^(${STAGES:-.*})$ ]] || return 0
     if ((left < SHORTEST)); then
         say "$name: skipped, $left s are left"
         return
@@ -112,7 +114,7 @@ fi
 stage environment 30 bash -c environment
 stage build 150 env GDFQ_WERROR=1 "${build[@]}"
 if [[ -d tests/gpu ]]; then
-    stage gpu-tests 110 "$PYTHON" -m pytest -q -m gpu tests/gpu
+    stage gpu-tests 140 "$PYTHON" -m pytest -q -m gpu tests/gpu
 else
     say "gpu-tests: skipped, there is no tests/gpu"
 fi
@@ -140,6 +142,14 @@ fi
 if has_module pytorchcv.model_provider; then
     stage step-resnet20-compile 120 "${step[@]}" --model pytorchcv:resnet20_cifar10 "${cifar[@]}" "${rounds[@]}" \
         --providers "${with_compile[@]}" --out "$out/step-resnet20-compile.json"
+fi
+if ((!dry)); then # what each precision does to the accuracy; on a CPU each evaluation takes half a minute
+    for precision in float32 tf32 bfloat16; do
+        stage "demo-$precision" 60 "$PYTHON" -m gdfq.demo --seeds 0 1 2 --set run.precision=$precision \
+            --out "$out/demo-$precision"
+    done
+fi
+if has_module pytorchcv.model_provider; then
     # What was measured above is kept; no cell is begun that could not end.
     stage step-suite "$TOTAL" "${suite[@]}" --resume --minutes $(((TOTAL - SECONDS) / 60 - 1)) "${more_cells[@]}" \
         "${rounds[@]}" --providers "${providers[@]}"
