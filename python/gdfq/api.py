@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from gdfq import run_folder
-from gdfq.baselines.minmax import minmax
+from gdfq.baselines.clipping import RULES, clip
+from gdfq.baselines.dfq import dfq, replace_relu6
+from gdfq.baselines.finetune import FineTuner
+from gdfq.baselines.images import (
+    SyntheticImages,
+    TrainingImages,
+    calibration_batches,
+    gaussian,
+    generated,
+    warm_up_only,
+)
 from gdfq.baselines.zeroq import zeroq
 from gdfq.calibrate import Agreement, agreement, calibrate
 from gdfq.config import Config
@@ -53,11 +63,13 @@ def quantize(
     run_dir: str | Path | None = None,
     resume: bool = False,
     held_out_images: Iterable[Tensor] | None = None,
+    calibrate_on: Any = None,
+    train_on: Any = None,
     evaluate_on: Any = None,
     progress: bool = True,
     source: dict[str, Any] | None = None,
 ) -> Result:
-    """Quantize `model` without data. The model itself is not changed.
+    """Quantize `model`, without data unless a baseline is given some. The model itself is not changed.
 
     Args:
         model: a trained classifier with BatchNorm layers, images `(N, C, H, W)` to logits `(N, classes)`.
@@ -65,6 +77,9 @@ def quantize(
         run_dir: where log, checkpoints, models, picture and report go; None leaves no files and cannot be resumed.
         resume: continue the run in `run_dir` from its last checkpoint, bit for bit (from the start if it has none yet).
         held_out_images: batches for the data-free figures, to compare methods on the same; default: the method's own.
+        calibrate_on: for the methods `calibrated`, `mse`, `aciq` and `kl`, a dataset of real images, alone or with
+            labels; default: images are made, as the setting `calibration.images` says.
+        train_on: for the method `finetune`, a dataset of real `(image, label)` pairs.
         evaluate_on: a dataset of real `(image, label)` pairs; gives top-1 in the report and decides nothing.
         progress: show progress bars on standard error.
         source: JSON values kept in `run_dir`: how the command line can load the model again.
@@ -74,6 +89,7 @@ def quantize(
         gdfq.Stopped: Ctrl-C or SIGTERM.
     """
     config = config or Config.load(default_preset(model))
+    _check_real_images(config.method, calibrate_on, train_on)
     device = _device(config.run.device)
     check_finite(model)
     captured = capture(model, config.model.image_size, config.model.channels, device)
@@ -83,8 +99,10 @@ def quantize(
         run_folder.open_run(folder, config, device, resume, source)
 
     teacher = build_teacher(captured)
+    if config.method == "dfq":
+        captured = replace_relu6(captured)
     student, account = build_quantized(captured, config.quantizer)
-    task = _Task(captured, teacher, student, config, device, folder, resume, progress)
+    task = _Task(captured, teacher, student, config, device, folder, resume, progress, calibrate_on, train_on)
     outcome = _METHODS[config.method](task)
 
     held_out = list(outcome.held_out if held_out_images is None else held_out_images)
@@ -119,6 +137,8 @@ class _Task:
     folder: Path | None
     resume: bool
     progress: bool
+    calibrate_on: Any
+    train_on: Any
 
 
 @dataclass
@@ -136,15 +156,21 @@ class _Outcome:
 
 def _gdfq(task: _Task) -> _Outcome:
     trainer = Trainer(task.teacher, task.student, task.captured, task.config)
-    run = TrainingRun(trainer, task.folder, _identity(task.captured, task.config))
+    seconds = _train(task, trainer)
+    kept = "calibrated" if _calibration_is_better(task, trainer) else "trained"
+    return _Outcome(
+        trainer.held_out_images(), seconds, trainer.generator, kept, trainer.best, trainer.best_student,
+        trainer.execution.description,
+    )  # fmt: skip
+
+
+def _train(task: _Task, trainer: Trainer) -> float:
+    """Train to the end, resumed where the task says so; returns the seconds it took."""
+    run = TrainingRun(trainer, task.folder, _identity(task.captured, trainer.config))
     if task.resume:
         run.resume()
     run.train(task.progress)
-    kept = "calibrated" if _calibration_is_better(task, trainer) else "trained"
-    return _Outcome(
-        trainer.held_out_images(), run.seconds, trainer.generator, kept, trainer.best, trainer.best_student,
-        trainer.execution.description,
-    )  # fmt: skip
+    return run.seconds
 
 
 def _calibration_is_better(task: _Task, trainer: Trainer) -> bool:
@@ -164,19 +190,61 @@ def _calibration_is_better(task: _Task, trainer: Trainer) -> bool:
     return True
 
 
-def _baseline(method: Callable[[_Task], Iterable[Tensor]]) -> Callable[[_Task], _Outcome]:
+def _finetune(task: _Task) -> _Outcome:
+    shape, classes = task.captured.image_shape, task.captured.num_classes
+    images = TrainingImages(task.train_on, shape, classes, task.config, task.device)
+    trainer = FineTuner(task.teacher, task.student, task.captured, task.config, images)
+    seconds = _train(task, trainer)
+    return _Outcome(
+        trainer.held_out_images(), seconds, kept="trained", choice=trainer.best, choice_state=trainer.best_student
+    )
+
+
+def _calibrated(task: _Task, images: SyntheticImages) -> None:
+    calibrate(task.student, images.calibration)
+
+
+def _baseline(method: Callable[[_Task, SyntheticImages], None], source: str | None = None) -> Callable:
+    """A method without training: what it does with images, and which ones; default: the user's, or made as set."""
+
     def run(task: _Task) -> _Outcome:
         start = time.monotonic()
-        return _Outcome(method(task), time.monotonic() - start)
+        if source is None and task.calibrate_on is not None:
+            real = calibration_batches(task.calibrate_on, task.captured.image_shape, task.config, task.device)
+            images = _images(task, "gaussian")._replace(calibration=real)
+        else:
+            images = _images(task, source or task.config.calibration.images)
+        method(task, images)
+        return _Outcome(images.held_out, time.monotonic() - start)
 
     return run
 
 
+def _images(task: _Task, source: str) -> SyntheticImages:
+    shape, config, device = task.captured.image_shape, task.config, task.device
+    if source == "zeroq":
+        return zeroq(task.teacher, shape, config, device, task.progress)
+    if source == "generator":
+        trainer = Trainer(task.teacher, task.student, task.captured, warm_up_only(config))
+        _train(task, trainer)
+        return generated(trainer)
+    return gaussian(shape, config, device)
+
+
+def _clipped(rule: str) -> Callable[[_Task], _Outcome]:
+    return _baseline(lambda task, images: clip(task.student, list(images.calibration), rule))
+
+
 _METHODS: dict[str, Callable[[_Task], _Outcome]] = {
     "gdfq": _gdfq,
-    "zeroq": _baseline(lambda t: zeroq(t.teacher, t.student, t.captured.image_shape, t.config, t.device, t.progress)),
-    "minmax": _baseline(lambda t: minmax(t.student, t.captured.image_shape, t.config, t.device)),
+    "zeroq": _baseline(_calibrated, "zeroq"),
+    "dfq": _baseline(lambda task, images: dfq(task.student, images.calibration), "gaussian"),
+    "minmax": _baseline(_calibrated, "gaussian"),
+    "calibrated": _baseline(_calibrated),
+    **{rule: _clipped(rule) for rule in RULES},
+    "finetune": _finetune,
 }
+_CALIBRATED_ON_REAL_IMAGES = ("calibrated", *RULES)
 
 
 # --- report and files --------------------------------------------------------------------------------------------
@@ -232,6 +300,23 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise GdfqError(f"setting 'run.device' = '{name}' cannot be used here: {error}") from None
     return device
+
+
+def _check_real_images(method: str, calibrate_on: Any, train_on: Any) -> None:
+    if method == "finetune" and train_on is None:
+        raise GdfqError(
+            "method 'finetune' trains on real labelled images: give them as `train_on` (`--training-data` on the "
+            "command line), or take a method that needs none, as 'gdfq'"
+        )
+    if method != "finetune" and train_on is not None:
+        raise GdfqError(
+            f"`train_on` (`--training-data`) is for method 'finetune', but the method is '{method}': leave it out"
+        )
+    if method not in _CALIBRATED_ON_REAL_IMAGES and calibrate_on is not None:
+        raise GdfqError(
+            f"`calibrate_on` (`--calibration-data`) is for the methods {', '.join(_CALIBRATED_ON_REAL_IMAGES)}, but "
+            f"the method is '{method}': leave it out or choose one of these"
+        )
 
 
 def _check_classes(captured: CapturedModel, config: Config) -> None:

@@ -31,6 +31,24 @@ WeightsOption = Annotated[
 ModelArgsOption = Annotated[
     list[str] | None, typer.Option("--model-arg", help="name=value for the factory; may be repeated")
 ]
+CalibrationDataOption = Annotated[
+    str | None,
+    typer.Option(
+        help="real images for the methods calibrated, mse, aciq and kl: a folder as for --data; default: images are "
+        "made, see the setting calibration.images"
+    ),
+]
+CalibrationDataArgsOption = Annotated[
+    list[str] | None,
+    typer.Option("--calibration-data-arg", help="name=value, for example split=train; may be repeated"),
+]
+TrainingDataOption = Annotated[
+    str | None, typer.Option(help="real labelled images for the method finetune: a folder as for --data")
+]
+TrainingDataArgsOption = Annotated[
+    list[str] | None,
+    typer.Option("--training-data-arg", help="name=value, for example split=train; may be repeated"),
+]
 DataOption = Annotated[
     str | None,
     typer.Option(help="real labelled images, for evaluation only: a folder, or fashion-mnist (built in)"),
@@ -54,7 +72,13 @@ def quantize(
     preset: Annotated[
         str | None, typer.Option(help=f"{', '.join(presets())}, or a TOML file; default: by image size")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="gdfq, zeroq or minmax")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="gdfq (default); without data or training: zeroq, dfq, minmax; calibrated, mse, aciq, kl: without "
+            "training, on --calibration-data or made images; finetune: on --training-data"
+        ),
+    ] = None,
     weight_bits: Annotated[int | None, typer.Option(help="2 to 8; default 4")] = None,
     activation_bits: Annotated[int | None, typer.Option(help="2 to 8; default 4")] = None,
     placement: Annotated[str | None, typer.Option(help="deploy or paper; default deploy")] = None,
@@ -67,6 +91,10 @@ def quantize(
     data: DataOption = None,
     data_kind: DataKindOption = None,
     data_arg: DataArgsOption = None,
+    calibration_data: CalibrationDataOption = None,
+    calibration_data_arg: CalibrationDataArgsOption = None,
+    training_data: TrainingDataOption = None,
+    training_data_arg: TrainingDataArgsOption = None,
     resume: Annotated[
         Path | None, typer.Option(help="go on with the run in this folder; no other option needed")
     ] = None,
@@ -86,6 +114,8 @@ def quantize(
         raise GdfqError("say what to quantize and where the result goes: --model SPEC --out FOLDER (see --help)")
     else:
         source = _source(model, weights, model_arg) | _data_source(data, data_kind, data_arg)
+        source |= _data_source(calibration_data, None, calibration_data_arg, "calibration_")
+        source |= _data_source(training_data, None, training_data_arg, "training_")
     network = _load_model(source)
     if resume is None:
         shortcuts = {
@@ -106,6 +136,8 @@ def quantize(
         config,
         run_dir=folder,
         resume=resume is not None,
+        calibrate_on=_load_data(source, "calibration_"),
+        train_on=_load_data(source, "training_"),
         evaluate_on=_load_data(source),
         progress=not as_json and sys.stderr.isatty(),
         source=source,
@@ -226,9 +258,11 @@ def _source(model: str, weights: Path | None, model_args: list[str] | None) -> d
     return {"model": model, "weights": weights and str(weights.absolute()), "model_args": model_args or []}
 
 
-def _data_source(data: str | None, kind: str | None, data_args: list[str] | None) -> dict[str, Any]:
+def _data_source(
+    data: str | None, kind: str | None, data_args: list[str] | None, purpose: str = ""
+) -> dict[str, Any]:
     folder = data and (str(Path(data).absolute()) if Path(data).exists() else data)
-    return {"data": folder, "data_kind": kind, "data_args": data_args or []}
+    return {f"{purpose}data": folder, f"{purpose}data_kind": kind, f"{purpose}data_args": data_args or []}
 
 
 def _load_model(source: dict[str, Any]):
@@ -237,13 +271,14 @@ def _load_model(source: dict[str, Any]):
     return load_model(source["model"], source["weights"], **parse_model_args(source["model_args"]))
 
 
-def _load_data(source: dict[str, Any]):
+def _load_data(source: dict[str, Any], purpose: str = ""):
     from gdfq.data import load_dataset
     from gdfq.models import parse_model_args
 
-    if source["data"] is None:
+    if source.get(f"{purpose}data") is None:  # runs of earlier versions know only data for evaluation
         return None
-    return load_dataset(source["data"], source["data_kind"], **parse_model_args(source["data_args"]))
+    data, kind, args = (source[f"{purpose}{key}"] for key in ("data", "data_kind", "data_args"))
+    return load_dataset(data, kind, **parse_model_args(args))
 
 
 def main() -> None:

@@ -117,6 +117,22 @@ class ZeroqConfig(_Section):
     learning_rate: float = Field(0.5, gt=0, description="of Adam, lowered on a plateau")
 
 
+class CalibrationConfig(_Section):
+    """Images that the baselines calibrate on where no real ones are given."""
+
+    images: Literal["gaussian", "zeroq", "generator"] = Field(
+        "gaussian",
+        description="gaussian: noise; zeroq: optimised as the section zeroq says; generator: of a generator that was "
+        "trained for schedule.warmup_epochs",
+    )
+    count: int | None = Field(
+        None,
+        ge=1,
+        description="how many images, real ones too (ZeroQ's: zeroq.images); default: schedule.range_batches of "
+        "schedule.batch_size",
+    )
+
+
 class RunConfig(_Section):
     """Where and how a run is carried out."""
 
@@ -141,8 +157,11 @@ class RunConfig(_Section):
 class Config(_Section):
     """Everything that decides a run. See the sections for each value."""
 
-    method: Literal["gdfq", "zeroq", "minmax"] = Field(
-        "gdfq", description="minmax: no training, ranges observed on Gaussian noise"
+    method: Literal["gdfq", "zeroq", "dfq", "calibrated", "mse", "aciq", "kl", "minmax", "finetune"] = Field(
+        "gdfq",
+        description="without training: zeroq; dfq; calibrated (ranges observed on calibration images); mse, aciq, kl "
+        "(weights and activations clipped); minmax (calibrated on Gaussian noise). finetune: trained on real labelled "
+        "images",
     )
     model: ModelConfig = ModelConfig()
     quantizer: QuantizerConfig = QuantizerConfig()
@@ -150,6 +169,7 @@ class Config(_Section):
     student: StudentConfig = StudentConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     zeroq: ZeroqConfig = ZeroqConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
     run: RunConfig = RunConfig()
 
     @classmethod

@@ -268,7 +268,7 @@ def _to_normal_form(module: fx.GraphModule) -> None:
     for node in graph.nodes:
         if node.target is batch_norm_act and len(node.users) == 1:
             (user,) = node.users
-            act = _activation(user)
+            act = activation_name(user)
             if act:
                 node.args = (*node.args[:-1], act)
                 node.meta["name"] = node.meta.get("name") or _name(node)
@@ -292,7 +292,7 @@ def _merge_batch_norm(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _activation(node: fx.Node) -> str:
+def activation_name(node: fx.Node) -> str:
     """`relu`, `relu6`, or an empty string if `node` is neither, however it was written."""
     if node.op != "call_function":
         return ""
@@ -433,7 +433,7 @@ class _Rewriter:
             return {
                 node
                 for node in nodes
-                if _activation(node) or (node.target is batch_norm_act and node.args[-1] != "none")
+                if activation_name(node) or (node.target is batch_norm_act and node.args[-1] != "none")
             }
         return {source for node in nodes for source in _quantized_inputs(node)}
 
@@ -466,7 +466,7 @@ class _Rewriter:
         self._record(result, "", quantizer.bits)
 
     def _new_quantizer(self, node: fx.Node) -> ActivationQuantizer:
-        bits = self.config.input_bits if _is_image(node) else self.config.activation_bits
+        bits = self.config.input_bits if is_image(node) else self.config.activation_bits
         return ActivationQuantizer(bits, self.config.straight_through)
 
     def _call(self, container: str, name: str, module: nn.Module, args: tuple) -> fx.Node:
@@ -485,7 +485,7 @@ class _Rewriter:
         for node in self.graph.nodes:
             for source in _quantized_inputs(node):
                 if source not in self.on_grid:
-                    what = "image" if _is_image(source) else "activation"
+                    what = "image" if is_image(source) else "activation"
                     reason = f"placement '{self.config.placement}' quantizes the outputs of ReLU and ReLU6 only"
                     self.account.stayed_float.append(FloatEntry(_name(node), f"input {what} of {_op(node)}", reason))
             if _computes_in_float(node):
@@ -513,6 +513,43 @@ class _Rewriter:
                     item = self.graph.call_function(operator.getitem, (quantized, index))
                 for user in [user for user in weight.users if user.target in _WEIGHTED]:
                     user.update_arg(1, item)
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A convolution or linear layer of Q whose quantized weight is a stored parameter.
+
+    Attributes:
+        node: where Q's graph calls it.
+        weight, bias: names of its parameters; `bias` is None where it has none.
+        groups: of the convolution; 1 for a linear layer.
+    """
+
+    node: fx.Node
+    weight: str
+    bias: str | None
+    groups: int
+
+
+def quantized_layers(student: fx.GraphModule) -> list[QuantizedLayer]:
+    """The layers of Q, from `build_quantized`, in the order of the forward pass; those are left out whose weight the
+    graph computes."""
+    layers = []
+    for node in student.graph.nodes:
+        if node.target in _WEIGHTED:
+            call, index = node.args[1].args  # the item that the call of `weight_quantizer` gives for this layer
+            weight, bias = call.args[0][index], node.args[2] if len(node.args) > 2 else None
+            if weight.op == "get_attr":
+                groups = node.args[6] if len(node.args) > 6 else 1
+                layers.append(QuantizedLayer(node, weight.target, bias and str(bias.target), groups))
+    return layers
+
+
+def quantizer_of(student: fx.GraphModule, node: fx.Node) -> ActivationQuantizer | None:
+    """The quantizer that `node` of Q's graph calls, alone or in one pass with a BN."""
+    module = student.get_submodule(node.target) if node.op == "call_module" else None
+    module = module.quantizer if isinstance(module, BatchNormActQuantizer) else module
+    return module if isinstance(module, ActivationQuantizer) else None
 
 
 def _quantized_inputs(node: fx.Node) -> list[fx.Node]:
@@ -543,12 +580,12 @@ def _computes_in_float(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor) or not node.all_input_nodes:
         return False
     known = node.target in _WEIGHTED or node.target in _BOOKKEEPING
-    return not (known or _preserves_values(node) or _activation(node) or _quantized_inputs(node))
+    return not (known or _preserves_values(node) or activation_name(node) or _quantized_inputs(node))
 
 
-def _is_image(node: fx.Node) -> bool:
+def is_image(node: fx.Node) -> bool:
     """Whether `node` is the network's input, padded or cut at most."""
-    return node.op == "placeholder" or (_preserves_values(node) and _is_image(node.all_input_nodes[0]))
+    return node.op == "placeholder" or (_preserves_values(node) and is_image(node.all_input_nodes[0]))
 
 
 def _op(node: fx.Node) -> str:

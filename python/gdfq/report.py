@@ -28,7 +28,8 @@ class Report:
             training.
         float_bytes, quantized_bytes: size of the parameters before and after.
         seconds: wall time of the quantization.
-        kept: `trained`, or `calibrated` where plain calibration was better by the data-free criterion.
+        kept: `trained`, or `calibrated`: by a method without training, or by `gdfq` where plain calibration was better
+            by the data-free criterion.
         execution: `eager`, `graph`, or why iterations were eager though a graph was asked for (see `gdfq.execution`).
         top1: on real data that the user gave, percent: `float`, `quantized` and, where there is a data-free choice,
             `data_free_choice`. Nothing was chosen by it.
@@ -70,7 +71,7 @@ class Report:
         ]
         if self.execution != "eager":
             lines.insert(1, f"iterations   {self.execution}")
-        if self.kept == "calibrated":
+        if self.kept == "calibrated" and self.config.method == "gdfq":
             lines.append("             plain calibration was better than training by this criterion, and was kept")
         if self.data_free_choice is not None:
             epoch, figures = self.data_free_choice

@@ -11,6 +11,7 @@ from gdfq.config import Config, QuantizerConfig
 from gdfq.errors import GdfqError
 from gdfq.files import load_tensors, save_tensors, write_text
 from gdfq.graph import build_quantized, capture
+from gdfq.modules import BatchNormAct
 from gdfq.report import versions
 
 CONFIG = "config.toml"
@@ -57,7 +58,12 @@ def save_quantized(
     path: str | Path, model: nn.Module, config: QuantizerConfig, image_shape: tuple[int, int, int]
 ) -> None:
     """Store Q as safetensors: weights in float as trained, ranges, and how it is quantized; see `load_quantized`."""
-    about = {"quantizer": config.model_dump_json(), "image_shape": json.dumps(image_shape)}
+    activations = {name: module.act for name, module in model.named_modules() if isinstance(module, BatchNormAct)}
+    about = {
+        "quantizer": config.model_dump_json(),
+        "image_shape": json.dumps(image_shape),
+        "activations": json.dumps(activations),  # DFQ replaces some of the architecture's
+    }
     save_tensors(path, model.state_dict(), about)
 
 
@@ -75,6 +81,8 @@ def load_quantized(path: str | Path, model: nn.Module, device: torch.device | st
     student, _ = build_quantized(captured, QuantizerConfig.model_validate_json(metadata["quantizer"]))
     try:
         student.load_state_dict(tensors)
-    except RuntimeError as error:
+        for name, act in json.loads(metadata.get("activations", "{}")).items():
+            student.get_submodule(name).act = act
+    except (RuntimeError, AttributeError) as error:
         raise GdfqError(f"{path} does not fit this architecture: {error}") from None
     return student

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from small_models import Plain, randomize_batch_norm
 
 from gdfq import run_folder
+from gdfq.files import load_tensors
 
 MODELS = Path(__file__).parent / "small_models.py"
 SHORT = [
@@ -64,6 +65,22 @@ def test_quantize_evaluate_and_resume(gdfq, weights, images, tmp_path):
     again = json.loads(out)
     assert code == 0
     assert {**again, "seconds": 0} == {**report, "seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [("mse", "--calibration-data"), ("calibrated", "--calibration-data"), ("finetune", "--training-data")],
+)
+def test_real_images_for_the_baselines_that_take_some(gdfq, weights, images, tmp_path, method, option):
+    source = ["--model", f"{MODELS}:Plain", "--weights", weights, "--method", method]
+    data = [option, images, *(f"{option}-arg={value}" for value in ("resize=8", "crop=8", "mean=-9"))]
+    code, out, err = gdfq("quantize", *source, "--out", tmp_path / "run", *SHORT, *data)
+    assert (code, err) == (0, "")
+    assert f"{method}, W4A4" in out
+    model, _ = load_tensors(tmp_path / "run" / run_folder.MODEL)
+    assert model["activation_quantizers.x.range"][0] > 9  # where the mean has moved these images; noise is below 6
+    code, again, _ = gdfq("quantize", "--resume", tmp_path / "run")
+    assert (code, again.split("size")[1]) == (0, out.split("size")[1])
 
 
 def test_options_reach_the_configuration(gdfq, weights, tmp_path):
@@ -129,6 +146,9 @@ def overflowing():
         ("Plain", ["--set", "schedule.epocs=3"], ["schedule.epocs", "epochs"]),
         ("Plain", ["--device", "cuda:99"], ["cuda:99"]),
         ("Plain", ["--data", "nowhere"], ["nowhere"]),
+        ("Plain", ["--method", "kl", "--calibration-data", "nowhere"], ["nowhere"]),
+        ("Plain", ["--method", "finetune"], ["finetune", "--training-data"]),
+        ("Plain", ["--method", "zeroq", "--calibration-data", "fashion-mnist"], ["calibrate_on", "zeroq"]),
         ("Plane", [], ["Plane", "Plain"]),
         ("overflowing", [], ["NaN or Inf"]),
     ],

@@ -55,7 +55,7 @@ def test_a_file_extends_a_preset(tmp_path):
         ({"quantizer.placement": "nowhere"}, ["quantizer.placement", "nowhere", "'deploy' or 'paper'"]),
         ({"schedule.epoch": 3}, ["schedule.epoch", "epochs"]),
         ({"shedule.epochs": 3}, ["shedule", "schedule"]),
-        ({"method": "dfq"}, ["method", "dfq", "'gdfq'"]),
+        ({"method": "dfqq"}, ["method", "dfqq", "'gdfq'"]),
         ({"method": "gdfq", "method.name": "dfq"}, ["method.name", "not a section"]),
         ({"student.learning_rate": float("nan")}, ["student.learning_rate", "finite"]),
     ],

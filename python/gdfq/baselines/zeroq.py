@@ -3,30 +3,27 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import trange
 
 import gdfq_ext
-from gdfq.calibrate import calibrate
+from gdfq.baselines.images import SyntheticImages
 from gdfq.config import Config, ZeroqConfig
 from gdfq.graph import Teacher
 
 
 def zeroq(
-    teacher: Teacher,
-    student: nn.Module,
-    shape: tuple[int, int, int],
-    config: Config,
-    device: torch.device,
-    progress: bool = False,
-) -> Iterator[Tensor]:
-    """Calibrate `student` in place on distilled images; returns held-out distilled images
-    `(N, *shape)` in batches, which are only made when they are asked for."""
-    seed = config.run.seed
-    calibrate(student, [distill(teacher, shape, config.zeroq, seed, device, progress)])
-    return (distill(teacher, shape, config.zeroq, other_seed, device, progress) for other_seed in [seed + 1])
+    teacher: Teacher, shape: tuple[int, int, int], config: Config, device: torch.device, progress: bool = False
+) -> SyntheticImages:
+    """Distilled images of `shape`, one batch of them to calibrate on, and one held out."""
+
+    def batches(seed: int) -> Iterator[Tensor]:
+        yield distill(teacher, shape, config.zeroq, seed, device, progress)
+
+    return SyntheticImages(batches(config.run.seed), batches(config.run.seed + 1))
 
 
+@torch.enable_grad()  # images may be made when a calibration asks for them, which itself needs no gradients
 def distill(
     teacher: Teacher,
     shape: tuple[int, int, int],

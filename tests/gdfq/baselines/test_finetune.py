@@ -1,0 +1,145 @@
+"""FT: real images and labels train Q and nothing else; the loss falls; a resumed run equals one that never stopped."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from small_models import Plain, randomize_batch_norm
+from torch.nn import functional as F
+
+import gdfq
+from gdfq import run_folder
+from gdfq.baselines.finetune import FineTuner
+from gdfq.baselines.images import TrainingImages
+from gdfq.checkpoint import load_checkpoint, save_checkpoint
+from gdfq.config import Config
+from gdfq.errors import GdfqError
+from gdfq.graph import build_quantized, build_teacher, capture
+from gdfq.modules import activation_quantizers
+
+SHORT = {
+    "method": "finetune",
+    "schedule.epochs": 5,
+    "schedule.iterations": 8,
+    "schedule.batch_size": 16,
+    "schedule.range_epochs": 1,
+    "schedule.warmup_epochs": 2,
+    "schedule.milestones": [4],
+    "run.held_out_images": 16,
+    "run.checkpoint_every": 1,
+    "student.learning_rate": 1e-2,
+}
+
+
+@pytest.fixture
+def labelled():
+    """Images whose label is the teacher's opinion, so that there is something to learn."""
+    images = torch.randn(64, 3, 8, 8)
+    with torch.no_grad():
+        return list(zip(images, make()(images).argmax(1).tolist(), strict=True))
+
+
+def make():
+    torch.manual_seed(0)
+    return randomize_batch_norm(Plain())
+
+
+def new_tuner(dataset, **changes) -> FineTuner:
+    config = Config.load("cifar", SHORT | {key.replace("__", "."): value for key, value in changes.items()})
+    captured = capture(make())
+    student = build_quantized(captured, config.quantizer)[0]
+    images = TrainingImages(dataset, captured.image_shape, captured.num_classes, config, torch.device("cpu"))
+    return FineTuner(build_teacher(captured), student, captured, config, images)
+
+
+def snapshot(module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def changed(before, after) -> set[str]:
+    return {name for name, value in before.items() if not torch.equal(value, after[name])}
+
+
+def loss(tuner: FineTuner, dataset) -> float:
+    """Eq. 10 over all images, written out."""
+    images, labels = torch.stack([image for image, _ in dataset]), torch.tensor([label for _, label in dataset])
+    with torch.no_grad():
+        z_p, z_q = tuner.teacher(images), tuner.student(images)
+    p, q = (F.softmax(logits.double() / 20, 1) for logits in (z_p, z_q))
+    return (F.cross_entropy(z_q, labels) + 20**2 * (p * (p / q).log()).mean()).item()
+
+
+def test_the_loss_on_real_images_falls(labelled):
+    tuner = new_tuner(labelled, quantizer__weight_bits=3, quantizer__activation_bits=3)
+    losses = []
+    tuner.run(lambda: losses.append(loss(tuner, labelled)) if tuner.iteration % 8 == 0 else None)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_ranges_first_then_only_q_is_trained(labelled):
+    tuner = new_tuner(labelled)
+    teacher, generator = snapshot(tuner.teacher), snapshot(tuner.generator)
+    batches, asked_for = tuner.training_images.batch, []
+    tuner.training_images.batch = lambda iteration: asked_for.append(iteration) or batches(iteration)
+    history = [(tuner.phase, snapshot(tuner.student))]
+    tuner.run(lambda: history.append((tuner.phase, snapshot(tuner.student))))
+    assert [phase for phase, _ in history[:-1]] == ["ranges"] * 8 + ["training"] * 32
+    assert asked_for == list(range(40))
+    for (phase, before), (_, after) in itertools.pairwise(history):
+        ranges = {name for name in changed(before, after) if name.startswith("activation_quantizers.")}
+        weights = changed(before, after) - ranges
+        assert (bool(ranges), bool(weights)) == (phase == "ranges", phase == "training")
+    assert not changed(teacher, snapshot(tuner.teacher))
+    assert not changed(generator, snapshot(tuner.generator))
+
+
+def test_ranges_are_those_of_the_real_images(labelled):
+    tuner = new_tuner([(4 + image, label) for image, label in labelled])
+    tuner.run()
+    image, *_ = activation_quantizers(tuner.student).values()
+    assert image.range[0] > 4 - 5
+    assert image.range[1] > 4 + 2
+
+
+def test_a_resumed_run_sees_the_images_that_it_would_have_seen(labelled, tmp_path):
+    whole = new_tuner(labelled)
+    whole.run()
+
+    class Enough(Exception):  # noqa: N818
+        pass
+
+    first = new_tuner(labelled)
+
+    def stop() -> None:
+        if first.iteration == 19:
+            save_checkpoint(tmp_path / "c.safetensors", first.state_dict(), {})
+            raise Enough
+
+    with pytest.raises(Enough):
+        first.run(stop)
+    second = new_tuner(labelled)
+    second.load_state_dict(load_checkpoint(tmp_path / "c.safetensors", {}))
+    second.run()
+    assert not changed(snapshot(whole.student), snapshot(second.student))
+    assert whole.best == second.best
+
+
+def test_the_run_logs_the_students_losses_alone(labelled, tmp_path):
+    config = Config.load("cifar", {**SHORT, "run.log_every": 8})
+    result = gdfq.quantize(make(), config, run_dir=tmp_path / "run", train_on=labelled, progress=False)
+    entries = [json.loads(line) for line in (tmp_path / "run" / run_folder.LOG).read_text().splitlines()]
+    assert [entry["phase"] for entry in entries][1:] == ["training"] * 4
+    assert {"student_cross_entropy", "kl"} <= set(entries[-1])
+    assert not {"generator_cross_entropy", "bns", "generator_accuracy"} & set(entries[-1])
+    assert (result.generator, result.report.kept) == (None, "trained")
+    x = torch.randn(4, 3, 8, 8)
+    read = gdfq.load_quantized(tmp_path / "run" / run_folder.MODEL, Plain().eval())
+    assert torch.equal(read(x), result.model(x))
+
+
+def test_labels_that_do_not_fit_stop_the_run_before_anything_is_written(labelled, tmp_path):
+    wrong = [(image, label + 5) for image, label in labelled]
+    with pytest.raises(GdfqError, match="the model knows 5 classes"):
+        gdfq.quantize(make(), Config.load("cifar", SHORT), run_dir=tmp_path / "run", train_on=wrong, progress=False)
+    assert not (tmp_path / "run" / run_folder.MODEL).exists()
