@@ -15,11 +15,13 @@ from typing import Any
 from pytorchcv.models.resnet_cifar import CIFARResNet
 from torch import nn
 
-from benchmarks import pictures, step
+from benchmarks import step
 from benchmarks.step_providers import Task
+from gdfq.bench.output import save_measured
 from gdfq.bench.provenance import describe, provenance
 from gdfq.errors import GdfqError
 from gdfq.files import write_text
+from gdfq.pictures import new_figure
 
 DEPTHS = (20, 56, 110)
 CLASSES = (10, 100, 1000, 10000)
@@ -97,9 +99,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     Raises:
         GdfqError: there is no matplotlib.
     """
-    pyplot = pictures.pyplot()
-    figure, grid = pyplot.subplots(2, 2, figsize=(10, 7))
-    for axes, (axis, points) in zip(grid.flat, result["axes"].items(), strict=True):
+    figure = new_figure(figsize=(10, 7))
+    for axes, (axis, points) in zip(figure.subplots(2, 2).flat, result["axes"].items(), strict=True):
         values = [point["value"] for point in points]
         p20, median, p80 = ([point["ms"][name] for point in points] for name in ("p20", "median", "p80"))
         axes.fill_between(values, p20, p80, color="C0", alpha=0.2)
@@ -115,7 +116,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             side.set_ylim(0, 1.1 * max(heights))
             side.set_ylabel(label, color=color)
         axes.set_xlabel({"image size": "height and width of the image, pixels"}.get(axis, axis))
-    pictures.save(figure, path, "One iteration of training, ResNet: time and peak memory", result)
+    save_measured(figure, path, "One iteration of training, ResNet: time and peak memory", result)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import pictures, step
+from benchmarks import step
 from benchmarks.step_providers import PROVIDERS, Task, new_task
+from gdfq.bench.output import save_measured
 from gdfq.bench.provenance import describe, provenance
 from gdfq.errors import GdfqError
 from gdfq.files import write_text
+from gdfq.pictures import new_figure
 
 IMAGENET = (16, 64)
 
@@ -127,11 +129,11 @@ class Suite:
         drawn = {name: result for name, result in self.cells.items() if result["ratio_to_ours"]}
         if not drawn:
             return
-        pyplot = pictures.pyplot()
         providers = [name for name in PROVIDERS if any(name in result["ratio_to_ours"] for result in drawn.values())]
         bars = [name for name in providers if name != "floor"]
         width = 0.8 / len(bars)
-        figure, axes = pyplot.subplots(figsize=(max(8, (0.4 + 0.3 * len(bars)) * len(drawn)), 4.5))
+        figure = new_figure(figsize=(max(8, (0.4 + 0.3 * len(bars)) * len(drawn)), 4.5))
+        axes = figure.subplots()
         for number, provider in enumerate(bars):
             heights = {
                 place + (number - (len(bars) - 1) / 2) * width: result["ratio_to_ours"][provider]
@@ -155,7 +157,7 @@ class Suite:
         axes.set_xticks(range(len(drawn)), labels, fontsize=7)
         axes.set_ylabel("time / time of ours")
         axes.legend(fontsize=7, ncols=len(providers), loc="upper center", bbox_to_anchor=(0.5, -0.16))
-        pictures.save(figure, self.folder / "suite.png", "Time of one iteration, divided by that of ours", self.facts)
+        save_measured(figure, self.folder / "suite.png", "Time of one iteration, divided by that of ours", self.facts)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
