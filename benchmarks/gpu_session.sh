@@ -9,6 +9,7 @@
 #   PYTHON        the interpreter (python3); its torch is used as it is
 #   GDFQ_WHEELS   a folder of wheels that it lacks (benchmarks/collect_wheels.sh fills one): put on its path for this
 #                 session only; nothing is installed into the interpreter
+#   STAGES        an extended regular expression: only the stages whose names it matches run, for a second visit
 #   GDFQ_COMMIT   names the commit where the tree is a copy without its history
 #
 # --dry-run goes through the same stages at the smallest size on a CPU, so that no visit is lost to a typo. It builds
@@ -42,6 +43,7 @@ say() { echo "$*" | tee -a "$out/summary.txt"; }
 stage() {
     local name=$1 limit=$2 left=$((TOTAL - SECONDS)) begun=$SECONDS code=0
     shift 2
+    [[ $name =~ ^(${STAGES:-.*})$ ]] || return 0
     if ((left < SHORTEST)); then
         say "$name: skipped, $left s are left"
         return
@@ -81,6 +83,7 @@ export -f environment wheels
 
 bench=("$PYTHON" -m gdfq.cli bench)
 step=("$PYTHON" -m benchmarks.step)
+suite=("$PYTHON" -m benchmarks.step_suite --out "$out/suite")
 once=("$PYTHON" -m benchmarks.every_op_once)
 build=("$PYTHON" setup.py build_ext)
 if ((dry)); then
@@ -89,6 +92,7 @@ if ((dry)); then
     tiny=(--mb 0.02 --rounds 1 --device cpu --provider released --provider ours)
     main_bench=("${tiny[@]}" --op fake_quantize) more_bench=("${tiny[@]}" --minutes 1)
     cifar=(--batch 4) imagenet=(--batch 2 --image-size 32)
+    more_cells=(--networks resnet18 "${imagenet[@]}")
     rounds=(--iterations 1 --repeat 1 --warmup 1 --threads 1 --student-tolerance 1)
     providers=(ours) with_compile=(ours)
 else
@@ -97,8 +101,9 @@ else
     main_bench=(--layer resnet18-64x56 --mb 64 --dtype fp32 --layout nchw --minutes 1.3)
     more_bench=(--provider released --provider eager --provider ours --minutes 1)
     cifar=(--batch 200) imagenet=(--batch 16)
+    more_cells=()
     rounds=(--iterations 8)
-    providers=(released eager ours floor) with_compile=(compile ours)
+    providers=(released eager ours ours-eager floor) with_compile=(compile ours)
 fi
 
 if [[ -n ${GDFQ_WHEELS:-} ]]; then
@@ -109,17 +114,16 @@ fi
 stage environment 30 bash -c environment
 stage build 150 env GDFQ_WERROR=1 "${build[@]}"
 if [[ -d tests/gpu ]]; then
-    stage gpu-tests 110 "$PYTHON" -m pytest -q -m gpu tests/gpu
+    stage gpu-tests 140 "$PYTHON" -m pytest -q -m gpu tests/gpu
 else
     say "gpu-tests: skipped, there is no tests/gpu"
 fi
 stage bench 110 "${bench[@]}" "${main_bench[@]}" --out "$out/bench"
 stage bench-more 90 "${bench[@]}" "${more_bench[@]}" --out "$out/bench-more"
 if has_module pytorchcv.model_provider; then
-    stage step-resnet20 50 "${step[@]}" --model pytorchcv:resnet20_cifar10 "${cifar[@]}" "${rounds[@]}" \
-        --providers "${providers[@]}" --out "$out/step-resnet20.json"
-    stage step-resnet18 60 "${step[@]}" --model pytorchcv:resnet18 --preset imagenet "${imagenet[@]}" "${rounds[@]}" \
-        --providers "${providers[@]}" --out "$out/step-resnet18.json"
+    stage step-resnet18 75 "${suite[@]}" --networks resnet18 "${imagenet[@]}" "${rounds[@]}" \
+        --providers "${providers[@]}"
+    stage step-resnet20 65 "${suite[@]}" --networks resnet20 "${cifar[@]}" "${rounds[@]}" --providers "${providers[@]}"
 else
     say "step benchmarks: skipped, $PYTHON has no pytorchcv"
 fi
@@ -138,6 +142,17 @@ fi
 if has_module pytorchcv.model_provider; then
     stage step-resnet20-compile 120 "${step[@]}" --model pytorchcv:resnet20_cifar10 "${cifar[@]}" "${rounds[@]}" \
         --providers "${with_compile[@]}" --out "$out/step-resnet20-compile.json"
+fi
+if ((!dry)); then # what each precision does to the accuracy; on a CPU each evaluation takes half a minute
+    for precision in float32 tf32 bfloat16; do
+        stage "demo-$precision" 60 "$PYTHON" -m gdfq.demo --seeds 0 1 2 --set run.precision=$precision \
+            --out "$out/demo-$precision"
+    done
+fi
+if has_module pytorchcv.model_provider; then
+    # What was measured above is kept; no cell is begun that could not end.
+    stage step-suite "$TOTAL" "${suite[@]}" --resume --minutes $(((TOTAL - SECONDS) / 60 - 1)) "${more_cells[@]}" \
+        "${rounds[@]}" --providers "${providers[@]}"
 fi
 say "$SECONDS s in all"
 exit $failed

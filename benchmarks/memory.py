@@ -29,14 +29,14 @@ MB = 1e6
 
 
 class SmallNet(nn.Module):
-    """Three convolutions with BN and ReLU, a residual sum and a linear layer: 3 x 8 x 8 images, 10 classes."""
+    """Three convolutions with BN and ReLU, a residual sum and a linear layer: 3 x 8 x 8 images."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
         self.stem = self.block(3, 16)
         self.inner = self.block(16, 16)
         self.last = self.block(16, 32)
-        self.classifier = nn.Linear(32, 10)
+        self.classifier = nn.Linear(32, num_classes)
 
     @staticmethod
     def block(inputs: int, outputs: int) -> nn.Module:

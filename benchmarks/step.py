@@ -6,20 +6,24 @@
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from benchmarks.step_providers import DEFAULT, PROVIDERS, Task
+from benchmarks.parts import PARTS
+from benchmarks.step_providers import DEFAULT, OPTIONAL, PROVIDERS, Task, new_task
 from gdfq.bench.provenance import describe, provenance
+from gdfq.config import RunConfig
 from gdfq.errors import GdfqError
 from gdfq.files import write_text
 from gdfq.models import parse_model_args
@@ -27,7 +31,34 @@ from gdfq.models import parse_model_args
 # Before a turn: threads of the previous worker's OpenMP keep spinning for some milliseconds after its last region.
 PAUSE = 0.05
 
+OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "ALLOC_FAILED", "ended with code -9")
 STUDENT_FIGURES = ("student_cross_entropy", "kl", "student_gradient")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a task is measured.
+
+    Attributes:
+        providers: names, in the order of their turns.
+        iterations: rounds, in each of which every provider has a turn.
+        repeat: iterations in a turn.
+        warmup: iterations before the first round.
+        threads: of each provider.
+        tolerance, student_tolerance: see `check_agreement`.
+    """
+
+    providers: tuple[str, ...]
+    iterations: int
+    repeat: int
+    warmup: int
+    threads: int
+    tolerance: float
+    student_tolerance: float
+
+
+class CannotRunError(RuntimeError):
+    """This machine lacks what a provider needs: the others are measured without it."""
 
 
 class Worker:
@@ -51,21 +82,22 @@ class Worker:
         """Wait for the next answer.
 
         Raises:
-            RuntimeError: the worker reported an error or is gone.
+            RuntimeError: the worker failed or is gone; `CannotRunError` where it lacks memory or is optional.
         """
         line = self.process.stdout.readline()
         answer = json.loads(line) if line else {"error": f"the process ended with code {self.process.wait()}"}
-        if "error" in answer:
-            raise RuntimeError(f"{self.provider}: {answer['error']}")
-        return answer
+        return checked(self.provider, answer)
 
     def ask(self, question: str) -> dict[str, Any]:
-        self.process.stdin.write(question + "\n")
-        self.process.stdin.flush()
+        """`answer` to one line of what `step_worker.py` understands."""
+        with contextlib.suppress(BrokenPipeError):  # the answer says how the process ended
+            self.process.stdin.write(question + "\n")
+            self.process.stdin.flush()
         return self.answer()
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.stdout.close()
         try:
             self.process.wait(timeout=30)
@@ -74,59 +106,93 @@ class Worker:
             self.process.wait()
 
 
-def measure(
-    task: Task, providers: list[str], iterations: int, repeat: int, warmup: int, threads: int,
-    tolerance: float, student_tolerance: float,
-) -> dict[str, Any]:  # fmt: skip
+def checked(provider: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a provider's worker, if it is no error (see `Worker.answer`)."""
+    error = answer.get("error")
+    if error is None:
+        return answer
+    lacking = provider in OPTIONAL or any(words in error for words in OUT_OF_MEMORY)
+    raise (CannotRunError if lacking else RuntimeError)(f"{provider}: {error}")
+
+
+class Workers:
+    """The processes of the providers that can run, and why the others cannot."""
+
+    def __init__(self) -> None:
+        self.running: dict[str, Worker] = {}
+        self.skipped: dict[str, str] = {}
+
+    def start(self, provider: str, task: Task, plan: Plan) -> dict[str, Any] | None:
+        """The new worker's first answer; None where it cannot run."""
+        self.running[provider] = Worker(provider, task, plan.warmup, plan.threads)
+        return self._attempt(provider, self.running[provider].answer)
+
+    def ask(self, provider: str, question: str) -> dict[str, Any] | None:
+        """`Worker.ask`; None where the worker cannot go on, and from then on it is not running."""
+        return self._attempt(provider, lambda: self.running[provider].ask(question))
+
+    def _attempt(self, provider: str, call: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        try:
+            return call()
+        except CannotRunError as error:
+            self.skipped[provider] = str(error)
+            self.running.pop(provider).close()
+            return None
+
+    def close(self) -> None:
+        for worker in self.running.values():
+            worker.close()
+
+
+def measure(task: Task, plan: Plan) -> dict[str, Any]:
     """Run the providers in turns and return the result as JSON values.
 
     Raises:
         AssertionError: the providers' first losses or gradients disagree: their mathematics is not the same.
-        RuntimeError: a provider other than `compile` failed.
+        RuntimeError: a provider failed for another reason than `CannotRunError`, or none can run.
     """
-    facts = provenance(threads)
-    workers: dict[str, Worker] = {}
-    ready: dict[str, dict] = {}
-    skipped: dict[str, str] = {}
+    facts = provenance(plan.threads)
+    workers = Workers()
     try:
-        for provider in providers:  # one after the other: nobody's compilation disturbs anybody's warm-up
-            worker = workers[provider] = Worker(provider, task, warmup, threads)
-            try:
-                ready[provider] = worker.answer()
-            except RuntimeError as error:
-                if provider != "compile":
-                    raise
-                skipped[provider] = str(error)
-                workers.pop(provider).close()
-        evidence = {name: answer["evidence"] for name, answer in ready.items()}
-        check_agreement(evidence, tolerance, student_tolerance)
-        seconds: dict[str, list[float]] = {provider: [] for provider in workers}
-        for _ in range(iterations):
-            for provider, worker in workers.items():
+        # One after the other: nobody's compilation disturbs anybody's warm-up.
+        ready = {provider: workers.start(provider, task, plan) for provider in plan.providers}
+        evidence = {provider: answer["evidence"] for provider, answer in ready.items() if answer}
+        check_agreement(evidence, plan.tolerance, plan.student_tolerance)
+        seconds: dict[str, list[float]] = {provider: [] for provider in workers.running}
+        for _ in range(plan.iterations):
+            for provider in list(workers.running):
                 time.sleep(PAUSE)
-                seconds[provider].append(worker.ask(f"run {repeat}")["seconds"] / repeat)
-        peaks = {provider: worker.ask("memory")["peak_mb"] for provider, worker in workers.items()}
+                if answer := workers.ask(provider, f"run {plan.repeat}"):
+                    seconds[provider].append(answer["seconds"] / plan.repeat)
+        # In this order: profiles take memory.
+        memory = {provider: workers.ask(provider, "memory") for provider in list(workers.running)}
+        profiles = {provider: workers.ask(provider, "profile") for provider in list(workers.running)}
+        seconds = {provider: seconds[provider] for provider in workers.running}
     finally:
-        for worker in workers.values():
-            worker.close()
+        workers.close()
+    if not seconds:
+        raise RuntimeError("; ".join(workers.skipped.values()))
     return {
         **facts,
-        "arguments": {
-            **asdict(task), "providers": providers, "iterations": iterations, "repeat": repeat, "warmup": warmup,
-            "threads": threads, "tolerance": tolerance, "student_tolerance": student_tolerance,
-        },
+        "arguments": arguments_of(task, plan),
         "providers": {
             provider: {
                 **summary(times, task.batch),
-                "peak_memory_mb": round(peaks[provider], 1),
+                "peak_memory_mb": round(memory[provider]["peak_mb"], 1),
+                **profiles[provider],
                 "first_iteration": ready[provider]["evidence"],
                 "backend": ready[provider]["backend"],
             }
             for provider, times in seconds.items()
         },
         "ratio_to_ours": ratios(seconds),
-        "skipped": skipped,
-    }  # fmt: skip
+        "skipped": workers.skipped,
+    }
+
+
+def arguments_of(task: Task, plan: Plan) -> dict[str, Any]:
+    """What a result was asked for, as a JSON file gives it back."""
+    return json.loads(json.dumps(asdict(task) | asdict(plan)))
 
 
 def check_agreement(evidence: dict[str, dict[str, float]], tolerance: float, student_tolerance: float) -> None:
@@ -175,23 +241,8 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    arguments, on_gpu = result["arguments"], result["machine"]["device"] != "cpu"
-    lines = [
-        f"One iteration, {arguments['model']}, batch {arguments['batch']}, preset {arguments['preset']}, "
-        f"W{arguments['bits']}A{arguments['bits']}, {arguments['iterations']} rounds of {arguments['repeat']}",
-        describe(result),
-        "",
-        f"{'provider':19} {'median ms':>10} {'p20':>9} {'p80':>9} {'images/s':>9} "
-        f"{'peak GPU MB' if on_gpu else 'peak RSS MB':>12} {'/ ours':>7}",
-    ]
-    for provider, row in result["providers"].items():
-        ratio = result["ratio_to_ours"].get(provider)
-        lines.append(
-            f"{provider:19} {row['ms']['median']:10.2f} {row['ms']['p20']:9.2f} {row['ms']['p80']:9.2f} "
-            f"{row['images_per_second']:9.1f} {row['peak_memory_mb']:12.0f} "
-            + (f"{ratio:7.2f}" if ratio is not None else f"{'-':>7}")
-        )
-    lines += [f"skipped: {reason}" for reason in result["skipped"].values()]
+    arguments = result["arguments"]
+    lines = [f"One iteration, {heading(arguments)}", describe(result), "", *rows(result)]
     lines += ["", "first iteration: CE and BNS of G, CE and KL of Q, norms of the gradients of G and Q"]
     for provider, row in result["providers"].items():
         if row["first_iteration"]:
@@ -201,8 +252,46 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def heading(arguments: dict[str, Any]) -> str:
+    """What was measured, in words."""
+    size = f", {arguments['image_size']} pixels" if arguments["image_size"] else ""
+    return (
+        f"{arguments['model']}{size}, batch {arguments['batch']}, preset {arguments['preset']}, "
+        f"W{arguments['bits']}A{arguments['bits']}, {arguments['precision']}, "
+        f"{arguments['iterations']} rounds of {arguments['repeat']}"
+    )
+
+
+def rows(result: dict[str, Any]) -> list[str]:
+    """Lines of text: times, memory and launches of every provider, then the parts of those that have them."""
+    on_gpu = result["machine"]["device"] != "cpu"
+    memory, launches = ("peak GPU MB", "kernels") if on_gpu else ("peak RSS MB", "leaf calls")
+    lines = [
+        f"{'provider':19} {'median ms':>10} {'p20':>9} {'p80':>9} {'images/s':>9} {memory:>12} {launches:>10} "
+        f"{'/ ours':>7}"
+    ]
+    for provider, row in result["providers"].items():
+        ratio = result["ratio_to_ours"].get(provider)
+        count = next(iter((row["launches"] or {}).values()), None)
+        lines.append(
+            f"{provider:19} {row['ms']['median']:10.2f} {row['ms']['p20']:9.2f} {row['ms']['p80']:9.2f} "
+            f"{row['images_per_second']:9.1f} {row['peak_memory_mb']:12.0f} "
+            + (f"{count:10.0f} " if count is not None else f"{'-':>10} ")
+            + (f"{ratio:7.2f}" if ratio is not None else f"{'-':>7}")
+        )
+    lines += [f"skipped: {reason}" for reason in result["skipped"].values()]
+    lines += ["", f"{'parts, ms, profiled':19} " + "".join(f"{part:>12}" for part in PARTS) + f"{'sum':>10}{'of':>10}"]
+    for provider, row in result["providers"].items():
+        if row["parts_ms"]:
+            times = row["parts_ms"].values()
+            lines.append(
+                f"{provider:19} " + "".join(f"{value:12.2f}" for value in times)
+                + f"{sum(times):10.2f}{row['profiled_ms']:10.2f}"
+            )  # fmt: skip
+    return lines
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -211,8 +300,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--classes", type=int, help="handed to the model as num_classes")
     parser.add_argument("--model-arg", action="append", default=[], metavar="NAME=VALUE", help="handed to the model")
     parser.add_argument("--preset", help="default: cifar for images up to 64 pixels, else imagenet")
-    parser.add_argument("--bits", type=int, default=4, help="of weights and activations (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    add_plan_arguments(parser, bits=4)
+    args = parser.parse_args(arguments)
+    check_counts(parser, args)
+    return args
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser, bits: int) -> None:
+    """The options that do not say what network is measured."""
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--bits", type=int, default=bits, help="of weights and activations (default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=get_args(RunConfig.model_fields["precision"].annotation), default="float32",
+        help="of convolutions and matrix products, for all providers (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--iterations", type=int, default=8, help="rounds, in each of which every provider has a turn")
     timed, before = "iterations timed together in a turn", "iterations before the first round"
     parser.add_argument("--repeat", type=int, default=10 if on_gpu else 1, help=f"{timed} (here: %(default)s)")
@@ -224,32 +327,37 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--tolerance", type=float, default=0.01, help="of G's first losses and gradient, relative")
     parser.add_argument("--student-tolerance", type=float, default=0.1, help="the same of Q's (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
-    args = parser.parse_args(arguments)
-    for name in ("batch", "iterations", "repeat", "warmup", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; allowed is 1 or more")
-    return args
+
+
+def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a message where an option that counts something is below one."""
+    for name in ("batch", "iterations", "repeat", "warmup", "threads", "image_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}; allowed is 1 or more")
+
+
+def plan_from(args: argparse.Namespace) -> Plan:
+    return Plan(
+        tuple(args.providers), args.iterations, args.repeat, args.warmup, args.threads, args.tolerance,
+        args.student_tolerance,
+    )  # fmt: skip
 
 
 def task_from(args: argparse.Namespace) -> Task:
     model_arguments = parse_model_args(args.model_arg)
     if args.classes is not None:
         model_arguments["num_classes"] = args.classes
-    if args.image_size is not None and args.model.startswith("pytorchcv:"):
-        model_arguments.setdefault("in_size", (args.image_size, args.image_size))
-    small = args.model == "demo" or "cifar" in args.model if args.image_size is None else args.image_size <= 64
-    preset = args.preset or ("cifar" if small else "imagenet")
-    return Task(args.model, args.image_size, tuple(model_arguments.items()), preset, args.bits, args.batch)
+    return new_task(
+        args.model, args.image_size, model_arguments, args.preset, bits=args.bits, batch=args.batch,
+        precision=args.precision,
+    )  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
-        result = measure(
-            task_from(args), args.providers, args.iterations, args.repeat, args.warmup, args.threads,
-            args.tolerance, args.student_tolerance,
-        )  # fmt: skip
+        result = measure(task_from(args), plan_from(args))
     except (AssertionError, RuntimeError, GdfqError) as error:
         print(f"no result: {error}", file=sys.stderr)
         return 1

@@ -12,23 +12,29 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pytorchcv.models.vgg import VGG
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+import gdfq_ext
+from benchmarks.parts import Networks
 from gdfq import demo
 from gdfq.bench.operations import SeparateQuantizer
 from gdfq.calibrate import calibrate, gaussian_images
 from gdfq.config import Config
-from gdfq.generator import UpsampledConvolution
+from gdfq.errors import GdfqError
+from gdfq.execution import WARMUP
+from gdfq.generator import ConditionalBatchNorm, UpsampledConvolution
 from gdfq.graph import build_quantized, build_teacher, capture
 from gdfq.models import load_model
 from gdfq.modules import ActivationQuantizer, BatchNormActQuantizer, WeightQuantizer
 from gdfq.trainer import Trainer
 
 SEED = 0
+VGG_IMAGE_SIZE = 224
 LOSSES = ("generator_cross_entropy", "bns", "student_cross_entropy", "kl")
 
 
@@ -42,10 +48,32 @@ class Task:
     preset: str = "cifar"
     bits: int = 4
     batch: int = 64
+    precision: str = "float32"
 
     @property
     def device(self) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def new_task(
+    model: str, image_size: int | None = None, model_arguments: dict[str, Any] | None = None, preset: str | None = None,
+    **rest: Any,
+) -> Task:  # fmt: skip
+    """A task whose model is told the image size, with the preset that is made for it unless one is given.
+
+    Args:
+        model: `demo`, or what `gdfq.models.load_model` takes.
+        image_size: height and width; None is what the model says.
+        model_arguments: handed to the model.
+        preset: None is `cifar` for images up to 64 pixels, else `imagenet`.
+        rest: of `Task`.
+    """
+    arguments = dict(model_arguments or {})
+    if image_size is not None and model.startswith("pytorchcv:"):
+        arguments.setdefault("in_size", (image_size, image_size))
+    small = model == "demo" or "cifar" in model if image_size is None else image_size <= 64
+    preset = preset or ("cifar" if small else "imagenet")
+    return Task(model, image_size, tuple(arguments.items()), preset, **rest)
 
 
 def new_model(task: Task) -> nn.Module:
@@ -54,10 +82,20 @@ def new_model(task: Task) -> nn.Module:
     if task.model == "demo":
         return demo.teacher()
     model = load_model(task.model, **dict(task.model_arguments))
-    pool = getattr(getattr(model, "features", None), "final_pool", None)
-    if task.image_size is not None and isinstance(pool, nn.AvgPool2d):
-        model.features.final_pool = nn.AdaptiveAvgPool2d(1)  # pytorchcv pools the maps of one image size only
+    fit_classifier(model, task.image_size)
     return fit_batch_norm(model, task.image_size or model.in_size)
+
+
+def fit_classifier(model: nn.Module, image_size: int | None) -> None:
+    """Exchange or add what stands before the classifier of a pytorchcv model, which takes the maps of one image size
+    only and, in VGG, of one layout."""
+    pool = getattr(getattr(model, "features", None), "final_pool", None)
+    if isinstance(model, VGG):
+        if image_size not in (None, VGG_IMAGE_SIZE):
+            model.features.add_module("final_pool", nn.AdaptiveAvgPool2d(VGG_IMAGE_SIZE // 32))
+        model.features.add_module("flatten", nn.Flatten())  # the model's own view() fails in channels_last
+    elif image_size is not None and isinstance(pool, nn.AvgPool2d):
+        model.features.final_pool = nn.AdaptiveAvgPool2d(1)
 
 
 @torch.no_grad()
@@ -75,16 +113,21 @@ def fit_batch_norm(model: nn.Module, image_size: int | tuple[int, int]) -> nn.Mo
     return model.eval()
 
 
-def new_trainer(task: Task, channels_last: bool) -> Trainer:
-    """A trainer at the first iteration of alternate training, with ranges observed on Gaussian images."""
+def new_trainer(task: Task, overrides: dict[str, Any] | None = None) -> Trainer:
+    """A trainer at the first iteration of alternate training, with ranges observed on Gaussian images.
+
+    Args:
+        task: what is trained.
+        overrides: settings of the provider, `{"section.key": value}`.
+    """
     captured = capture(new_model(task), task.image_size, device=task.device)
     # One epoch of one iteration each for ranges and warm-up, which are skipped by starting behind them.
     schedule = {"epochs": 2, "iterations": 1, "range_epochs": 1, "warmup_epochs": 1, "batch_size": task.batch}
     settings = {f"schedule.{key}": value for key, value in schedule.items()}
     settings |= {"schedule.milestones": [], "schedule.reestimate_ranges": False}
-    settings |= {"run.channels_last": channels_last, "run.held_out_images": 2, "run.seed": SEED}
+    settings |= {"run.precision": task.precision, "run.held_out_images": 2, "run.seed": SEED}
     settings |= {"quantizer.weight_bits": task.bits, "quantizer.activation_bits": task.bits}
-    config = Config.load(task.preset, settings)
+    config = Config.load(task.preset, settings | (overrides or {}))
     student, _ = build_quantized(captured, config.quantizer)
     device = torch.device(task.device)
     calibrate(student, gaussian_images(captured.image_shape, 2 * task.batch, task.batch, SEED, device))
@@ -92,6 +135,12 @@ def new_trainer(task: Task, channels_last: bool) -> Trainer:
     trainer.iteration = 1
     assert trainer.phase == "training"
     return trainer
+
+
+def networks_of(holder: Any, teacher: nn.Module) -> Networks:
+    """For `benchmarks.parts`, of an object with the attributes of a `Trainer`."""
+    optimizers = (holder.generator_optimizer, holder.student_optimizer)
+    return Networks(holder.generator, teacher, holder.student, optimizers)
 
 
 def gradient_norms(generator: nn.Module, student: nn.Module) -> dict[str, float]:
@@ -104,10 +153,23 @@ def gradient_norms(generator: nn.Module, student: nn.Module) -> dict[str, float]
 
 
 class Gdfq:
-    """The trainer as users run it."""
+    """The trainer as users run it, or with `overrides` (see `new_trainer`)."""
 
-    def __init__(self, task: Task) -> None:
-        self.trainer = new_trainer(task, channels_last=True)
+    def __init__(self, task: Task, overrides: dict[str, Any] | None = None) -> None:
+        self.trainer = new_trainer(task, overrides)
+        compiled = self.trainer.config.run.compile
+        self.networks = None if compiled else networks_of(self.trainer, self.trainer.teacher.graph_module)
+
+    def backend(self) -> str:
+        """Which kernels run and whether from a CUDA graph, in words; to be asked after the warm-up.
+
+        Raises:
+            GdfqError: there is no graph although `overrides` ask for one.
+        """
+        execution = self.trainer.execution.description
+        if self.trainer.config.run.execution == "graph" and execution != "graph":
+            raise GdfqError(f"after {WARMUP} iterations there must be a CUDA graph, but execution is '{execution}'")
+        return f"{gdfq_ext.backend_report().cause}; execution: {execution}"
 
     def step(self) -> None:
         self.trainer._step()
@@ -144,12 +206,13 @@ class PlainPyTorch:
 
     def __init__(self, task: Task, variant: Variant) -> None:
         self.variant = variant
-        trainer = new_trainer(task, variant.channels_last)
+        trainer = new_trainer(task, {"run.channels_last": variant.channels_last})
         self.config = config = trainer.config
         assert config.generator.bns_reduction == config.student.kd_reduction == "mean"
         assert config.quantizer.straight_through == "identity"
         assert config.student.fixed_bns
-        self.latents, self.generator = trainer.latents, with_separate_upsampling(trainer.generator)
+        self.device = task.device
+        self.latents, self.generator = trainer.latents, with_separate_layers(trainer.generator)
         self.student = with_separate_quantizers(trainer.student, variant.observe_ranges)
         self.teacher = new_model(task).to(task.device).eval().requires_grad_(not variant.frozen_teacher)
         if variant.channels_last:
@@ -168,6 +231,7 @@ class PlainPyTorch:
         compiled = (lambda function: torch.compile(function, dynamic=False)) if variant.compile else (lambda f: f)
         self.generator_loss = compiled(self._generator_loss)
         self.student_loss = compiled(self._student_loss)
+        self.networks = None if variant.compile else networks_of(self, self.teacher)
         self.last: tuple[Tensor, ...] = ()
 
     def step(self) -> None:
@@ -187,6 +251,9 @@ class PlainPyTorch:
             for logits in (teacher_logits, student_logits):
                 (logits.detach().argmax(1) == labels).float().mean().item()
 
+    def backend(self) -> str:
+        return "PyTorch"
+
     def evidence(self) -> dict[str, float]:
         """The losses of the last iteration and the norms of its gradients."""
         return self._losses() | gradient_norms(self.generator, self.student)
@@ -194,16 +261,22 @@ class PlainPyTorch:
     def _losses(self) -> dict[str, float]:
         return {name: value.item() for name, value in zip(LOSSES, self.last, strict=True)}
 
+    def _autocast(self) -> torch.autocast:
+        """Convolutions and linear layers inside the block run in the task's precision."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.config.run.precision == "bfloat16")
+
     def _note_moments(self, module: _BatchNorm, inputs: tuple[Tensor], output: Tensor) -> None:
         (x,) = inputs
+        x = x.float()
         dims = [dim for dim in range(x.dim()) if dim != 1]
         self.moments.append((module, x.mean(dims), x.var(dims, correction=0)))
 
     def _generator_loss(self, noise: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """CE(z_P, y) + beta * BNS (Eq. 4, 5); also images, z_P and the two parts."""
         self.moments.clear()
-        images = self.generator(noise, labels)
-        logits = self.teacher(images)
+        with self._autocast():
+            images = self.generator(noise, labels)
+            logits = self.teacher(images).float()
         cross_entropy = F.cross_entropy(logits, labels)
         bns = torch.zeros((), device=images.device)
         for module, mean, var in self.moments:
@@ -216,7 +289,8 @@ class PlainPyTorch:
     def _student_loss(self, images: Tensor, teacher_logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """CE(z_Q, y) + gamma * T^2 * KL (Eq. 7 to 10); also z_Q and the two parts."""
         weights = self.config.student
-        logits = self.student(images)
+        with self._autocast():
+            logits = self.student(images).float()
         cross_entropy = F.cross_entropy(logits, labels)
         soft = F.softmax(teacher_logits / weights.temperature, 1)
         kl = F.kl_div(F.log_softmax(logits / weights.temperature, 1), soft, reduction="sum") / logits.numel()
@@ -225,7 +299,7 @@ class PlainPyTorch:
         return loss, logits, cross_entropy, kl
 
 
-# --- quantizers without gdfq_ext ---------------------------------------------------------------------------------
+# --- layers without gdfq_ext ---------------------------------------------------------------------------------
 
 
 class SeparateWeightQuantizer(nn.Module):
@@ -258,7 +332,7 @@ class SeparateActivationQuantizer(nn.Module):
         if self.observed is not None:
             lower, upper = x.detach().min().item(), x.detach().max().item()
             self.observed = [0.9 * self.observed[0] + 0.1 * lower, 0.9 * self.observed[1] + 0.1 * upper]
-        return SeparateQuantizer.apply(x, self.range[0], self.range[1], self.bits, False)
+        return SeparateQuantizer.apply(x.float(), self.range[0], self.range[1], self.bits, False).to(x.dtype)
 
 
 class BatchNormActThenQuantizer(nn.Module):
@@ -299,11 +373,32 @@ class UpsamplingThenConvolution(nn.Module):
         return F.conv2d(F.interpolate(x, scale_factor=2.0), self.weight, self.bias, padding=1)
 
 
-def with_separate_upsampling(generator: nn.Module) -> nn.Module:
-    """G with its up-sampling convolutions exchanged in place; its parameters stay the same objects."""
+class BatchNormThenActivation(nn.Module):
+    """BatchNorm of the batch, gamma and beta looked up by label where there are more than one, and LeakyReLU."""
+
+    def __init__(self, norm: ConditionalBatchNorm) -> None:
+        super().__init__()
+        self.gamma, self.beta = norm.gamma, norm.beta
+        self.register_buffer("running_mean", norm.running_mean)
+        self.register_buffer("running_var", norm.running_var)
+        self.momentum, self.eps, self.negative_slope = norm.momentum, norm.eps, norm.negative_slope
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        conditional = len(self.gamma) > 1
+        affine = (None, None) if conditional else (self.gamma[0], self.beta[0])
+        x = F.batch_norm(x, self.running_mean, self.running_var, *affine, True, self.momentum, self.eps)
+        if conditional:
+            gamma, beta = (F.embedding(labels, table)[:, :, None, None] for table in (self.gamma, self.beta))
+            x = torch.addcmul(beta, x, gamma)
+        return x if self.negative_slope == 1 else F.leaky_relu(x, self.negative_slope)
+
+
+def with_separate_layers(generator: nn.Module) -> nn.Module:
+    """G with its fused layers exchanged in place; its parameters stay the same objects."""
+    exchanged = {UpsampledConvolution: UpsamplingThenConvolution, ConditionalBatchNorm: BatchNormThenActivation}
     for name, child in list(generator.named_children()):
-        if isinstance(child, UpsampledConvolution):
-            setattr(generator, name, UpsamplingThenConvolution(child))
+        if type(child) in exchanged:
+            setattr(generator, name, exchanged[type(child)](child))
     return generator
 
 
@@ -320,6 +415,8 @@ class Floor:
     """The convolutions and matrix products of our iteration alone, forward and backward, on stand-in tensors of the
     same shape and layout: what an iteration costs whose every other operation is free."""
 
+    networks = None
+
     def __init__(self, task: Task) -> None:
         iteration = Gdfq(task)
         with _Recorder() as recorder:
@@ -330,6 +427,9 @@ class Floor:
     def step(self) -> None:
         for function, args, kwargs in self.calls:
             function(*args, **kwargs)
+
+    def backend(self) -> str:
+        return "PyTorch"
 
     def evidence(self) -> dict[str, float]:
         """It computes nothing that means something."""
@@ -364,6 +464,11 @@ PROVIDERS = {
     "compile": lambda task: PlainPyTorch(task, Variant(compile=True)),
     "reference": Gdfq,
     "ours": Gdfq,
+    "ours-eager": lambda task: Gdfq(task, {"run.execution": "eager"}),
+    "ours-graph": lambda task: Gdfq(task, {"run.execution": "graph"}),
+    "ours-compile": lambda task: Gdfq(task, {"run.compile": True}),
     "floor": Floor,
 }
 DEFAULT = ("released", "eager", "compile", "reference", "ours", "floor")
+# These need what not every machine has; the others can only lack memory.
+OPTIONAL = {"compile", "ours-compile", "ours-graph"}

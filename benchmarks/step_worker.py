@@ -2,6 +2,7 @@
 
     run N -> {"seconds": S}    N iterations, timed together, the device finished
     memory -> {"peak_mb": M}   highest memory since the warm-up: the process's, or on a GPU what torch allocated
+    profile -> {...}           what `benchmarks.parts.measure` gives
 """
 
 import json
@@ -9,13 +10,17 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import gdfq_ext
+from benchmarks import parts
 from benchmarks.step_providers import PROVIDERS, Task
+from gdfq.precision import products_in_tf32
+
+PROFILED = 3  # iterations
 
 
 def main() -> None:
@@ -28,23 +33,32 @@ def main() -> None:
         print(json.dumps(values), file=answers, flush=True)
 
     torch.set_num_threads(threads)
+    arguments["model_arguments"] = tuple((name, value) for name, value in arguments["model_arguments"])
+    task = Task(**arguments)
     try:
-        arguments["model_arguments"] = tuple((name, value) for name, value in arguments["model_arguments"])
-        subject = PROVIDERS[provider](Task(**arguments))
-        timed(subject, 1)
-        evidence = subject.evidence()
-        timed(subject, warmup - 1)
+        with products_in_tf32(task.precision == "tf32"):  # by all providers alike
+            serve(provider, task, warmup, answer)
     except Exception as error:
         answer(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
         raise
+
+
+def serve(provider: str, task: Task, warmup: int, answer: Callable[..., None]) -> None:
+    """Warm up, answer with the figures of the first iteration, and then to every line."""
+    subject = PROVIDERS[provider](task)
+    timed(subject, 1)
+    evidence = subject.evidence()
+    timed(subject, warmup - 1)
     reset_peak()
-    answer(evidence=evidence, backend=backend(provider))
+    answer(evidence=evidence, backend=subject.backend())
     for line in sys.stdin:
         command, _, count = line.strip().partition(" ")
         if command == "run":
             answer(seconds=timed(subject, int(count)))
-        else:
+        elif command == "memory":
             answer(peak_mb=peak_mb())
+        else:
+            answer(**parts.measure(subject.step, PROFILED, subject.networks))
 
 
 def timed(subject: Any, iterations: int) -> float:
@@ -60,10 +74,6 @@ def timed(subject: Any, iterations: int) -> float:
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def backend(provider: str) -> str:
-    return gdfq_ext.backend_report().cause if provider in ("ours", "reference") else "PyTorch"
 
 
 def reset_peak() -> None:

@@ -21,8 +21,6 @@ class CudaCall {
  public:
   using LayerStatistics = cuda::LayerStatistics;
   using DistillationWeights = cuda::DistillationWeights;
-  using BatchStatistics = cuda::BatchStatistics;
-  using ConditionalBatchNorm = cuda::ConditionalBatchNorm;
 
   CudaCall(const Tensor& like, cudaStream_t stream) : like_(like), stream_(stream) {}
   CudaCall(const CudaCall&) = delete;

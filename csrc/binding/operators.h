@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../kernels/normalization.h"
 #include "tensors.h"
 
 namespace gdfq::binding {
@@ -272,7 +273,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(const Tensor& stude
 }
 
 // x of shape (N, C, ...), with the tables of its batch normalization.
-template <class Where>
 struct ConditionalInput : ChannelInput {
   ConditionalInput(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& labels, double slope)
       : ChannelInput(x) {
@@ -284,32 +284,33 @@ struct ConditionalInput : ChannelInput {
     shape = {tensor.numel() == 0 ? 0 : tensor.numel() / (channels * inner), channels, inner};
     norm.samples = tensor.size(0);
     norm.classes = weight.size(0);
+    norm.channels = channels;
     norm.weight = parameter("weight", weight, norm.classes * channels, x);
     norm.bias = parameter("bias", bias, norm.classes * channels, x);
     norm.labels = checked_labels(labels, norm.samples, x);
     norm.slope = static_cast<float>(slope);
   }
 
-  typename Where::ConditionalBatchNorm norm;
+  ConditionalBatchNorm norm;
 };
 
 template <class Where>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conditional_batch_norm_act(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& labels, const Tensor& running_mean,
     const Tensor& running_var, double momentum, double eps, double slope) {
-  const ConditionalInput<Where> input(x, weight, bias, labels, slope);
+  const ConditionalInput input(x, weight, bias, labels, slope);
   const std::int64_t channels = input.shape.channels;
   Tensor y = input.empty_like();
   Tensor mean = input.empty_per_channel();
   Tensor inv_std = input.empty_per_channel();
   Tensor new_mean = input.empty_per_channel();
   Tensor new_var = input.empty_per_channel();
-  const typename Where::BatchStatistics statistics{parameter("running_mean", running_mean, channels, x),
-                                                   parameter("running_var", running_var, channels, x),
-                                                   floats(mean),
-                                                   floats(inv_std),
-                                                   floats(new_mean),
-                                                   floats(new_var)};
+  const BatchStatistics statistics{parameter("running_mean", running_mean, channels, x),
+                                   parameter("running_var", running_var, channels, x),
+                                   floats(mean),
+                                   floats(inv_std),
+                                   floats(new_mean),
+                                   floats(new_var)};
   Where where(x);
   conditional_batch_norm_act(input.data(), y.mutable_data_ptr(), statistics, input.type, input.shape, input.norm,
                              static_cast<float>(momentum), static_cast<float>(eps), where.device());
@@ -321,7 +322,7 @@ std::tuple<Tensor, Tensor, Tensor> conditional_batch_norm_act_backward(const Ten
                                                                        const Tensor& weight, const Tensor& bias,
                                                                        const Tensor& labels, const Tensor& mean,
                                                                        const Tensor& inv_std, double slope) {
-  const ConditionalInput<Where> input(x, weight, bias, labels, slope);
+  const ConditionalInput input(x, weight, bias, labels, slope);
   const Tensor gradient = gradient_like(grad_y, input);
   const std::int64_t channels = input.shape.channels;
   const float* batch_mean = parameter("mean", mean, channels, x);
@@ -349,6 +350,8 @@ void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("batch_norm_act_fake_quantize_backward", TORCH_BOX(&batch_norm_act_fake_quantize_backward<Where>));
   library.impl("batch_norm_act_moments", TORCH_BOX(&batch_norm_act_moments<Where>));
   library.impl("batch_norm_act_moments_backward", TORCH_BOX(&batch_norm_act_moments_backward<Where>));
+  library.impl("conditional_batch_norm_act", TORCH_BOX(&conditional_batch_norm_act<Where>));
+  library.impl("conditional_batch_norm_act_backward", TORCH_BOX(&conditional_batch_norm_act_backward<Where>));
 }
 
 // Registers those that pay on a GPU only, where it is launches that they save.
@@ -356,8 +359,6 @@ template <class Where>
 void register_gpu_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("bns_loss", TORCH_BOX(&bns_loss<Where>));
   library.impl("distillation_loss", TORCH_BOX(&distillation_loss<Where>));
-  library.impl("conditional_batch_norm_act", TORCH_BOX(&conditional_batch_norm_act<Where>));
-  library.impl("conditional_batch_norm_act_backward", TORCH_BOX(&conditional_batch_norm_act_backward<Where>));
 }
 
 }  // namespace gdfq::binding

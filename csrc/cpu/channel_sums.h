@@ -127,8 +127,10 @@ inline void add_blocks(const std::vector<float>& partial, std::int64_t period, c
   for (std::size_t begin = 0; begin < partial.size(); begin += places.size()) {
     for (std::size_t i = 0; i < places.size(); ++i) places[i] += partial[begin + i];
   }
-  for (std::int64_t i = 0; i < period; ++i) {
-    sums[static_cast<std::size_t>(i / shape.inner % shape.channels)] += places[static_cast<std::size_t>(i)];
+  for (auto place = places.begin(); place != places.end();) {
+    for (double& sum : sums) {
+      for (std::int64_t i = 0; i < shape.inner; ++i) sum += *place++;
+    }
   }
 }
 

@@ -72,9 +72,13 @@ class ChannelTable {
     const std::int64_t aligned = std::lcm(once, std::int64_t{8});
     period_ = aligned * std::max<std::int64_t>(1, 256 / aligned);
     pattern_.resize(static_cast<std::size_t>(K * period_));
-    for (std::int64_t i = 0; i < period_; ++i) {
-      const ChannelParameters<K>& parameters = channel(i / shape_.inner % shape_.channels);
-      for (int k = 0; k < K; ++k) pattern_[static_cast<std::size_t>(k * period_ + i)] = parameters.values[k];
+    for (int k = 0; k < K; ++k) {
+      float* const pattern = pattern_.data() + k * period_;
+      float* place = pattern;
+      for (const ChannelParameters<K>& parameters : channels_) {
+        for (std::int64_t i = 0; i < shape_.inner; ++i) *place++ = parameters.values[k];
+      }
+      for (; place != pattern + period_; place += once) std::copy_n(pattern, once, place);
     }
   }
 

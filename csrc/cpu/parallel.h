@@ -13,6 +13,10 @@ struct Parallel {
   void (*run)(std::int64_t count, Body body, void* context);
 };
 
+// On the thread that calls.
+inline constexpr Parallel kSerial{
+    [](std::int64_t count, Parallel::Body body, void* context) { body(0, count, context); }};
+
 template <class F>
 void parallel_for(const Parallel& parallel, std::int64_t count, const F& body) {
   if (count == 0) return;

@@ -18,6 +18,14 @@
 #define GDFQ_SIMD
 #endif
 
+// The loop stays one until it is vectorized: GCC unrolls a short body of constant length first, vectorizes along the loop
+// around it instead, and shuffles every element.
+#if defined(__GNUC__) && !defined(__clang__)
+#define GDFQ_ROLLED _Pragma("GCC unroll 1")
+#else
+#define GDFQ_ROLLED
+#endif
+
 // For a lambda that a cloned function calls: inlined, it takes the clone's instruction set.
 #if defined(__GNUC__)
 #define GDFQ_INLINE_LAMBDA __attribute__((always_inline))

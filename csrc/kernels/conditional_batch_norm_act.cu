@@ -39,46 +39,21 @@ __global__ void __launch_bounds__(kThreads)
     statistics_kernel(Partial partial, double count, float momentum, float epsilon, BatchStatistics statistics) {
   const std::int64_t c = group_of_warp();
   if (c >= partial.groups) return;
-  const double deviation = sum_of_shares(partial, 0, c) / count;
-  const double square = sum_of_shares(partial, 1, c) / count - deviation * deviation;
+  const double sum = sum_of_shares(partial, 0, c);
+  const double sum_of_squares = sum_of_shares(partial, 1, c);
   if (threadIdx.x % kWarp != 0) return;
-  const double variance = square < 0.0 ? 0.0 : square;
-  const double running_mean = statistics.running_mean[c];
-  const double running_var = statistics.running_var[c];
-  const double mean = running_mean + deviation;
-  const double unbiased = variance * count / (count - 1.0);
-  statistics.mean[c] = static_cast<float>(mean);
-  statistics.inv_std[c] = static_cast<float>(1.0 / sqrt(variance + epsilon));
-  const bool empty = count == 0.0;
-  statistics.new_running_mean[c] = static_cast<float>(empty ? running_mean : running_mean + momentum * deviation);
-  statistics.new_running_var[c] =
-      static_cast<float>(empty ? running_var : running_var + momentum * (unbiased - running_var));
+  statistics.set(c, statistics.running_mean[c], sum, sum_of_squares, count, momentum, epsilon);
 }
-
-// What elements of one channel of one sample share.
-struct Normalization {
-  float mean;
-  float inv_std;
-  float weight;
-  float bias;
-
-  __device__ float normalized(float x) const { return (x - mean) * inv_std; }
-  __device__ float affine(float x) const { return weight * normalized(x) + bias; }
-};
 
 // The parameters of group sample * channels + c.
 struct Groups {
   ConditionalBatchNorm norm;
   const float* mean;
   const float* inv_std;
-  std::int64_t channels;
 
   __device__ Normalization at(std::int64_t group) const {
-    const std::int64_t sample = group / channels;
-    const std::int64_t c = group - sample * channels;
-    const std::int64_t row = norm.row(sample);
-    return {mean[c], inv_std[c], row < 0 ? NAN : norm.weight[row * channels + c],
-            row < 0 ? NAN : norm.bias[row * channels + c]};
+    const std::int64_t sample = group / norm.channels;
+    return norm.at(sample, group - sample * norm.channels, mean, inv_std);
   }
 };
 
@@ -90,14 +65,9 @@ struct Forward : ChannelOperation<T, 1, 0, true> {
   __device__ Group group(std::int64_t g) const { return groups.at(g); }
 
   __device__ float operator()(const float (&in)[1], const Group& group, float (&)[1]) const {
-    const float z = group.affine(in[0]);
-    return z < 0.0f ? z * groups.norm.slope : z;
+    return leaky_relu(group.affine(in[0]), groups.norm.slope);
   }
 };
-
-__device__ __forceinline__ float through_leaky_relu(float grad_y, float z, float slope) {
-  return z > 0.0f ? grad_y : grad_y * slope;
-}
 
 // Sums dz * xhat and dz over each channel of each sample.
 template <class T>
@@ -129,27 +99,27 @@ __global__ void __launch_bounds__(kThreads) join_shares_kernel(Partial partial, 
 // A sample without a row makes it NaN.
 __global__ void __launch_bounds__(kThreads) channel_kernel(const float* sums, Groups groups, float* of_channel) {
   const std::int64_t c = group_of_warp();
-  if (c >= groups.channels) return;
-  const std::int64_t all_groups = groups.norm.samples * groups.channels;
+  const std::int64_t channels = groups.norm.channels;
+  if (c >= channels) return;
   float weighted[2] = {0.0f, 0.0f};
   for (std::int64_t n = threadIdx.x % kWarp; n < groups.norm.samples; n += kWarp) {
-    const std::int64_t row = groups.norm.row(n);
-    const float weight = row < 0 ? NAN : groups.norm.weight[row * groups.channels + c];
-    for (int k = 0; k < 2; ++k) weighted[k] += weight * sums[k * all_groups + n * groups.channels + c];
+    const float gamma = groups.norm.gamma(n, c);
+    for (int k = 0; k < 2; ++k) weighted[k] += gamma * sums[(k * groups.norm.samples + n) * channels + c];
   }
   for (int k = 0; k < 2; ++k) {
     const float sum = warp_reduce<Sum>(weighted[k]);
-    if (threadIdx.x % kWarp == 0) of_channel[k * groups.channels + c] = sum;
+    if (threadIdx.x % kWarp == 0) of_channel[k * channels + c] = sum;
   }
 }
 
 __global__ void __launch_bounds__(kThreads)
     tables_kernel(const float* sums, Groups groups, float* grad_weight, float* grad_bias) {
   const std::int64_t group = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const std::int64_t all_groups = groups.norm.samples * groups.channels;
+  const std::int64_t channels = groups.norm.channels;
+  const std::int64_t all_groups = groups.norm.samples * channels;
   if (group >= all_groups) return;
-  const std::int64_t sample = group / groups.channels;
-  const std::int64_t c = group - sample * groups.channels;
+  const std::int64_t sample = group / channels;
+  const std::int64_t c = group - sample * channels;
   const std::int64_t row = groups.norm.row(sample);
   if (row < 0) return;
   for (std::int64_t n = 0; n < sample; ++n) {
@@ -159,11 +129,11 @@ __global__ void __launch_bounds__(kThreads)
   float bias = 0.0f;
   for (std::int64_t n = sample; n < groups.norm.samples; ++n) {
     if (groups.norm.labels[n] != row) continue;
-    weight += sums[n * groups.channels + c];
-    bias += sums[all_groups + n * groups.channels + c];
+    weight += sums[n * channels + c];
+    bias += sums[all_groups + n * channels + c];
   }
-  grad_weight[row * groups.channels + c] = weight;
-  grad_bias[row * groups.channels + c] = bias;
+  grad_weight[row * channels + c] = weight;
+  grad_bias[row * channels + c] = bias;
 }
 
 __global__ void __launch_bounds__(kThreads) clear_kernel(float* first, float* second, std::int64_t count) {
@@ -181,21 +151,19 @@ struct Backward : ChannelOperation<T, 2, 0, true> {
 
   struct Group {
     Normalization normalization;
-    float of_variance;  // sum of weight * dz * xhat, divided by n
-    float of_mean;      // sum of weight * dz, divided by n
+    float through_mean;
+    float through_variance;
   };
 
   __device__ Group group(std::int64_t g) const {
-    const std::int64_t c = g % groups.channels;
-    return {groups.at(g), of_channel[c] / count, of_channel[groups.channels + c] / count};
+    const std::int64_t c = g % groups.norm.channels;
+    return {groups.at(g), of_channel[groups.norm.channels + c] / count, of_channel[c] / count};
   }
 
   __device__ float operator()(const float (&in)[2], const Group& group, float (&)[1]) const {
     const Normalization& normalization = group.normalization;
     const float grad_z = through_leaky_relu(in[0], normalization.affine(in[1]), groups.norm.slope);
-    const float centered =
-        normalization.weight * grad_z - group.of_mean - normalization.normalized(in[1]) * group.of_variance;
-    return normalization.inv_std * centered;
+    return normalization.gradient(grad_z, in[1], group.through_mean, group.through_variance);
   }
 };
 
@@ -214,7 +182,7 @@ void conditional_batch_norm_act(const void* x, void* y, const BatchStatistics& s
               epsilon, statistics);
   if (!empty) {
     for_each_channel<Forward>(type, {x}, y, by_sample(shape, norm.samples), device, [&](auto& forward) {
-      forward.groups = {norm, statistics.mean, statistics.inv_std, shape.channels};
+      forward.groups = {norm, statistics.mean, statistics.inv_std};
     });
   }
   check_launch("conditional_batch_norm_act");
@@ -229,7 +197,7 @@ void conditional_batch_norm_act_backward(const void* grad_y, const void* x, void
     GDFQ_LAUNCH(clear_kernel, blocks_for(table), dim3(kThreads), device.stream, grad_weight, grad_bias, table);
   }
   if (shape.numel() > 0) {
-    const Groups groups{norm, mean, inv_std, shape.channels};
+    const Groups groups{norm, mean, inv_std};
     const GroupedShape samples = by_sample(shape, norm.samples);
     float* sums = device.scratch(2 * samples.groups());
     float* of_channel = device.scratch(2 * shape.channels);

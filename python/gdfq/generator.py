@@ -10,29 +10,46 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import gdfq_ext
 from gdfq.config import GeneratorConfig
 
 
 class ConditionalBatchNorm(nn.Module):
-    """BatchNorm whose gamma and beta are looked up by label: categorical conditional BN.
+    """BatchNorm whose gamma and beta are looked up by label (categorical conditional BN), and LeakyReLU behind it.
 
     Args:
         channels: C.
-        num_classes: rows of the two embedding tables; gamma starts at one, beta at zero.
-        eps: as in BatchNorm.
+        num_classes: rows of the two tables, `(num_classes, C)`; gamma starts at one, beta at zero. With one class it is
+            the ordinary BN.
+        eps, momentum: as in BatchNorm.
+        negative_slope: of LeakyReLU; 1 for no activation.
     """
 
-    def __init__(self, channels: int, num_classes: int, eps: float) -> None:
+    def __init__(
+        self, channels: int, num_classes: int, eps: float = 1e-5, momentum: float = 0.1, negative_slope: float = 1.0
+    ) -> None:
         super().__init__()
-        self.normalize = nn.BatchNorm2d(channels, eps=eps, affine=False)
-        self.gamma = nn.Embedding(num_classes, channels)
-        self.beta = nn.Embedding(num_classes, channels)
-        nn.init.ones_(self.gamma.weight)
-        nn.init.zeros_(self.beta.weight)
+        self.gamma = nn.Parameter(torch.ones(num_classes, channels))
+        self.beta = nn.Parameter(torch.zeros(num_classes, channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.eps = eps
+        self.momentum = momentum
+        self.negative_slope = negative_slope
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        gamma, beta = (table(labels)[:, :, None, None] for table in (self.gamma, self.beta))
-        return torch.addcmul(beta, self.normalize(x), gamma)
+        if self.training:
+            return gdfq_ext.conditional_batch_norm_act(
+                x, self.gamma, self.beta, labels, self.running_mean, self.running_var,
+                momentum=self.momentum, eps=self.eps, negative_slope=self.negative_slope,
+            )  # fmt: skip
+        gamma, beta = (F.embedding(labels, table)[:, :, None, None] for table in (self.gamma, self.beta))
+        x = F.batch_norm(x, self.running_mean, self.running_var, eps=self.eps)
+        return F.leaky_relu(torch.addcmul(beta, x, gamma), self.negative_slope)
+
+    def extra_repr(self) -> str:
+        classes, channels = self.gamma.shape
+        return f"{channels}, num_classes={classes}, eps={self.eps}, negative_slope={self.negative_slope}"
 
 
 class UpsampledConvolution(nn.Conv2d):
@@ -75,30 +92,27 @@ class Generator(nn.Module):
         self.conditional = config.architecture == "conditional"
         self.start = (math.ceil(self.height / 4), math.ceil(self.width / 4))
 
-        def norm(width: int, eps: float) -> nn.Module:
-            return ConditionalBatchNorm(width, num_classes, eps) if self.conditional else nn.BatchNorm2d(width, eps=eps)
+        norm_classes, eps = num_classes if self.conditional else 1, config.batch_norm_eps
 
         self.embedding = None if self.conditional else nn.Embedding(num_classes, config.latent_size)
         self.linear = nn.Linear(config.latent_size, 128 * math.prod(self.start))
-        self.norm0 = norm(128, 1e-5)
+        self.norm0 = ConditionalBatchNorm(128, norm_classes)
         self.conv1 = UpsampledConvolution(128, 128)
-        self.norm1 = norm(128, config.batch_norm_eps)
+        self.norm1 = ConditionalBatchNorm(128, norm_classes, eps, negative_slope=0.2)
         self.conv2 = UpsampledConvolution(128, 64)
-        self.norm2 = norm(64, config.batch_norm_eps)
+        self.norm2 = ConditionalBatchNorm(64, norm_classes, eps, negative_slope=0.2)
         self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
         self.to_pixels = nn.BatchNorm2d(channels, affine=False)
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
-        def normalize(norm: nn.Module, x: Tensor) -> Tensor:
-            return norm(x, labels) if self.conditional else norm(x)
-
         if self.embedding is not None:
             noise = noise * self.embedding(labels)
+            labels = torch.zeros_like(labels)  # to the BNs all are of one class
         x = self.linear(noise).view(len(noise), 128, *self.start)
         x = x.contiguous(memory_format=_memory_format(self.conv1))
-        x = normalize(self.norm0, x)
-        x = F.leaky_relu(normalize(self.norm1, self.conv1(x)), 0.2)
-        x = F.leaky_relu(normalize(self.norm2, self.conv2(x)), 0.2)
+        x = self.norm0(x, labels)
+        x = self.norm1(self.conv1(x), labels)
+        x = self.norm2(self.conv2(x), labels)
         x = torch.tanh(self.conv3(x)[:, :, : self.height, : self.width])
         return self.to_pixels(x)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 import gdfq_ext
 from gdfq.calibrate import Agreement
 from gdfq.config import Config
-from gdfq.files import write_atomically
 from gdfq.graph import Account
+from gdfq.pictures import new_figure, save_figure
 
 
 @dataclass
@@ -112,13 +112,9 @@ def save_picture(path: str | Path, rows: list[Tensor], names: list[str]) -> None
         rows: per class images `(n, C, H, W)` in any range; each is stretched to its own minimum and maximum.
         names: one per row.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     columns = max(len(row) for row in rows)
-    figure, axes = pyplot.subplots(len(rows), columns, figsize=(columns * 0.7 + 1.5, len(rows) * 0.75), squeeze=False)
+    figure = new_figure(figsize=(columns * 0.7 + 1.5, len(rows) * 0.75))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, name, line in zip(rows, names, axes, strict=True):
         for axis in line:
             axis.axis("off")
@@ -130,5 +126,4 @@ def save_picture(path: str | Path, rows: list[Tensor], names: list[str]) -> None
     figure.subplots_adjust(
         left=1.5 / (columns * 0.7 + 1.5), right=0.99, top=0.99, bottom=0.01, wspace=0.05, hspace=0.08
     )
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-    pyplot.close(figure)
+    save_figure(figure, path)

@@ -22,12 +22,16 @@ def test_dry_run(tmp_path):
     summary = (tmp_path / "visit" / "summary.txt").read_text()
     assert done.returncode == 0, summary
     for stage in (
-        "environment", "build", "bench", "bench-more", "step-resnet20", "step-resnet18", "every-op-once",
-        "step-resnet20-compile",
+        "environment", "build", "bench", "bench-more", "step-resnet18", "step-resnet20", "every-op-once",
+        "step-resnet20-compile", "step-suite",
     ):  # fmt: skip
         assert f"\n{stage}: ok" in "\n" + summary
-    for name in ("bench/results", "bench-more/results", "step-resnet20", "step-resnet18"):
+    results = ["bench/results", "bench-more/results", "suite/resnet20-batch4", "suite/suite", "step-resnet20-compile"]
+    for name in results:
         assert json.loads((tmp_path / "visit" / f"{name}.json").read_text())["torch"]
+    # The first stages' results are kept by the last.
+    assert "measured" not in (tmp_path / "visit" / "step-suite.log").read_text()
+    assert list(json.loads((tmp_path / "visit" / "suite" / "suite.json").read_text())["cells"]) == ["resnet18-batch2"]
 
 
 def test_a_failing_stage_stops_none_that_follows(tmp_path):

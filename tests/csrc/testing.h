@@ -41,8 +41,6 @@ inline bool close(double value, double expected, double tolerance) {
   return std::abs(value - expected) <= tolerance * (1.0 + std::abs(expected));
 }
 
-inline void run_serially(std::int64_t count, cpu::Parallel::Body body, void* context) { body(0, count, context); }
-
 inline void run_on_two_threads(std::int64_t count, cpu::Parallel::Body body, void* context) {
   const std::int64_t middle = count / 2;
   std::thread other([=] { body(0, middle, context); });
@@ -50,7 +48,6 @@ inline void run_on_two_threads(std::int64_t count, cpu::Parallel::Body body, voi
   other.join();
 }
 
-constexpr cpu::Parallel kSerial{run_serially};
 constexpr cpu::Parallel kTwoThreads{run_on_two_threads};
 
 // Layouts that exercise every path: long and short planes, planes longer than a block, one channel, many channels,

@@ -49,15 +49,30 @@ def test_upsampled_convolution_is_upsampling_and_convolution(size):
 
 
 def test_conditional_batch_norm_scales_and_shifts_by_label():
-    norm = ConditionalBatchNorm(4, 3, 1e-5)
+    norm = ConditionalBatchNorm(4, 3)
     with torch.no_grad():
-        norm.gamma.weight.copy_(torch.arange(12.0).view(3, 4))
-        norm.beta.weight.copy_(-torch.arange(12.0).view(3, 4))
+        norm.gamma.copy_(torch.arange(12.0).view(3, 4))
+        norm.beta.copy_(-torch.arange(12.0).view(3, 4))
     x, labels = torch.randn(6, 4, 5, 5), torch.tensor([0, 1, 2, 2, 1, 0])
     mean, var = x.double().mean((0, 2, 3), keepdim=True), x.double().var((0, 2, 3), correction=0, keepdim=True)
     gamma = torch.arange(12.0).view(3, 4)[labels][:, :, None, None]
     expected = (x - mean) / (var + 1e-5).sqrt() * gamma - gamma
     torch.testing.assert_close(norm(x, labels).double(), expected.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_with_one_class_it_is_batch_norm_and_leaky_relu_in_training_and_evaluation():
+    norm, expected = ConditionalBatchNorm(4, 1, eps=0.8, negative_slope=0.2), torch.nn.BatchNorm2d(4, eps=0.8)
+    with torch.no_grad():
+        expected.weight.uniform_(0.5, 2)
+        expected.bias.uniform_(-1, 1)
+        norm.gamma.copy_(expected.weight)
+        norm.beta.copy_(expected.bias)
+    for training in (True, True, False):
+        x, labels = 3 * torch.randn(6, 4, 5, 5) + 1, torch.zeros(6, dtype=torch.int64)
+        y = norm.train(training)(x, labels)
+        torch.testing.assert_close(y, F.leaky_relu(expected.train(training)(x), 0.2), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(norm.running_mean, expected.running_mean)
+        torch.testing.assert_close(norm.running_var, expected.running_var)
 
 
 def test_sampler_is_reproducible_and_uniform():

@@ -55,6 +55,18 @@ def test_output_gradients_and_running_statistics(shape, classes, slope, dtype, l
         torch.testing.assert_close(grad.double(), exact, rtol=tolerance, atol=4 * tolerance)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_statistics_of_values_far_from_zero_and_from_the_running_mean(layout):
+    """1,000 standard deviations: what is left of the variance is what float32 inputs allow."""
+    x, weight, bias, labels, running_mean, running_var = case((16, 20, 12, 12), 3, layout=layout)
+    x += 2000.0
+    expected = running_mean.double(), running_var.double()
+    in_float64(x.double(), weight.double(), bias.double(), labels, *expected, 1.0)
+    gdfq_ext.conditional_batch_norm_act(x, weight, bias, labels, running_mean, running_var, momentum=MOMENTUM, eps=EPS)
+    torch.testing.assert_close(running_mean.double(), expected[0], rtol=2e-7, atol=0)
+    torch.testing.assert_close(running_var.double(), expected[1], rtol=1e-6, atol=0)
+
+
 def test_a_label_without_a_row_makes_its_sample_nan():
     x, weight, bias, labels, running_mean, running_var = case((4, 3, 2, 2), 2)
     labels[1], labels[2] = 2, -1

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_cases import CASES, DTYPES, LAYOUTS, OPS, Inputs, compare
+from op_cases import CASES, DTYPES, LAYOUTS, OPS, PLAIN, Inputs, compare
 
 import gdfq_ext
 from gdfq_ext import reference
@@ -66,6 +66,38 @@ def test_native_batch_norm_agrees_over_threads(shape, dtype, layout, act, thread
     compare(OPS, "batch_norm_act_fake_quantize_backward", (small.to(dtype), x, *bn, *settings))
     compare(OPS, "batch_norm_act_moments", (x, *bn, 1e-5, act))
     compare(OPS, "batch_norm_act_moments_backward", (grad, grad_mean, grad_var, x, mean, *bn, 1e-5, act))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "slope"), [*zip(LARGE[:3], (0.2, 0.0, 1.0), strict=True), ((301, 33), 0.2), ((40, 20, 3, 3), 0.2)]
+)
+def test_native_conditional_batch_norm_agrees_over_threads(shape, dtype, layout, slope, threads):
+    i = Inputs(dtype, layout)
+    x, grad = i.x(*shape), i.x(*shape)
+    running_mean, running_var, mean, inv_std = (i.channel(shape[1]) for _ in range(4))
+    tables = [torch.randn(7, shape[1], generator=i.generator) for _ in range(2)]
+    labels = torch.arange(shape[0]).square() % 7
+    compare(OPS, "conditional_batch_norm_act", (x, *tables, labels, running_mean, running_var, 0.1, 1e-5, slope))
+    small = (grad / x.numel() ** 0.5).to(dtype)  # sums of order one, so that one absolute tolerance fits
+    compare(OPS, "conditional_batch_norm_act_backward", (small, x, *tables, labels, mean, inv_std, slope))
+
+
+def test_native_conditional_batch_norm_without_a_row_is_the_reference(threads):
+    i = Inputs(torch.float32, torch.channels_last)
+    tables, statistics = [torch.randn(3, 20, generator=i.generator) for _ in range(2)], [i.channel(20), i.channel(20)]
+    labels = torch.tensor([1, -1, 0, 3])
+    arguments = i.x(4, 20, 5, 5), *tables, labels, *statistics
+    compare(OPS, "conditional_batch_norm_act", (*arguments, 0.1, 1e-5, 0.2))
+    compare(OPS, "conditional_batch_norm_act_backward", (i.x(4, 20, 5, 5), *arguments, 0.2))
+
+
+def test_native_conditional_batch_norm_of_nothing_is_the_reference():
+    i = Inputs(*PLAIN)
+    x, tables, labels = i.x(0, 3, 4, 4), [torch.randn(2, 3) for _ in range(2)], torch.zeros(0, dtype=torch.int64)
+    compare(OPS, "conditional_batch_norm_act", (x, *tables, labels, i.channel(), i.channel(), 0.1, 1e-5, 0.2))
+    compare(OPS, "conditional_batch_norm_act_backward", (x, x, *tables, labels, i.channel(), i.channel(), 0.2))
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])

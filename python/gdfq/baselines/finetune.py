@@ -9,7 +9,8 @@ from gdfq.baselines.images import TrainingImages, gaussian
 from gdfq.config import Config
 from gdfq.graph import CapturedModel, Teacher
 from gdfq.modules import observing
-from gdfq.trainer import Metrics, Trainer
+from gdfq.precision import products_in_tf32
+from gdfq.trainer import Trainer
 
 
 class FineTuner(Trainer):
@@ -34,17 +35,16 @@ class FineTuner(Trainer):
         self.image_shape = captured.image_shape
 
     def _step(self) -> None:
+        """Eagerly, whatever `run.execution` says: images come from the host."""
         images, labels = self.training_images.batch(self.iteration)
-        with torch.no_grad():
-            if self.phase == "ranges":
-                with observing(self.student):
-                    self.student(images)
-                return
-            teacher_logits = self.teacher(images)
-        self._student_step(images, teacher_logits, labels)
-
-    def read_metrics(self) -> Metrics:
-        return super().read_metrics()._replace(generator_cross_entropy=None, bns=None, generator_accuracy=None)
+        with products_in_tf32(self.config.run.precision == "tf32"):
+            with torch.no_grad(), self._autocast():
+                if self.phase == "ranges":
+                    with observing(self.student):
+                        self.student(images)
+                    return
+                teacher_logits = self.teacher(images)
+            self._student_step(images, teacher_logits, labels)
 
     def held_out_images(self) -> Iterator[Tensor]:
         return iter(gaussian(self.image_shape, self.config, self.device).held_out)

@@ -5,7 +5,7 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -13,8 +13,11 @@ from rich.table import Table
 
 from gdfq.bench.operations import DIRECTIONS, PROVIDERS
 from gdfq.bench.provenance import describe
-from gdfq.errors import GdfqError
-from gdfq.files import write_atomically, write_text
+from gdfq.files import write_text
+from gdfq.pictures import new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INPUT = ("on", "dtype", "layout")
 WIDTH = 200
@@ -101,29 +104,14 @@ def draw(result: dict[str, Any], folder: Path) -> None:
     Raises:
         GdfqError: there is no matplotlib.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise GdfqError(f"the pictures need matplotlib ({error}); {folder} has the figures without them") from None
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     cold = [row for row in result["rows"] if row["cache"] == "cold"]
     operations = list(dict.fromkeys(row["op"] for row in cold))
     providers = [name for name in PROVIDERS if any(row["provider"] == name for row in cold)]
     if not cold:
         return
-    subtitle = describe(result).replace("\n", "; ")
-
-    def save(figure, name: str, title: str) -> None:
-        figure.suptitle(f"{title}\n{subtitle}", fontsize=8)
-        figure.tight_layout()
-        write_atomically(folder / name, lambda path: figure.savefig(path, format="png", dpi=110))
-        pyplot.close(figure)
-
     peers = [name for name in providers if name != "ours"]
-    figure, axes = pyplot.subplots(figsize=(11, 1.2 + 0.16 * len(operations) * (len(peers) + 1)))
+    figure = new_figure(figsize=(11, 1.2 + 0.16 * len(operations) * (len(peers) + 1)))
+    axes = figure.subplots()
     for index, peer in enumerate(peers):
         means = {op: geometric_mean(over_ours(cold, op, peer)) for op in operations}
         drawn = {place: mean for place, mean in enumerate(means.values()) if mean is not None}
@@ -136,13 +124,13 @@ def draw(result: dict[str, Any], folder: Path) -> None:
     axes.invert_yaxis()
     if peers:
         axes.legend(fontsize=7)
-    save(figure, "speedup.png", "Forward and backward, cold cache: geometric mean over layers, types and layouts")
+    title = "Forward and backward, cold cache: geometric mean over layers, types and layouts"
+    save_measured(figure, folder / "speedup.png", title, result)
 
     columns = min(4, len(operations))
-    figure, grid = pyplot.subplots(
-        math.ceil(len(operations) / columns), columns, squeeze=False, sharey=True,
-        figsize=(3.2 * columns, 0.8 + 2.4 * math.ceil(len(operations) / columns)),
-    )  # fmt: skip
+    rows = math.ceil(len(operations) / columns)
+    figure = new_figure(figsize=(3.2 * columns, 0.8 + 2.4 * rows))
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes, operation in zip(grid.flat, operations, strict=False):
         for number, name in enumerate(providers):
             points = sorted(
@@ -160,7 +148,16 @@ def draw(result: dict[str, Any], folder: Path) -> None:
         axes.axis("off")
     grid[0, 0].set_ylabel("share of a copy's bandwidth", fontsize=7)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="lower right", fontsize=7)
-    save(figure, "bandwidth.png", "Forward, cold cache: bytes that must move per second, against a copy of the operand")
+    title = "Forward, cold cache: bytes that must move per second, against a copy of the operand"
+    save_measured(figure, folder / "bandwidth.png", title, result)
+
+
+def save_measured(figure: "Figure", path: Path, title: str, facts: dict[str, Any]) -> None:
+    """Write the figure as PNG, with its title and what it was measured on (see `gdfq.bench.provenance`)."""
+    subtitle = describe(facts).replace("\n", "; ")
+    figure.suptitle(f"{title}\n{subtitle}", fontsize=8)
+    figure.tight_layout()
+    save_figure(figure, path)
 
 
 def over_ours(rows: list[dict[str, Any]], operation: str, provider: str) -> list[float]:

@@ -23,10 +23,11 @@ from tqdm import trange
 from gdfq.baselines.zeroq import distill
 from gdfq.calibrate import gaussian_images
 from gdfq.config import GeneratorConfig, ZeroqConfig
-from gdfq.files import write_atomically, write_text
+from gdfq.files import write_text
 from gdfq.generator import LatentSampler
 from gdfq.graph import Teacher, build_teacher, capture
 from gdfq.losses import generator_loss
+from gdfq.pictures import new_figure, save_figure
 from gdfq.report import versions
 from gdfq.reproduce.scale import check_scale, scaled
 
@@ -259,20 +260,18 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 
 def draw(path: Path, teacher: Teacher, panels: dict[str, LabelledPoints], figures: dict[str, dict]) -> None:
     """The four panels, side by side: points by label over the classifier's regions, the square's outline dashed."""
-    from matplotlib.figure import Figure
-
     titles = {
         "real": "(a) real",
         "gaussian": "(b) Gaussian noise, labels: the classifier's",
         "zeroq": "(c) ZeroQ, labels: the classifier's",
         "gdfq": "(d) GDFQ, labels: those asked for",
     }
-    figure = Figure(PICTURE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
+    figure = new_figure(figsize=PICTURE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
     for axes, (method, title) in zip(figure.subplots(1, len(titles), sharey=True), titles.items(), strict=True):
         distance = figures[method]["energy_distance"]["class_mean"]
         axes.set_title(f"{title}\nenergy distance per class {distance:.2f}", fontsize=9)
         _draw_panel(axes, teacher, panels[method])
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    save_figure(figure, path)
 
 
 def _draw_panel(axes: "Axes", teacher: Teacher, data: LabelledPoints) -> None:
