@@ -70,6 +70,7 @@ class Worker:
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parent.parent), *filter(None, sys.path)]),
             "OMP_NUM_THREADS": str(threads),
+            "KINETO_LOG_LEVEL": "9",  # the profiler's own messages
         }
         if provider == "reference":
             environment["GDFQ_EXT"] = "reference"

@@ -31,8 +31,13 @@ def provenance(threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "peers": {name: version for name in PEERS if (version := installed(name))},
         "gdfq_commit": commit(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": command(),
     }
+
+
+def command() -> list[str]:
+    """This process's, without the machine's own folders."""
+    return [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv]
 
 
 def installed(package: str) -> str | None:
