@@ -131,6 +131,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--iterations", type=int, default=5, help="timed at every point (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(arguments)
+    # Half the batch and half the image are points, too.
+    for name, least in (("batch", 4), ("image_size", 16), ("iterations", 1), ("threads", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; allowed is {least} or more")
     axes = tasks(args.batch, args.image_size, tuple(args.depths), tuple(args.classes))
     plan = step.Plan(
         ("ours",), args.iterations, repeat=1, warmup=2, threads=args.threads, tolerance=0.0, student_tolerance=0.0

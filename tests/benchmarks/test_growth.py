@@ -104,6 +104,13 @@ def test_wrong_depth():
         load_model("benchmarks.growth:resnet", depth=21, num_classes=10, image_size=32)
 
 
+@pytest.mark.parametrize(("option", "least"), [("--batch", 4), ("--image-size", 16), ("--iterations", 1)])
+def test_values_too_small_for_their_points(tmp_path, capsys, option, least):
+    with pytest.raises(SystemExit, match="2"):
+        growth.main(["--out", str(tmp_path), option, str(least - 1)])
+    assert f"{option} is {least - 1}; allowed is {least} or more" in capsys.readouterr().err
+
+
 def test_files_and_table(tmp_path, monkeypatch, capsys):
     measured = []
 
