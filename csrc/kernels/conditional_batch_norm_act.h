@@ -7,8 +7,8 @@
 
 namespace gdfq::cuda {
 
-// shape, with its outer size even where there is one channel: samples and, in channels_last, their pixels. Without elements,
-// mean and inv_std are NaN and the running statistics stay as they are.
+// shape, with its outer size even where there is one channel: samples and, in channels_last, their pixels. Without
+// elements, mean and inv_std are NaN and the running statistics stay as they are.
 void conditional_batch_norm_act(const void* x, void* y, const BatchStatistics& statistics, ElementType type,
                                 ChannelShape shape, const ConditionalBatchNorm& norm, float momentum, float epsilon,
                                 const Device& device);

@@ -6,7 +6,7 @@ import pytest
 import torch
 from recorded_graph import RecordedGraph
 from small_models import Residual
-from test_trainer import changed, new_trainer, short_config, snapshot
+from test_trainer import changed, new_trainer, run_until, short_config, snapshot
 
 import gdfq
 from gdfq import execution, run_folder, trainer
@@ -70,18 +70,9 @@ def test_replayed_iterations_equal_eager_ones_bit_for_bit(graphs, changes):
 
 @pytest.mark.parametrize("stop_at", [4, 28, 41])
 def test_a_resumed_run_captures_anew_and_ends_the_same(graphs, eager, stop_at, tmp_path):
-    class Enough(Exception):  # noqa: N818
-        pass
-
     first = new_trainer(**PHASES, run__execution="graph")
-
-    def stop() -> None:
-        if first.iteration == stop_at:
-            save_checkpoint(tmp_path / "c.safetensors", first.state_dict(), {})
-            raise Enough
-
-    with pytest.raises(Enough):
-        first.run(stop)
+    run_until(first, stop_at)
+    save_checkpoint(tmp_path / "c.safetensors", first.state_dict(), {})
     second = first if stop_at == 28 else new_trainer(**PHASES, run__execution="graph")
     second.load_state_dict(load_checkpoint(tmp_path / "c.safetensors", {}))
     second.run()

@@ -53,6 +53,20 @@ def new_trainer(make=Residual, device="cpu", **changes) -> Trainer:
     return Trainer(build_teacher(captured), build_quantized(captured, config.quantizer)[0], captured, config)
 
 
+def run_until(trainer: Trainer, iteration: int) -> None:
+    """Train until so many iterations are done, and stop there."""
+
+    class Enough(Exception):  # noqa: N818
+        pass
+
+    def stop() -> None:
+        if trainer.iteration == iteration:
+            raise Enough
+
+    with pytest.raises(Enough):
+        trainer.run(stop)
+
+
 def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
@@ -143,18 +157,9 @@ def test_resumed_training_is_bit_for_bit_the_same(stop_at, tmp_path):
     whole = new_trainer()
     whole.run()
 
-    class Enough(Exception):  # noqa: N818
-        pass
-
     first = new_trainer()
-
-    def stop() -> None:
-        if first.iteration == stop_at:
-            save_checkpoint(tmp_path / "c.safetensors", first.state_dict(), {})
-            raise Enough
-
-    with pytest.raises(Enough):
-        first.run(stop)
+    run_until(first, stop_at)
+    save_checkpoint(tmp_path / "c.safetensors", first.state_dict(), {})
     second = new_trainer()
     second.load_state_dict(load_checkpoint(tmp_path / "c.safetensors", {}))
     second.run()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_execution import PHASES
-from test_trainer import new_trainer
+from test_trainer import new_trainer, run_until
 
 from gdfq import trainer as trainer_module
 from gdfq.trainer import Trainer
@@ -51,18 +51,9 @@ def test_graphs_give_the_weights_of_eager_iterations(deterministic, changes):
 
 @pytest.mark.parametrize("stop_at", [4, 28, 41])
 def test_a_resumed_run_captures_anew_and_ends_the_same(deterministic, stop_at):
-    class Enough(Exception):  # noqa: N818
-        pass
-
     whole, first, second = (on_the_gpu(run__execution="graph") for _ in range(3))
     whole.run()
-
-    def stop() -> None:
-        if first.iteration == stop_at:
-            raise Enough
-
-    with pytest.raises(Enough):
-        first.run(stop)
+    run_until(first, stop_at)
     second.load_state_dict(first.state_dict())
     second.run()
     assert_close(second, whole)

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from small_models import Plain, randomize_batch_norm
+from test_trainer import run_until
 from torch.nn import functional as F
 
 import gdfq
@@ -106,18 +107,9 @@ def test_a_resumed_run_sees_the_images_that_it_would_have_seen(labelled, tmp_pat
     whole = new_tuner(labelled)
     whole.run()
 
-    class Enough(Exception):  # noqa: N818
-        pass
-
     first = new_tuner(labelled)
-
-    def stop() -> None:
-        if first.iteration == 19:
-            save_checkpoint(tmp_path / "c.safetensors", first.state_dict(), {})
-            raise Enough
-
-    with pytest.raises(Enough):
-        first.run(stop)
+    run_until(first, 19)
+    save_checkpoint(tmp_path / "c.safetensors", first.state_dict(), {})
     second = new_tuner(labelled)
     second.load_state_dict(load_checkpoint(tmp_path / "c.safetensors", {}))
     second.run()
