@@ -36,6 +36,8 @@ def open_run(
     """
     if not resume and any((folder / name).exists() for name in (CONFIG, CHECKPOINT, MODEL)):
         raise GdfqError(f"{folder} already holds a run: resume it (gdfq quantize --resume {folder}), or choose another")
+    for unfinished in folder.glob(".*.tmp"):  # of a write that was killed, see `write_atomically`
+        unfinished.unlink()
     if source is not None:
         write_text(folder / SOURCE, json.dumps(source, indent=2) + "\n")
     write_text(folder / VERSIONS, json.dumps(versions(device), indent=2) + "\n")
