@@ -1,6 +1,6 @@
 """The built-in demonstration: a ResNet-20 for Fashion-MNIST and the 10,000 test images.
 
-`examples/train_demo_teacher.py` made the weights. The images are Fashion-MNIST's test set (MIT licence, beside them).
+`examples/train_teacher.py` made the weights. The images are Fashion-MNIST's test set (MIT licence, beside them).
 """
 
 from pathlib import Path

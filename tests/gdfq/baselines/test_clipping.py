@@ -1,6 +1,7 @@
 """Clip values against a brute-force search (MSE), integrals (ACIQ) and TensorRT's procedure in plain loops (KL)."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from gdfq.baselines.clipping import RULES, aciq, activation_histograms, clip, ga
 from gdfq.config import QuantizerConfig
 from gdfq.errors import GdfqError
 from gdfq.graph import build_quantized, capture, quantized_layers
+from gdfq.models import load_model
 from gdfq.modules import activation_quantizers
 
 BATCHES = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
@@ -274,3 +276,14 @@ def test_activations_that_overflow_are_named():
         student.bn.weight.fill_(1e30)
     with pytest.raises(GdfqError, match="NaN or Inf"):
         clip(student, [images * 1e10 for images in BATCHES], "mse")
+
+
+def test_searches_for_resnet18_take_seconds():
+    """Below the promised 10 s on a CPU; two images will do, since a search sees only histograms of them."""
+    captured = capture(load_model("pytorchcv:resnet18"))
+    images = torch.randn(2, 3, 224, 224)
+    for rule in RULES:
+        student = build_quantized(captured, QuantizerConfig())[0]
+        start = time.process_time()  # of all threads: what else the machine does is not counted
+        clip(student, [images], rule)
+        assert time.process_time() - start < 10, rule

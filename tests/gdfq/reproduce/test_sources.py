@@ -1,6 +1,9 @@
 """Images and weights for the tables: layouts that are known, and what is said of those that are not."""
 
 import math
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +36,17 @@ def test_cifar_folder(cifar10):
     given = Sources({"cifar10": cifar10})
     assert (len(given.test_images(CIFAR10)), len(given.training_images(CIFAR10))) == (20, 30)
     assert given.test_images(CIFAR10)[0][0].shape == (3, 32, 32)
+
+
+def test_a_teacher_of_the_example_is_one_for_the_tables(cifar10, tmp_path, monkeypatch):
+    script = Path(__file__).parents[3] / "examples" / "train_teacher.py"
+    file = tmp_path / "teacher.safetensors"
+    arguments = ["cifar10", "--data", cifar10, "--out", file, "--epochs", 1, "--batch-size", 10]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in (script, *arguments)])
+    runpy.run_path(str(script), run_name="__main__")
+    trained = Sources(weights={"resnet20_cifar10": file}).teacher(CIFAR10)
+    assert not trained.training
+    assert trained.features.init_block.bn.num_batches_tracked == 3  # of ten of the 30 images
 
 
 def test_imagenet_is_prepared_as_each_network_was_trained(tmp_path):
