@@ -28,7 +28,7 @@ from gdfq.config import Config
 from gdfq.errors import GdfqError
 from gdfq.execution import WARMUP
 from gdfq.generator import ConditionalBatchNorm, UpsampledConvolution
-from gdfq.graph import Account, CapturedModel, build_quantized, build_teacher, capture
+from gdfq.graph import Account, CapturedModel, Teacher, build_quantized, build_teacher, capture
 from gdfq.models import load_model
 from gdfq.modules import ActivationQuantizer, BatchNormActQuantizer, WeightQuantizer
 from gdfq.trainer import Trainer
@@ -99,9 +99,7 @@ def fit_classifier(model: nn.Module, image_size: int | None) -> None:
 
 
 @torch.no_grad()
-def fit_batch_norm(
-    model: nn.Module, image_size: int | tuple[int, int], channels: int | None = None
-) -> nn.Module:
+def fit_batch_norm(model: nn.Module, image_size: int | tuple[int, int], channels: int | None = None) -> nn.Module:
     """Set the BN statistics to those of Gaussian images, so that activations of random weights stay in range.
 
     `channels` are the first convolution's unless they are given.
@@ -129,11 +127,11 @@ def new_trainer(task: Task, overrides: dict[str, Any] | None = None) -> Trainer:
     captured = capture(new_model(task), task.image_size, device=task.device)
     settings = {"run.precision": task.precision}
     settings |= {"quantizer.weight_bits": task.bits, "quantizer.activation_bits": task.bits}
-    return trainer_of(captured, task.preset, task.batch, settings | (overrides or {}))[0]
+    return trainer_of(captured, build_teacher(captured), task.preset, task.batch, settings | (overrides or {}))[0]
 
 
 def trainer_of(
-    captured: CapturedModel, preset: str, batch: int, settings: dict[str, Any]
+    captured: CapturedModel, teacher: Teacher, preset: str, batch: int, settings: dict[str, Any]
 ) -> tuple[Trainer, Account]:
     """A trainer at the first iteration of alternate training, with ranges observed on Gaussian images, and what is
     quantized in its Q."""
@@ -146,7 +144,7 @@ def trainer_of(
     student, account = build_quantized(captured, config.quantizer)
     device = next(student.parameters()).device
     calibrate(student, gaussian_images(captured.image_shape, 2 * batch, batch, SEED, device))
-    trainer = Trainer(build_teacher(captured), student, captured, config)
+    trainer = Trainer(teacher, student, captured, config)
     trainer.iteration = 1
     assert trainer.phase == "training"
     return trainer, account

@@ -19,9 +19,8 @@ from torch import nn
 
 from benchmarks.step_providers import SEED, fit_batch_norm, fit_classifier, trainer_of
 from gdfq.errors import GdfqError
-from gdfq.graph import Account, CapturedModel, capture
+from gdfq.graph import Account, CapturedModel, Teacher, build_teacher, capture
 from gdfq.models import load_model
-from gdfq.trainer import Trainer
 
 CHANNELS = 3
 # The smallest member of every family and, in pixels, the smallest of 32, 64, 96, 128 and its own image size that it
@@ -95,34 +94,30 @@ def new_member(name: str) -> nn.Module:
     return fit_batch_norm(model, image_size, CHANNELS)
 
 
-def capture_member(name: str, model: nn.Module) -> CapturedModel:
-    return capture(model, MEMBERS[name], CHANNELS)
-
-
-def train_once(captured: CapturedModel) -> Iterator[tuple[str, Trainer, Account]]:
-    """In each placement, one iteration in which G and Q are trained, batch 2.
+def train_once(captured: CapturedModel, teacher: Teacher) -> Iterator[tuple[str, nn.Module, Account]]:
+    """In each placement, Q after one iteration in which it and G were trained, batch 2, and what is quantized in it.
 
     Raises:
         GdfqError: a loss is NaN or infinite.
     """
     for placement in PLACEMENTS:
         settings = {"quantizer.placement": placement, "generator.latent_size": 8, "quantizer.input_bits": 4}
-        trainer, account = trainer_of(captured, "cifar", 2, settings)
-        trainer.run()
+        trainer, account = trainer_of(captured, teacher, "cifar", 2, settings)
+        trainer._step()
         trainer.read_metrics()
-        yield placement, trainer, account
+        yield placement, trainer.student, account
 
 
 def row(name: str) -> str:
     """A line of the table: family, member, image size, quantized layers, activations, and what came of it."""
     layers, activations = "", ""
     try:
-        accounts = {placement: account for placement, _, account in train_once(capture_member(name, new_member(name)))}
+        captured = capture(new_member(name), channels=CHANNELS)
+        accounts = {placement: account for placement, _, account in train_once(captured, build_teacher(captured))}
         layers = str(len(accounts["deploy"].weights))
         activations = " / ".join(str(len(accounts[placement].activations)) for placement in PLACEMENTS)
         floats = Counter(f"`{entry.op}`" for entry in accounts["deploy"].stayed_float)
         result = "works; float: " + ", ".join(f"{op} {count}" for op, count in sorted(floats.items()))
-        result = result.removesuffix("; float: ")
     except GdfqError as error:
         result = "no: " + re.split(": | at ", str(error))[0]
     if name in NOTES:
