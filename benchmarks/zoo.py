@@ -39,7 +39,7 @@ MEMBERS = {
     "ibnb_resnet50": 32, "igcv3_wd4": 32, "inceptionresnetv1": 96, "inceptionresnetv2": 96, "inceptionv4": 96,
     "irevnet301": 32, "isqrtcovresnet18": 32, "menet108_8x1_g3": 32, "mixnet_s": 32, "mnasnet_b1": 32,
     "mobilenet_wd4": 32, "mobilenetb_wd4": 32, "mobilenetv3_small_w7d20": 32, "msdnet22": 224, "msdnet22_cifar10": 32,
-    "nasnet_4a1056": 32, "nin_cifar10": 32, "ntsnet_cub": 448, "octresnet10_ad2": 32, "peleenet": 32,
+    "nasnet_4a1056": 224, "nin_cifar10": 32, "ntsnet_cub": 448, "octresnet10_ad2": 32, "peleenet": 32,
     "pnasnet5large": 32, "polynet": 96, "preresnet10": 32, "preresnet20_cifar10": 32, "proxylessnas_gpu": 32,
     "proxylessnas_gpu_cub": 32, "pyramidnet101_a360": 32, "pyramidnet110_a48_cifar10": 32, "regnetx002": 32,
     "resattnet56": 32, "resdropresnet20_cifar10": 32, "resnestabc14": 32, "resnet10_cub": 32, "resneta10": 32,
@@ -52,7 +52,8 @@ MEMBERS = {
     "wrn20_10_1bit_cifar10": 32, "wrn50_2": 224, "xception": 299, "xdensenet121_2": 32,
     "xdensenet40_2_k24_bc_cifar10": 32, "zfnet": 224,
 }  # fmt: skip
-ARGUMENTS = {"ntsnet_cub": {"aux": False}}  # its other outputs are not logits
+# Where the image size cannot be told. NTS-Net's other outputs are not logits.
+ARGUMENTS = {"nasnet_4a1056": {}, "ntsnet_cub": {"aux": False}}
 NOTES = {
     "irevnet301": "with `channels=3`, since its first convolution has 6",
     "ntsnet_cub": "it picks parts of the image in NumPy, by the values of the activations",
@@ -87,7 +88,7 @@ def new_member(name: str) -> nn.Module:
     """The network with random weights, BN statistics that fit them, and the image size of `MEMBERS`."""
     torch.manual_seed(SEED)
     image_size = MEMBERS[name]
-    arguments = {"in_size": (image_size, image_size), **ARGUMENTS.get(name, {})}
+    arguments = ARGUMENTS.get(name, {"in_size": (image_size, image_size)})
     with mock.patch.object(np, "int", int, create=True):  # NumPy dropped the name in 1.24, pytorchcv 0.0.67 uses it
         model = load_model(f"pytorchcv:{name}", **arguments)
     fit_classifier(model, image_size)
