@@ -259,8 +259,11 @@ def _first_line(error: BaseException) -> str:
 def _to_normal_form(module: fx.GraphModule) -> None:
     """Bring the graph to the form that the rewritings start from: see the module's docstring."""
     graph = module.graph
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
     for node in list(graph.nodes):
-        if node.target is aten.view.default:  # a view of a contiguous tensor; a channels_last one must be copied
+        if node.op == "get_attr":  # a layer that the model has under several names goes by its first
+            node.target = names.get(id(operator.attrgetter(node.target)(module)), node.target)
+        elif node.target is aten.view.default:  # a view of a contiguous tensor; a channels_last one must be copied
             node.target = aten.reshape.default
         elif node.target is aten.copy.default:  # what `y[...] = x` becomes; it has no derivative
             destination, source = node.args[:2]

@@ -88,7 +88,7 @@ class TwoHeads(nn.Module):
 
 
 class Unusual(nn.Module):
-    """Channels picked by index, writing into slices, a Conv3d over the channels, one convolution called twice."""
+    """Channels picked by index, writing into slices, a Conv3d over the channels, one convolution under two names."""
 
     in_size = (8, 8)
 
@@ -97,6 +97,7 @@ class Unusual(nn.Module):
         self.conv = nn.Conv2d(3, 8, 3, padding=1)
         self.bn = nn.BatchNorm2d(8)
         self.twice = nn.Conv2d(8, 8, 1)
+        self.again = self.twice
         self.over_channels = nn.Conv3d(1, 1, (4, 1, 1), stride=(2, 1, 1))
         self.register_buffer("order", torch.arange(8))
         self.fc = nn.Linear(3, 5)
@@ -107,5 +108,5 @@ class Unusual(nn.Module):
         y = torch.zeros(x.shape)
         y[:, :4] = x[:, 4:]
         y[:, 4:] = x[:, :1]
-        x = self.twice(y)
+        x = self.again(y)
         return self.fc(self.over_channels(x.unsqueeze(1)).mean((1, 3, 4)))
