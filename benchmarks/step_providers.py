@@ -28,7 +28,7 @@ from gdfq.config import Config
 from gdfq.errors import GdfqError
 from gdfq.execution import WARMUP
 from gdfq.generator import ConditionalBatchNorm, UpsampledConvolution
-from gdfq.graph import build_quantized, build_teacher, capture
+from gdfq.graph import Account, CapturedModel, Teacher, build_quantized, build_teacher, capture
 from gdfq.models import load_model
 from gdfq.modules import ActivationQuantizer, BatchNormActQuantizer, WeightQuantizer
 from gdfq.trainer import Trainer
@@ -99,10 +99,14 @@ def fit_classifier(model: nn.Module, image_size: int | None) -> None:
 
 
 @torch.no_grad()
-def fit_batch_norm(model: nn.Module, image_size: int | tuple[int, int]) -> nn.Module:
-    """Set the BN statistics to those of Gaussian images, so that activations of random weights stay in range."""
+def fit_batch_norm(model: nn.Module, image_size: int | tuple[int, int], channels: int | None = None) -> nn.Module:
+    """Set the BN statistics to those of Gaussian images, so that activations of random weights stay in range.
+
+    `channels` are the first convolution's unless they are given.
+    """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    if channels is None:
+        channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
     batch_norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [module.momentum for module in batch_norms]
     for module in batch_norms:
@@ -121,20 +125,29 @@ def new_trainer(task: Task, overrides: dict[str, Any] | None = None) -> Trainer:
         overrides: settings of the provider, `{"section.key": value}`.
     """
     captured = capture(new_model(task), task.image_size, device=task.device)
-    # One epoch of one iteration each for ranges and warm-up, which are skipped by starting behind them.
-    schedule = {"epochs": 2, "iterations": 1, "range_epochs": 1, "warmup_epochs": 1, "batch_size": task.batch}
-    settings = {f"schedule.{key}": value for key, value in schedule.items()}
-    settings |= {"schedule.milestones": [], "schedule.reestimate_ranges": False}
-    settings |= {"run.precision": task.precision, "run.held_out_images": 2, "run.seed": SEED}
+    settings = {"run.precision": task.precision}
     settings |= {"quantizer.weight_bits": task.bits, "quantizer.activation_bits": task.bits}
-    config = Config.load(task.preset, settings | (overrides or {}))
-    student, _ = build_quantized(captured, config.quantizer)
-    device = torch.device(task.device)
-    calibrate(student, gaussian_images(captured.image_shape, 2 * task.batch, task.batch, SEED, device))
-    trainer = Trainer(build_teacher(captured), student, captured, config)
+    return trainer_of(captured, build_teacher(captured), task.preset, task.batch, settings | (overrides or {}))[0]
+
+
+def trainer_of(
+    captured: CapturedModel, teacher: Teacher, preset: str, batch: int, settings: dict[str, Any]
+) -> tuple[Trainer, Account]:
+    """A trainer at the first iteration of alternate training, with ranges observed on Gaussian images, and what is
+    quantized in its Q."""
+    # One epoch of one iteration each for ranges and warm-up, which are skipped by starting behind them.
+    schedule = {"epochs": 2, "iterations": 1, "range_epochs": 1, "warmup_epochs": 1, "batch_size": batch}
+    defaults = {f"schedule.{key}": value for key, value in schedule.items()}
+    defaults |= {"schedule.milestones": [], "schedule.reestimate_ranges": False}
+    defaults |= {"run.held_out_images": 2, "run.seed": SEED}
+    config = Config.load(preset, defaults | settings)
+    student, account = build_quantized(captured, config.quantizer)
+    device = next(student.parameters()).device
+    calibrate(student, gaussian_images(captured.image_shape, 2 * batch, batch, SEED, device))
+    trainer = Trainer(teacher, student, captured, config)
     trainer.iteration = 1
     assert trainer.phase == "training"
-    return trainer
+    return trainer, account
 
 
 def networks_of(holder: Any, teacher: nn.Module) -> Networks:

@@ -43,7 +43,8 @@ _VALUE_PRESERVING = {
     aten.unsqueeze.default, aten.flip.default, aten.split.Tensor, aten.split_with_sizes.default,
     aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.max_pool2d_with_indices.default,
     aten.adaptive_max_pool2d.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
-    aten.channel_shuffle.default, aten.upsample_nearest2d.vec, operator.getitem,
+    aten.channel_shuffle.default, aten.upsample_nearest2d.vec, aten.index_select.default, aten.expand_as.default,
+    operator.getitem,
 }  # fmt: skip
 # Shape arithmetic and checks: no activation is computed there.
 _BOOKKEEPING = {aten.sym_size.int, aten._assert_tensor_metadata.default, aten._assert_scalar.default}
@@ -258,9 +259,15 @@ def _first_line(error: BaseException) -> str:
 def _to_normal_form(module: fx.GraphModule) -> None:
     """Bring the graph to the form that the rewritings start from: see the module's docstring."""
     graph = module.graph
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
     for node in list(graph.nodes):
-        if node.target is aten.view.default:  # a view of a contiguous tensor; a channels_last one must be copied
+        if node.op == "get_attr":  # a layer that the model has under several names goes by its first
+            node.target = names.get(id(operator.attrgetter(node.target)(module)), node.target)
+        elif node.target is aten.view.default:  # a view of a contiguous tensor; a channels_last one must be copied
             node.target = aten.reshape.default
+        elif node.target is aten.copy.default:  # what `y[...] = x` becomes; it has no derivative
+            destination, source = node.args[:2]
+            node.target, node.args = aten.expand_as.default, (source, destination)
         elif node.target in (aten._assert_tensor_metadata.default, aten._assert_scalar.default):
             graph.erase_node(node)
         elif node.target is _FROZEN_BATCH_NORM:
@@ -499,8 +506,8 @@ class _Rewriter:
         """All parameters that are weights in one call at the top; weights that the graph computes, where they arise."""
         users = [node for node in self.graph.nodes if node.target in _WEIGHTED]
         weights = list(dict.fromkeys(node.args[1] for node in users))
-        for node in users:
-            self.account.weights.append(WeightEntry(_name(node), _op(node), self.config.weight_bits))
+        entries = [WeightEntry(_name(node), _op(node), self.config.weight_bits) for node in users]
+        self.account.weights.extend(dict.fromkeys(entries))  # a layer that is called twice is one layer
         stored = [weight for weight in weights if weight.op == "get_attr"]
         groups = [stored] if stored else []
         groups += [[weight] for weight in weights if weight.op != "get_attr"]
@@ -577,8 +584,11 @@ def _preserves_values(node: fx.Node) -> bool:
 
 
 def _computes_in_float(node: fx.Node) -> bool:
-    if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor) or not node.all_input_nodes:
-        return False
+    value = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(value, Tensor) or not value.is_floating_point():
+        return False  # sizes, indices, masks
+    if not any(isinstance(source.meta.get("val"), Tensor) for source in node.all_input_nodes):
+        return False  # constants
     known = node.target in _WEIGHTED or node.target in _BOOKKEEPING
     return not (known or _preserves_values(node) or activation_name(node) or _quantized_inputs(node))
 

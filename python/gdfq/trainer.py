@@ -76,7 +76,7 @@ class Trainer:
             self.generator = Generator(captured.image_shape, captured.num_classes, config.generator).to(device)
         if config.run.channels_last:
             for model in (self.teacher, self.student, self.generator):
-                model.to(memory_format=torch.channels_last)
+                _to_channels_last(model)
         self.latents = LatentSampler(config.generator.latent_size, captured.num_classes, config.run.seed, device)
         held_out = LatentSampler(config.generator.latent_size, captured.num_classes, config.run.seed + 1, device)
         self.held_out_latents = held_out.draw(config.run.held_out_images)
@@ -306,6 +306,13 @@ class Trainer:
         self.best_student = state["best_student"]
         self.best = None if state["best"] is None else (state["best"][0], Agreement(*state["best"][1:]))
         self.execution.restart()
+
+
+def _to_channels_last(model: nn.Module) -> None:
+    """What `Module.to(memory_format=...)` does, which refuses a model that has 5-D weights (Conv3d) beside 4-D ones."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def _mend_loaded(optimizer: torch.optim.Optimizer, device: torch.device) -> None:

@@ -85,3 +85,28 @@ class TwoHeads(nn.Module):
         x = torch.cat([F.relu(self.bn_a(x)), F.relu6(self.bn_b(x))], 1)
         x = self.next(F.max_pool2d(x, 2)).mean((2, 3))
         return self.fc(self.bn(x).clamp(min=0))
+
+
+class Unusual(nn.Module):
+    """Channels picked by index, writing into slices, a Conv3d over the channels, one convolution under two names."""
+
+    in_size = (8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.twice = nn.Conv2d(8, 8, 1)
+        self.again = self.twice
+        self.over_channels = nn.Conv3d(1, 1, (4, 1, 1), stride=(2, 1, 1))
+        self.register_buffer("order", torch.arange(8))
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.conv(x)))
+        x = self.twice(x.index_select(1, (self.order + 3) % 8))
+        y = torch.zeros(x.shape)
+        y[:, :4] = x[:, 4:]
+        y[:, 4:] = x[:, :1]
+        x = self.again(y)
+        return self.fc(self.over_channels(x.unsqueeze(1)).mean((1, 3, 4)))

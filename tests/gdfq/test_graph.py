@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import Plain, Residual, TwoHeads, randomize_batch_norm
+from small_models import Plain, Residual, TwoHeads, Unusual, randomize_batch_norm
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,7 +17,7 @@ from gdfq.graph import build_quantized, build_teacher, capture, size_in_bytes
 from gdfq.modules import activation_quantizers
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-MODELS = [Plain, Residual, TwoHeads]
+MODELS = [Plain, Residual, TwoHeads, Unusual]
 
 
 def quantize_by_hand(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, bits: int) -> torch.Tensor:
@@ -117,6 +117,18 @@ def test_max_pool_keeps_the_grid_and_two_batch_norms_get_a_quantizer_each():
     ]
 
 
+def test_a_layer_is_counted_once_and_picking_channels_keeps_the_grid():
+    _, account = build_quantized(capture(randomize_batch_norm(Unusual())), QuantizerConfig(placement="paper"))
+    assert [entry.name for entry in account.weights] == ["conv", "twice", "over_channels", "fc"]
+    # The first call of `twice` reads relu(bn), picked by index; the second what was written together.
+    assert [(entry.op, entry.name) for entry in account.stayed_float if "input activation of conv" in entry.op] == [
+        ("input activation of conv2d", "twice"),
+        ("input activation of conv3d", "over_channels"),
+    ]
+    operators = {entry.op for entry in account.stayed_float if not entry.op.startswith("input ")}
+    assert operators == {"slice_scatter", "mean"}  # neither the index nor the zeros that were written into
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_quantized_model_computes_equation_6(bits):
     model = randomize_batch_norm(Plain())
@@ -142,8 +154,9 @@ def test_ranges_are_nan_until_observed():
     assert student(torch.randn(2, 3, 8, 8)).isnan().all()
 
 
-def test_gradients_reach_every_parameter_of_q_and_none_of_the_teacher():
-    captured = capture(randomize_batch_norm(Residual()))
+@pytest.mark.parametrize("make", [Residual, Unusual])
+def test_gradients_reach_every_parameter_of_q_and_none_of_the_teacher(make):
+    captured = capture(randomize_batch_norm(make()))
     teacher = build_teacher(captured)
     student, _ = build_quantized(captured, QuantizerConfig())
     calibrate(student, [torch.randn(8, 3, 8, 8)])

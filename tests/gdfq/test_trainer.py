@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import Plain, Residual, randomize_batch_norm
+from small_models import Plain, Residual, Unusual, randomize_batch_norm
 
 import gdfq
 from gdfq import run_folder
@@ -90,6 +90,15 @@ def test_phases_train_what_algorithm_1_says():
         assert changed(student, next_student, is_range) == (phase == "ranges")
         assert changed(student, next_student, lambda name: not is_range(name)) == (phase == "training")
     assert not changed(teacher, snapshot(trainer.teacher))
+
+
+def test_channels_last_is_for_weights_of_convolutions_in_two_dimensions():
+    trainer = new_trainer(Unusual)
+    weights = {value.dim(): value for value in trainer.student.parameters()}
+    assert weights[4].is_contiguous(memory_format=torch.channels_last)
+    assert weights[5].is_contiguous()
+    trainer.run()
+    assert trainer.read_metrics().kl is not None
 
 
 @pytest.mark.parametrize("again", [False, True])
