@@ -116,10 +116,14 @@ def check_that_it_works(model: nn.Module) -> None:
     """Captured it computes what it did; both quantized models have its layers and parameters, and can be trained."""
     captured = capture(model, channels=zoo.CHANNELS)
     images = torch.randn(2, *captured.image_shape)
-    layers = set()
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
-            module.register_forward_pre_hook(lambda module, args, path=path: layers.add(path))
+    weights = {
+        path: module.weight
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+    }
+    gradients = torch.autograd.grad(model(images).sum(), list(weights.values()), allow_unused=True)
+    # MSDNet computes logits at several depths and returns the last.
+    layers = [path for path, gradient in zip(weights, gradients, strict=True) if gradient is not None]
     teacher = build_teacher(captured)
     with torch.no_grad():
         logits, expected = teacher(images), model(images)
