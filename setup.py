@@ -221,4 +221,5 @@ def compile_cuda(directory: Path) -> list[str]:
         return list(pool.map(compile_one, sources("cuda")))
 
 
-main()
+if __name__ == "__main__":
+    main()

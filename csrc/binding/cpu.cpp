@@ -14,7 +14,7 @@ struct Cpu {
   explicit Cpu(const Tensor&) {}
 
   static void run_on_torch_threads(std::int64_t count, cpu::Parallel::Body body, void* context) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, /*grain_size=*/1, body, context));
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, /*grain_size=*/1, body, context));
   }
 
   cpu::Parallel device() const { return {run_on_torch_threads}; }

@@ -18,7 +18,7 @@ class Cuda : public CudaCall {
   static cudaStream_t current_stream(const Tensor& x) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this PyTorch was built without CUDA");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
     return static_cast<cudaStream_t>(stream);
   }
 
