@@ -11,6 +11,7 @@ GDFQ_WERROR=1 makes warnings errors.
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -20,12 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
-# LibTorch's stable ABI of torch 2.11: the oldest torch that the binary loads in.
-TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+# LibTorch's stable ABI is that of the oldest torch that the binary loads in.
+TORCH_TARGET = "2.11"
+TARGET_FLAG = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*map(int, TORCH_TARGET.split(".")))
 # Contraction into multiply-adds would change quantization levels. OpenMP is not needed: threads are PyTorch's.
 CXX_FLAGS = [
     "-O3",
@@ -86,7 +89,7 @@ def compiled_parts() -> Mapping:
         "gdfq_ext._C",
         sources=[*sources("kernels"), *sources("binding"), *(sources("cuda_binding") if cuda else [])],
         # Other people's headers as system headers: our warnings are about our code only.
-        extra_compile_args=[*flags, TORCH_TARGET, *system_includes([*include_paths(), *cuda_directory("include")])],
+        extra_compile_args=[*flags, TARGET_FLAG, *system_includes([*include_paths(), *cuda_directory("include")])],
         # libtorch alone brings in the CUDA half where torch has one: one binary serves both.
         extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
         library_dirs=[*library_paths(), *cuda_directory("lib64")],
@@ -112,8 +115,12 @@ def compiled_parts() -> Mapping:
         """Compiles the CUDA kernels itself: with a CPU-only torch, torch's own CUDA build refuses to."""
 
         def build_extension(self, extension: Extension) -> None:
-            if cuda and extension is operators:
-                extension.extra_objects = compile_cuda(Path(self.build_temp))
+            stamp = write_stamp(Path(self.build_temp))
+            extension.depends.append(stamp)  # both are linked anew when what they are built from has changed
+            if extension is operators:
+                extension.sources.append(stamp)
+                extension.extra_objects = compile_cuda(Path(self.build_temp)) if cuda else []
+                extension.depends += extension.extra_objects
             super().build_extension(extension)
 
     return {"ext_modules": [operators, build_info], "cmdclass": {"build_ext": Build}}
@@ -128,6 +135,26 @@ def sources(part: str) -> list[str]:
 
 def headers() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h*"))
+
+
+def write_stamp(directory: Path) -> str:
+    """The source file that says what the library is built from, for the loader; written only where that has changed."""
+    import torch
+
+    stamp = SimpleNamespace(**runpy.run_path(str(ROOT / "gdfq_ext/_stamp.py")))
+    text = stamp.cpp_source(
+        {
+            "sources": stamp.sources_digest(ROOT / "csrc", with_cuda=find_cuda() is not None),
+            "torch_version": torch.__version__,
+            "torch_target": TORCH_TARGET,
+            "cuda_architectures": cuda_architectures() if find_cuda() else [],
+        }
+    )
+    file = directory / "stamp.cpp"
+    if not (file.exists() and file.read_text() == text):
+        directory.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return str(file)
 
 
 def system_includes(directories: list[str]) -> list[str]:

@@ -51,8 +51,11 @@ def backend_report() -> BackendReport:
 
 def build_info() -> dict:
     """How the compiled library was built: compiler, flags, torch, CUDA architectures; empty where there is none."""
+    stamp = _loaded.stamp
     try:
         from . import _build_info
-    except ImportError:
-        return {}
-    return {name: value for name, value in vars(_build_info).items() if not name.startswith("_")}
+    except ImportError:  # it is bound to one version of Python, the library to none
+        return stamp
+    info = {name: value for name, value in vars(_build_info).items() if not name.startswith("_")}
+    is_of_the_library = all(stamp.get(name, value) == value for name, value in info.items())
+    return info if is_of_the_library else stamp

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import gdfq_ext
+from gdfq_ext import _stamp
+from gdfq_ext._loader import load_library
 from gdfq_ext._schemas import SCHEMAS
 
 PACKAGE = Path(gdfq_ext.__file__).parent
@@ -96,3 +99,143 @@ def test_the_report_covers_every_op_in_words_and_as_data():
         for choice in devices.values():
             assert choice["backend"] in ("native", "reference")
             assert choice["reason"] in str(report)
+
+
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+SOURCES = {"sources.txt": "kernels a.cpp", "a.cpp": "int a();", "cpu/a.h": "#pragma once", "kernels/a.cu": "// kernel"}
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """The folder of the package, still empty, in a checkout with sources of its own."""
+    for name, text in SOURCES.items():
+        file = tmp_path / "csrc" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    (tmp_path / "gdfq_ext").mkdir()
+    monkeypatch.setenv("GDFQ_EXT", "require")
+    return tmp_path / "gdfq_ext"
+
+
+def build(package: Path, code: str = "", name: str = "_C.so", architectures: tuple[str, ...] = (), **stamp) -> Path:
+    """A library without operators, with the stamp of the sources beside it."""
+    stamp = {
+        "sources": _stamp.sources_digest(package.parent / "csrc", with_cuda=bool(architectures)),
+        "torch_version": "2.12.0+built",
+        "torch_target": "2.11",
+        "cuda_architectures": architectures,
+    } | stamp
+    source = package.parent / "library.cpp"
+    source.write_text(code + _stamp.cpp_source(stamp))
+    subprocess.run([COMPILER, "-shared", "-fPIC", "-o", package / name, source], check=True)
+    return package / name
+
+
+@needs_compiler
+def test_a_library_that_was_built_from_the_sources_loads(checkout):
+    library = build(checkout)
+    for file in (checkout.parent / "csrc").rglob("*.*"):
+        os.utime(file, (2e9, 2e9))  # as later copies are
+    loaded = load_library(checkout)
+    assert (loaded.library, loaded.cause) == (library, "_C.so is loaded")
+    assert loaded.stamp["torch_version"] == "2.12.0+built"
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda csrc: (csrc / "a.cpp").write_text("int b();"),
+        lambda csrc: (csrc / "cpu/a.h").write_text(""),
+        lambda csrc: (csrc / "sources.txt").write_text("kernels b.cpp"),
+        lambda csrc: (csrc / "cpu/b.h").write_text(""),
+        lambda csrc: (csrc / "cpu/a.h").rename(csrc / "a.h"),
+        lambda csrc: (csrc / "a.cpp").unlink(),
+    ],
+    ids=["changed", "emptied", "other list", "added", "moved", "removed"],
+)
+def test_a_library_of_other_sources_is_left_aside(checkout, change, monkeypatch):
+    build(checkout)
+    change(checkout.parent / "csrc")
+    words = "_C.so was built from other sources than csrc/ holds now; rebuild it with `python setup.py build_ext"
+    with pytest.raises(ImportError, match=words):
+        load_library(checkout)
+    monkeypatch.setenv("GDFQ_EXT", "auto")
+    with pytest.warns(RuntimeWarning, match=words):
+        loaded = load_library(checkout)
+    assert loaded.library is None
+    assert words in loaded.cause
+
+
+@needs_compiler
+def test_sources_of_cuda_kernels_matter_to_a_library_that_has_them(checkout):
+    kernel = checkout.parent / "csrc/kernels/a.cu"
+    build(checkout)
+    kernel.write_text("// other kernel")
+    assert load_library(checkout).library is not None
+    build(checkout, architectures=("sm_90",))
+    assert load_library(checkout).library is not None
+    kernel.write_text("// kernel")
+    with pytest.raises(ImportError, match="other sources"):
+        load_library(checkout)
+
+
+@needs_compiler
+def test_a_library_without_a_stamp_is_one_of_other_sources(checkout):
+    subprocess.run([COMPILER, "-shared", "-xc++", "-o", checkout / "_C.so", os.devnull], check=True)
+    with pytest.raises(ImportError, match="other sources"):
+        load_library(checkout)
+
+
+@needs_compiler
+def test_where_there_are_no_sources_nothing_is_compared(checkout):
+    library = build(checkout)
+    shutil.rmtree(checkout.parent / "csrc")
+    assert load_library(checkout).library == library
+
+
+@needs_compiler
+def test_the_library_that_fits_is_taken_before_a_newer_one_that_does_not(checkout, recwarn, monkeypatch):
+    monkeypatch.setenv("GDFQ_EXT", "auto")
+    fitting = build(checkout)
+    os.utime(fitting, (1e9, 1e9))
+    build(checkout, name="_C.cpython-399-x86_64-linux-gnu.so", sources="others")
+    assert load_library(checkout).library == fitting
+    assert not recwarn
+
+
+@needs_compiler
+@pytest.mark.parametrize(("version", "loads"), [("2.10.2", False), ("2.11.0a0+git1", True), ("3.0.0", True)])
+def test_a_torch_that_is_too_old_is_named(checkout, monkeypatch, version, loads):
+    library = build(checkout)
+    monkeypatch.setattr(torch, "__version__", version)
+    if loads:
+        assert load_library(checkout).library == library
+    else:
+        with pytest.raises(ImportError, match=r"_C\.so needs torch 2\.11 or later, and this is torch 2\.10\.2"):
+            load_library(checkout)
+
+
+@needs_compiler
+def test_a_library_that_this_torch_cannot_load_names_both_versions(checkout):
+    build(checkout, "void of_a_later_torch(); void call() { of_a_later_torch(); }\n")
+    with pytest.raises(ImportError) as error:
+        load_library(checkout)
+    assert f"did not load in torch {torch.__version__} (it was built with 2.12.0+built): " in str(error.value)
+    assert "of_a_later_torch" in str(error.value)
+    assert "rebuild it with `python setup.py build_ext --inplace`" in str(error.value)
+
+
+@needs_compiler
+def test_build_information_is_that_of_the_loaded_library(package):
+    (package.parent / "csrc").mkdir()
+    build(package)
+    (package / "_build_info.py").write_text("torch_version, compiler = '2.13.0', 'of another build'")
+    use = "import gdfq_ext; print(gdfq_ext.build_info())"
+    done = subprocess.run([sys.executable, "-c", use], cwd=package.parent, capture_output=True, text=True)
+    assert "2.12.0+built" in done.stdout, done.stderr
+    assert "of another build" not in done.stdout
+    (package / "_build_info.py").write_text("torch_version, compiler = '2.12.0+built', 'of this one'")
+    done = subprocess.run([sys.executable, "-c", use], cwd=package.parent, capture_output=True, text=True)
+    assert "of this one" in done.stdout, done.stderr

@@ -88,7 +88,7 @@ def test_the_binding_compiles_against(other_torch, source, tmp_path):
     if source == "cuda.cpp" and toolkit is None:
         pytest.skip("the CUDA toolkit's headers are not installed")
     includes = setup["system_includes"]([include, *([toolkit / "include"] if toolkit else [])])
-    flags = [f"-std={STANDARDS[version]}", "-fPIC", *setup["CXX_FLAGS"], "-Werror", setup["TORCH_TARGET"], *includes]
+    flags = [f"-std={STANDARDS[version]}", "-fPIC", *setup["CXX_FLAGS"], "-Werror", setup["TARGET_FLAG"], *includes]
     command = [setup["find_compiler"](), *flags, "-c", BINDING / source, "-o", tmp_path / "binding.o"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
