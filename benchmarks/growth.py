@@ -151,4 +151,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    step.end_on_sigterm()
     sys.exit(main())

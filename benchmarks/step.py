@@ -9,21 +9,31 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from benchmarks.parts import PARTS
-from benchmarks.step_providers import DEFAULT, OPTIONAL, PROVIDERS, Task, new_task
-from gdfq.bench.provenance import describe, provenance
-from gdfq.config import RunConfig
+from benchmarks.step_providers import (
+    CHANGES,
+    DEFAULT,
+    OPTIONAL,
+    PRECISIONS,
+    PROVIDERS,
+    Task,
+    new_task,
+    parse_provider,
+    task_of,
+)
+from benchmarks.step_table import table
+from gdfq.bench.provenance import provenance
 from gdfq.errors import GdfqError
 from gdfq.files import write_text
 from gdfq.models import parse_model_args
@@ -32,6 +42,8 @@ from gdfq.models import parse_model_args
 PAUSE = 0.05
 
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "ALLOC_FAILED", "ended with code -9")
+# Of a provider, until the rounds are over.
+NOT_YET = dict.fromkeys(("peak_memory_mb", "profiled_ms", "parts_ms", "launches"))
 STUDENT_FIGURES = ("student_cross_entropy", "kl", "student_gradient")
 
 
@@ -40,12 +52,13 @@ class Plan:
     """How a task is measured.
 
     Attributes:
-        providers: names, in the order of their turns.
+        providers: names (see `parse_provider`), in the order of their turns.
         iterations: rounds, in each of which every provider has a turn.
         repeat: iterations in a turn.
         warmup: iterations before the first round.
         threads: of each provider.
-        tolerance, student_tolerance: see `check_agreement`.
+        tolerance, student_tolerance: see `disagreements`.
+        together: the providers warm up at the same time, else one after the other.
     """
 
     providers: tuple[str, ...]
@@ -55,6 +68,7 @@ class Plan:
     threads: int
     tolerance: float
     student_tolerance: float
+    together: bool = False
 
 
 class CannotRunError(RuntimeError):
@@ -72,7 +86,7 @@ class Worker:
             "OMP_NUM_THREADS": str(threads),
             "KINETO_LOG_LEVEL": "9",  # the profiler's own messages
         }
-        if provider == "reference":
+        if parse_provider(provider)[0] == "reference":
             environment["GDFQ_EXT"] = "reference"
         command = [sys.executable, "-m", "benchmarks.step_worker", provider, json.dumps(asdict(task)), str(warmup)]
         self.process = subprocess.Popen(
@@ -96,12 +110,13 @@ class Worker:
             self.process.stdin.flush()
         return self.answer()
 
-    def close(self) -> None:
+    def close(self, patience: float = 30) -> None:
+        """End the process: it may finish what it is at, but for that many seconds only."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         self.process.stdout.close()
         try:
-            self.process.wait(timeout=30)
+            self.process.wait(patience)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -112,83 +127,115 @@ def checked(provider: str, answer: dict[str, Any]) -> dict[str, Any]:
     error = answer.get("error")
     if error is None:
         return answer
-    lacking = provider in OPTIONAL or any(words in error for words in OUT_OF_MEMORY)
+    lacking = parse_provider(provider)[0] in OPTIONAL or any(words in error for words in OUT_OF_MEMORY)
     raise (CannotRunError if lacking else RuntimeError)(f"{provider}: {error}")
 
 
 class Workers:
-    """The processes of the providers that can run, and why the others cannot."""
+    """The processes of the providers that can run, and why the others cannot. They end with the block.
 
-    def __init__(self) -> None:
+    Attributes:
+        skipped: why a provider was left out that lacks something.
+        failed: what went wrong in a provider that should have run.
+    """
+
+    def __init__(self, task: Task, plan: Plan) -> None:
+        self.task = task
+        self.plan = plan
         self.running: dict[str, Worker] = {}
         self.skipped: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
 
-    def start(self, provider: str, task: Task, plan: Plan) -> dict[str, Any] | None:
-        """The new worker's first answer; None where it cannot run."""
-        self.running[provider] = Worker(provider, task, plan.warmup, plan.threads)
-        return self._attempt(provider, self.running[provider].answer)
+    def __enter__(self) -> "Workers":
+        return self
 
-    def ask(self, provider: str, question: str) -> dict[str, Any] | None:
-        """`Worker.ask`; None where the worker cannot go on, and from then on it is not running."""
-        return self._attempt(provider, lambda: self.running[provider].ask(question))
+    def __exit__(self, *_: object) -> None:
+        for worker in self.running.values():
+            worker.close(patience=0)
+
+    def start(self) -> dict[str, dict[str, Any]]:
+        """Every provider's first answer, once it is warmed up."""
+        for provider in self.plan.providers if self.plan.together else ():
+            self._begin(provider)
+        ready = {}
+        for provider in self.plan.providers:
+            if provider not in self.running:
+                self._begin(provider)
+            if answer := self._attempt(provider, self.running[provider].answer):
+                ready[provider] = answer
+        return ready
+
+    def ask(self, question: str) -> dict[str, dict[str, Any]]:
+        """The answers to one question, asked in turns. Who cannot answer is not running from then on."""
+        answers = {}
+        for provider, worker in list(self.running.items()):
+            time.sleep(PAUSE)
+            if answer := self._attempt(provider, lambda worker=worker: worker.ask(question)):
+                answers[provider] = answer
+        return answers
+
+    def _begin(self, provider: str) -> None:
+        self.running[provider] = Worker(provider, self.task, self.plan.warmup, self.plan.threads)
 
     def _attempt(self, provider: str, call: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         try:
             return call()
-        except CannotRunError as error:
-            self.skipped[provider] = str(error)
+        except RuntimeError as error:
+            reasons = self.skipped if isinstance(error, CannotRunError) else self.failed
+            reasons[provider] = str(error)
             self.running.pop(provider).close()
             return None
 
-    def close(self) -> None:
-        for worker in self.running.values():
-            worker.close()
 
-
-def measure(task: Task, plan: Plan) -> dict[str, Any]:
+def measure(task: Task, plan: Plan, keep: Callable[[dict[str, Any]], None] = lambda result: None) -> dict[str, Any]:
     """Run the providers in turns and return the result as JSON values.
 
+    Args:
+        task: what is trained.
+        plan: how it is measured.
+        keep: is given the result of the rounds so far after each of them, should there be no more.
+
     Raises:
-        AssertionError: the providers' first losses or gradients disagree: their mathematics is not the same.
-        RuntimeError: a provider failed for another reason than `CannotRunError`, or none can run.
+        RuntimeError: no provider can run.
     """
     facts = provenance(plan.threads)
-    workers = Workers()
-    try:
-        # One after the other: nobody's compilation disturbs anybody's warm-up.
-        ready = {provider: workers.start(provider, task, plan) for provider in plan.providers}
-        evidence = {provider: answer["evidence"] for provider, answer in ready.items() if answer}
-        check_agreement(evidence, plan.tolerance, plan.student_tolerance)
-        seconds: dict[str, list[float]] = {provider: [] for provider in workers.running}
+    seconds: dict[str, list[float]] = {provider: [] for provider in plan.providers}
+
+    def result(finished: bool) -> dict[str, Any]:
+        times = {provider: seconds[provider] for provider in workers.running}
+        if not any(times.values()):
+            raise RuntimeError("; ".join([*workers.failed.values(), *workers.skipped.values()]))
+        return {
+            **facts,
+            "arguments": arguments_of(task, plan),
+            "finished": finished,
+            "providers": {provider: {**summary(times[provider], task.batch), **others[provider]} for provider in times},
+            "ratio_to_ours": ratios(times),
+            "disagreements": differing,
+            "skipped": dict(workers.skipped),
+            "failed": dict(workers.failed),
+        }
+
+    with Workers(task, plan) as workers:
+        ready = workers.start()
+        others = {
+            provider: {"first_iteration": answer["evidence"], "backend": answer["backend"], **NOT_YET}
+            for provider, answer in ready.items()
+        }
+        differing = disagreements(
+            {provider: answer["evidence"] for provider, answer in ready.items()}, plan.tolerance,
+            plan.student_tolerance, [name for name in ready if task_of(name, task).precision != "float32"],
+        )  # fmt: skip
         for _ in range(plan.iterations):
-            for provider in list(workers.running):
-                time.sleep(PAUSE)
-                if answer := workers.ask(provider, f"run {plan.repeat}"):
-                    seconds[provider].append(answer["seconds"] / plan.repeat)
+            for provider, answer in workers.ask(f"run {plan.repeat}").items():
+                seconds[provider].append(answer["seconds"] / plan.repeat)
+            keep(result(finished=False))
         # In this order: profiles take memory.
-        memory = {provider: workers.ask(provider, "memory") for provider in list(workers.running)}
-        profiles = {provider: workers.ask(provider, "profile") for provider in list(workers.running)}
-        seconds = {provider: seconds[provider] for provider in workers.running}
-    finally:
-        workers.close()
-    if not seconds:
-        raise RuntimeError("; ".join(workers.skipped.values()))
-    return {
-        **facts,
-        "arguments": arguments_of(task, plan),
-        "providers": {
-            provider: {
-                **summary(times, task.batch),
-                "peak_memory_mb": round(memory[provider]["peak_mb"], 1),
-                **profiles[provider],
-                "first_iteration": ready[provider]["evidence"],
-                "backend": ready[provider]["backend"],
-            }
-            for provider, times in seconds.items()
-        },
-        "ratio_to_ours": ratios(seconds),
-        "skipped": workers.skipped,
-    }
+        for provider, answer in workers.ask("memory").items():
+            others[provider]["peak_memory_mb"] = round(answer["peak_mb"], 1)
+        for provider, answer in workers.ask("profile").items():
+            others[provider] |= answer
+        return result(finished=True)
 
 
 def arguments_of(task: Task, plan: Plan) -> dict[str, Any]:
@@ -196,29 +243,35 @@ def arguments_of(task: Task, plan: Plan) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(task) | asdict(plan)))
 
 
-def check_agreement(evidence: dict[str, dict[str, float]], tolerance: float, student_tolerance: float) -> None:
-    """Every figure of every provider's first iteration is near the first provider's.
+def disagreements(
+    evidence: dict[str, dict[str, float]], tolerance: float, student_tolerance: float, low_precision: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The figures of the providers' first iterations that are not near the first provider's.
 
     Args:
         evidence: provider -> figure -> value; a provider without figures is left out.
         tolerance: of the generator's figures, relative.
         student_tolerance: of the quantized model's, relative. It is wider: a last-bit difference that moves a value
             over a rounding boundary is a whole level, and moves other values over theirs in all layers that follow.
+        low_precision: providers that round more than float32 does. It is of all their figures, too.
 
-    Raises:
-        AssertionError: names the provider and the figure.
+    Returns:
+        Of each the `provider`, the `first` one, the `figure`, its `value`, the `expected` one and the `tolerance`.
     """
     evidence = {provider: figures for provider, figures in evidence.items() if figures}
     first, expected = next(iter(evidence.items()), ("", {}))
+    found = []
     for provider, figures in evidence.items():
         for name, value in figures.items():
-            allowed = student_tolerance if name in STUDENT_FIGURES else tolerance
+            wide = name in STUDENT_FIGURES or not {first, provider}.isdisjoint(low_precision)
+            allowed = student_tolerance if wide else tolerance
             # A KL below 1e-5 is a difference of float32 logarithms and mostly rounding. NaN does not pass.
             if not abs(value - expected[name]) <= allowed * max(abs(expected[name]), 1e-5):
-                raise AssertionError(
-                    f"{provider} does not compute what {first} does: {name} of the first iteration is {value!r} and "
-                    f"{expected[name]!r}, tolerance {allowed}, relative"
-                )
+                found.append(
+                    {"provider": provider, "first": first, "figure": name, "value": value, "expected": expected[name],
+                     "tolerance": allowed}
+                )  # fmt: skip
+    return found
 
 
 def summary(seconds: list[float], batch: int) -> dict[str, Any]:
@@ -239,57 +292,6 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
         provider: statistics.median(a / b for a, b in zip(times, seconds["ours"], strict=True))
         for provider, times in seconds.items()
     }
-
-
-def table(result: dict[str, Any]) -> str:
-    arguments = result["arguments"]
-    lines = [f"One iteration, {heading(arguments)}", describe(result), "", *rows(result)]
-    lines += ["", "first iteration: CE and BNS of G, CE and KL of Q, norms of the gradients of G and Q"]
-    for provider, row in result["providers"].items():
-        if row["first_iteration"]:
-            lines.append(f"{provider:19} " + "  ".join(f"{value:11.6g}" for value in row["first_iteration"].values()))
-    if "ours" in result["providers"]:
-        lines += ["", f"ours: {result['providers']['ours']['backend']}"]
-    return "\n".join(lines)
-
-
-def heading(arguments: dict[str, Any]) -> str:
-    """What was measured, in words."""
-    size = f", {arguments['image_size']} pixels" if arguments["image_size"] else ""
-    return (
-        f"{arguments['model']}{size}, batch {arguments['batch']}, preset {arguments['preset']}, "
-        f"W{arguments['bits']}A{arguments['bits']}, {arguments['precision']}, "
-        f"{arguments['iterations']} rounds of {arguments['repeat']}"
-    )
-
-
-def rows(result: dict[str, Any]) -> list[str]:
-    """Lines of text: times, memory and launches of every provider, then the parts of those that have them."""
-    on_gpu = result["machine"]["device"] != "cpu"
-    memory, launches = ("peak GPU MB", "kernels") if on_gpu else ("peak RSS MB", "leaf calls")
-    lines = [
-        f"{'provider':19} {'median ms':>10} {'p20':>9} {'p80':>9} {'images/s':>9} {memory:>12} {launches:>10} "
-        f"{'/ ours':>7}"
-    ]
-    for provider, row in result["providers"].items():
-        ratio = result["ratio_to_ours"].get(provider)
-        count = next(iter((row["launches"] or {}).values()), None)
-        lines.append(
-            f"{provider:19} {row['ms']['median']:10.2f} {row['ms']['p20']:9.2f} {row['ms']['p80']:9.2f} "
-            f"{row['images_per_second']:9.1f} {row['peak_memory_mb']:12.0f} "
-            + (f"{count:10.0f} " if count is not None else f"{'-':>10} ")
-            + (f"{ratio:7.2f}" if ratio is not None else f"{'-':>7}")
-        )
-    lines += [f"skipped: {reason}" for reason in result["skipped"].values()]
-    lines += ["", f"{'parts, ms, profiled':19} " + "".join(f"{part:>12}" for part in PARTS) + f"{'sum':>10}{'of':>10}"]
-    for provider, row in result["providers"].items():
-        if row["parts_ms"]:
-            times = row["parts_ms"].values()
-            lines.append(
-                f"{provider:19} " + "".join(f"{value:12.2f}" for value in times)
-                + f"{sum(times):10.2f}{row['profiled_ms']:10.2f}"
-            )  # fmt: skip
-    return lines
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -314,8 +316,8 @@ def add_plan_arguments(parser: argparse.ArgumentParser, bits: int) -> None:
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--bits", type=int, default=bits, help="of weights and activations (default: %(default)s)")
     parser.add_argument(
-        "--precision", choices=get_args(RunConfig.model_fields["precision"].annotation), default="float32",
-        help="of convolutions and matrix products, for all providers (default: %(default)s)",
+        "--precision", choices=PRECISIONS, default="float32",
+        help="of convolutions and matrix products, for all providers whose names do not say it (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--iterations", type=int, default=8, help="rounds, in each of which every provider has a turn")
     timed, before = "iterations timed together in a turn", "iterations before the first round"
@@ -323,11 +325,23 @@ def add_plan_arguments(parser: argparse.ArgumentParser, bits: int) -> None:
     parser.add_argument("--warmup", type=int, default=10 if on_gpu else 2, help=f"{before} (here: %(default)s)")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument(
-        "--providers", nargs="+", choices=list(PROVIDERS), default=list(DEFAULT), help="default: all but "
-        + ", ".join(sorted(set(PROVIDERS) - set(DEFAULT))),
+        "--together", action="store_true", help="warm up all providers at the same time, where there are the cores"
+    )
+    parser.add_argument(
+        "--providers", nargs="+", type=provider_name, default=list(DEFAULT), metavar="NAME",
+        help=f"of {', '.join(PROVIDERS)}, each also with {', '.join(CHANGES)} behind it (default: {' '.join(DEFAULT)})",
     )  # fmt: skip
     parser.add_argument("--tolerance", type=float, default=0.01, help="of G's first losses and gradient, relative")
     parser.add_argument("--student-tolerance", type=float, default=0.1, help="the same of Q's (default: %(default)s)")
+
+
+def provider_name(text: str) -> str:
+    """For argparse."""
+    try:
+        parse_provider(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -340,8 +354,8 @@ def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 def plan_from(args: argparse.Namespace) -> Plan:
     return Plan(
-        tuple(args.providers), args.iterations, args.repeat, args.warmup, args.threads, args.tolerance,
-        args.student_tolerance,
+        tuple(dict.fromkeys(args.providers)), args.iterations, args.repeat, args.warmup, args.threads, args.tolerance,
+        args.student_tolerance, args.together,
     )  # fmt: skip
 
 
@@ -355,18 +369,28 @@ def task_from(args: argparse.Namespace) -> Task:
     )  # fmt: skip
 
 
+def end_on_sigterm() -> None:
+    """Let a SIGTERM end the program like an exception, so that no worker is left behind."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
+
+    def keep(result: dict[str, Any]) -> None:
+        if args.out is not None:
+            write_text(args.out, json.dumps(result, indent=2) + "\n")
+
     try:
-        result = measure(task_from(args), plan_from(args))
-    except (AssertionError, RuntimeError, GdfqError) as error:
+        result = measure(task_from(args), plan_from(args), keep)
+    except (RuntimeError, GdfqError) as error:
         print(f"no result: {error}", file=sys.stderr)
         return 1
+    keep(result)
     print(table(result))
-    if args.out is not None:
-        write_text(args.out, json.dumps(result, indent=2) + "\n")
-    return 0
+    return 1 if result["failed"] else 0
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     sys.exit(main())

@@ -1,40 +1,39 @@
 """One GDFQ iteration (a step of G, a step of Q, both optimizers) by several providers, for `step.py`.
 
 `Gdfq` is the product: `gdfq.trainer.Trainer`, whose operations are the compiled ones (`ours`) or, in a process with
-GDFQ_EXT=reference, pure PyTorch. `PlainPyTorch` computes the same equations without `gdfq_ext`, in four variants.
+GDFQ_EXT=reference, pure PyTorch. `PlainPyTorch` computes the same equations without `gdfq_ext`, in several variants.
 `Floor` replays nothing but the convolutions and matrix products of an iteration.
 
 All start from the same weights, ranges, latents and generator, so that their first losses and gradients are the same
-numbers.
+numbers. A provider's name may say how it differs from the others of the run: `ours@bfloat16`, `eager@contiguous`.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pytorchcv.models.vgg import VGG
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 import gdfq_ext
+from benchmarks.floor import Floor
 from benchmarks.parts import Networks
+from benchmarks.separate_layers import with_separate_layers, with_separate_quantizers
 from gdfq import demo
-from gdfq.bench.operations import SeparateQuantizer
 from gdfq.calibrate import calibrate, gaussian_images
-from gdfq.config import Config
+from gdfq.config import Config, RunConfig
 from gdfq.errors import GdfqError
 from gdfq.execution import WARMUP
-from gdfq.generator import ConditionalBatchNorm, UpsampledConvolution
 from gdfq.graph import Account, CapturedModel, Teacher, build_quantized, build_teacher, capture
 from gdfq.models import load_model
-from gdfq.modules import ActivationQuantizer, BatchNormActQuantizer, WeightQuantizer
 from gdfq.trainer import Trainer
 
 SEED = 0
 VGG_IMAGE_SIZE = 224
+PRECISIONS = get_args(RunConfig.model_fields["precision"].annotation)
 LOSSES = ("generator_cross_entropy", "bns", "student_cross_entropy", "kl")
 
 
@@ -49,6 +48,7 @@ class Task:
     bits: int = 4
     batch: int = 64
     precision: str = "float32"
+    channels_last: bool = True
 
     @property
     def device(self) -> str:
@@ -125,7 +125,7 @@ def new_trainer(task: Task, overrides: dict[str, Any] | None = None) -> Trainer:
         overrides: settings of the provider, `{"section.key": value}`.
     """
     captured = capture(new_model(task), task.image_size, device=task.device)
-    settings = {"run.precision": task.precision}
+    settings = {"run.precision": task.precision, "run.channels_last": task.channels_last}
     settings |= {"quantizer.weight_bits": task.bits, "quantizer.activation_bits": task.bits}
     return trainer_of(captured, build_teacher(captured), task.preset, task.batch, settings | (overrides or {}))[0]
 
@@ -203,15 +203,15 @@ class Variant:
         host_reads: read losses and accuracies on the host in every iteration.
         observe_ranges: also track every activation's minimum and maximum, read on the host, in every iteration, as in
             the epochs before the ranges are fixed. What is tracked is not used, so that the losses stay comparable.
-        channels_last: memory format of images and weights; else contiguous.
-        compile: `torch.compile` both loss functions.
+        channels_last: memory format of images and weights, if the task has it, too; else contiguous.
+        compile: the mode of `torch.compile` for both loss functions, if it is to compile them.
     """
 
     frozen_teacher: bool = True
     host_reads: bool = False
     observe_ranges: bool = False
     channels_last: bool = True
-    compile: bool = False
+    compile: str | None = None
 
 
 class PlainPyTorch:
@@ -219,7 +219,8 @@ class PlainPyTorch:
 
     def __init__(self, task: Task, variant: Variant) -> None:
         self.variant = variant
-        trainer = new_trainer(task, {"run.channels_last": variant.channels_last})
+        channels_last = variant.channels_last and task.channels_last
+        trainer = new_trainer(task, {"run.channels_last": channels_last})
         self.config = config = trainer.config
         assert config.generator.bns_reduction == config.student.kd_reduction == "mean"
         assert config.quantizer.straight_through == "identity"
@@ -228,7 +229,7 @@ class PlainPyTorch:
         self.latents, self.generator = trainer.latents, with_separate_layers(trainer.generator)
         self.student = with_separate_quantizers(trainer.student, variant.observe_ranges)
         self.teacher = new_model(task).to(task.device).eval().requires_grad_(not variant.frozen_teacher)
-        if variant.channels_last:
+        if channels_last:
             self.teacher.to(memory_format=torch.channels_last)
         self.moments: list[tuple[_BatchNorm, Tensor, Tensor]] = []
         for module in self.teacher.modules():
@@ -241,31 +242,39 @@ class PlainPyTorch:
             self.student.parameters(), config.student.learning_rate, momentum=config.student.momentum,
             nesterov=config.student.momentum > 0, weight_decay=config.student.weight_decay,
         )  # fmt: skip
-        compiled = (lambda function: torch.compile(function, dynamic=False)) if variant.compile else (lambda f: f)
-        self.generator_loss = compiled(self._generator_loss)
-        self.student_loss = compiled(self._student_loss)
+        self.generator_loss, self.student_loss = self._generator_loss, self._student_loss
+        if variant.compile:
+            self.generator_loss = torch.compile(self.generator_loss, dynamic=False, mode=variant.compile)
+            self.student_loss = torch.compile(self.student_loss, dynamic=False, mode=variant.compile)
         self.networks = None if variant.compile else networks_of(self, self.teacher)
         self.last: tuple[Tensor, ...] = ()
 
     def step(self) -> None:
+        if self.variant.compile == "reduce-overhead":
+            # One iteration for the CUDA graphs of both functions: Q's may not reuse the memory of G's results.
+            torch.compiler.cudagraph_mark_step_begin()
+        # First of all, since gradients lie in memory that a CUDA graph of torch.compile writes again.
+        self.generator_optimizer.zero_grad()
+        self.student_optimizer.zero_grad()
         noise, labels = self.latents.draw(self.config.schedule.batch_size)
         loss, images, teacher_logits, cross_entropy, bns = self.generator_loss(noise, labels)
-        self.generator_optimizer.zero_grad()
         loss.backward()
         self.generator_optimizer.step()
-        images, teacher_logits = images.detach(), teacher_logits.detach()
         loss, student_logits, student_cross_entropy, kl = self.student_loss(images, teacher_logits, labels)
-        self.student_optimizer.zero_grad()
         loss.backward()
         self.student_optimizer.step()
-        self.last = tuple(part.detach() for part in (cross_entropy, bns, student_cross_entropy, kl))
+        self.last = cross_entropy, bns, student_cross_entropy, kl
         if self.variant.host_reads:
             self._losses()
             for logits in (teacher_logits, student_logits):
-                (logits.detach().argmax(1) == labels).float().mean().item()
+                (logits.argmax(1) == labels).float().mean().item()
 
     def backend(self) -> str:
-        return "PyTorch"
+        """To be asked after the warm-up, when torch.compile has met what it cannot capture."""
+        words = f"PyTorch, torch.compile in mode {self.variant.compile}" if self.variant.compile else "PyTorch"
+        if self.variant.compile == "reduce-overhead":
+            words += f"; compiled functions without a CUDA graph: {counters['inductor']['cudagraph_skips']}"
+        return words
 
     def evidence(self) -> dict[str, float]:
         """The losses of the last iteration and the norms of its gradients."""
@@ -285,8 +294,8 @@ class PlainPyTorch:
         self.moments.append((module, x.mean(dims), x.var(dims, correction=0)))
 
     def _generator_loss(self, noise: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """CE(z_P, y) + beta * BNS (Eq. 4, 5); also images, z_P and the two parts."""
-        self.moments.clear()
+        """CE(z_P, y) + beta * BNS (Eq. 4, 5); also images, z_P and the two parts, detached: a compiled function's
+        backward pass takes a gradient for each of its results that has one."""
         with self._autocast():
             images = self.generator(noise, labels)
             logits = self.teacher(images).float()
@@ -295,12 +304,13 @@ class PlainPyTorch:
         for module, mean, var in self.moments:
             bns = bns + F.mse_loss(mean, module.running_mean) + F.mse_loss(var, module.running_var)
         bns = bns / len(self.moments)
+        self.moments.clear()  # what is left in it would be one more result of a compiled function
         weights = self.config.generator
         loss = weights.cross_entropy_weight * cross_entropy + weights.bns_weight * bns
-        return loss, images, logits, cross_entropy, bns
+        return loss, images.detach(), logits.detach(), cross_entropy.detach(), bns.detach()
 
     def _student_loss(self, images: Tensor, teacher_logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """CE(z_Q, y) + gamma * T^2 * KL (Eq. 7 to 10); also z_Q and the two parts."""
+        """CE(z_Q, y) + gamma * T^2 * KL (Eq. 7 to 10); also z_Q and the two parts, detached."""
         weights = self.config.student
         with self._autocast():
             logits = self.student(images).float()
@@ -309,164 +319,7 @@ class PlainPyTorch:
         kl = F.kl_div(F.log_softmax(logits / weights.temperature, 1), soft, reduction="sum") / logits.numel()
         loss = weights.cross_entropy_weight * cross_entropy
         loss = loss + weights.distillation_weight * weights.temperature**2 * kl
-        return loss, logits, cross_entropy, kl
-
-
-# --- layers without gdfq_ext ---------------------------------------------------------------------------------
-
-
-class SeparateWeightQuantizer(nn.Module):
-    """Layer by layer, per output channel."""
-
-    def __init__(self, bits: int) -> None:
-        super().__init__()
-        self.bits = bits
-
-    def forward(self, weights: list[Tensor]) -> list[Tensor]:
-        return [self.quantize(weight) for weight in weights]
-
-    def quantize(self, weight: Tensor) -> Tensor:
-        rows = weight.detach().reshape(len(weight), -1)
-        shape = [-1] + [1] * (weight.dim() - 1)
-        lower, upper = rows.min(1).values.view(shape), rows.max(1).values.view(shape)
-        return SeparateQuantizer.apply(weight, lower, upper, self.bits, False)
-
-
-class SeparateActivationQuantizer(nn.Module):
-    """Per tensor, with the fixed range of `quantizer`; see `Variant.observe_ranges`."""
-
-    def __init__(self, quantizer: ActivationQuantizer, observe: bool) -> None:
-        super().__init__()
-        self.bits = quantizer.bits
-        self.register_buffer("range", quantizer.range.clone())
-        self.observed = [0.0, 0.0] if observe else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.observed is not None:
-            lower, upper = x.detach().min().item(), x.detach().max().item()
-            self.observed = [0.9 * self.observed[0] + 0.1 * lower, 0.9 * self.observed[1] + 0.1 * upper]
-        return SeparateQuantizer.apply(x.float(), self.range[0], self.range[1], self.bits, False).to(x.dtype)
-
-
-class BatchNormActThenQuantizer(nn.Module):
-    """BatchNorm, activation and quantizer one after the other."""
-
-    def __init__(self, batch_norm_act: nn.Module, quantizer: nn.Module) -> None:
-        super().__init__()
-        self.batch_norm_act = batch_norm_act
-        self.quantizer = quantizer
-
-    def forward(self, *args: Tensor) -> Tensor:
-        return self.quantizer(self.batch_norm_act(*args))
-
-
-def with_separate_quantizers(student: nn.Module, observe: bool) -> nn.Module:
-    """Q with its quantizing modules exchanged in place; its parameters stay the same objects."""
-    for name, child in list(student.named_children()):
-        if isinstance(child, WeightQuantizer):
-            setattr(student, name, SeparateWeightQuantizer(child.bits))
-        elif isinstance(child, ActivationQuantizer):
-            setattr(student, name, SeparateActivationQuantizer(child, observe))
-        elif isinstance(child, BatchNormActQuantizer):
-            quantizer = SeparateActivationQuantizer(child.quantizer, observe)
-            setattr(student, name, BatchNormActThenQuantizer(child.batch_norm_act, quantizer))
-        else:
-            with_separate_quantizers(child, observe)
-    return student
-
-
-class UpsamplingThenConvolution(nn.Module):
-    """Nearest up-sampling and a 3x3 convolution one after the other."""
-
-    def __init__(self, convolution: UpsampledConvolution) -> None:
-        super().__init__()
-        self.weight, self.bias = convolution.weight, convolution.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(F.interpolate(x, scale_factor=2.0), self.weight, self.bias, padding=1)
-
-
-class BatchNormThenActivation(nn.Module):
-    """BatchNorm of the batch, gamma and beta looked up by label where there are more than one, and LeakyReLU."""
-
-    def __init__(self, norm: ConditionalBatchNorm) -> None:
-        super().__init__()
-        self.gamma, self.beta = norm.gamma, norm.beta
-        self.register_buffer("running_mean", norm.running_mean)
-        self.register_buffer("running_var", norm.running_var)
-        self.momentum, self.eps, self.negative_slope = norm.momentum, norm.eps, norm.negative_slope
-
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        conditional = len(self.gamma) > 1
-        affine = (None, None) if conditional else (self.gamma[0], self.beta[0])
-        x = F.batch_norm(x, self.running_mean, self.running_var, *affine, True, self.momentum, self.eps)
-        if conditional:
-            gamma, beta = (F.embedding(labels, table)[:, :, None, None] for table in (self.gamma, self.beta))
-            x = torch.addcmul(beta, x, gamma)
-        return x if self.negative_slope == 1 else F.leaky_relu(x, self.negative_slope)
-
-
-def with_separate_layers(generator: nn.Module) -> nn.Module:
-    """G with its fused layers exchanged in place; its parameters stay the same objects."""
-    exchanged = {UpsampledConvolution: UpsamplingThenConvolution, ConditionalBatchNorm: BatchNormThenActivation}
-    for name, child in list(generator.named_children()):
-        if type(child) in exchanged:
-            setattr(generator, name, exchanged[type(child)](child))
-    return generator
-
-
-# --- the floor ---------------------------------------------------------------------------------------------------
-
-aten = torch.ops.aten
-_ARITHMETIC = {
-    aten.convolution.default, aten.convolution_backward.default,
-    aten.mm.default, aten.addmm.default, aten.bmm.default,
-}  # fmt: skip
-
-
-class Floor:
-    """The convolutions and matrix products of our iteration alone, forward and backward, on stand-in tensors of the
-    same shape and layout: what an iteration costs whose every other operation is free."""
-
-    networks = None
-
-    def __init__(self, task: Task) -> None:
-        iteration = Gdfq(task)
-        with _Recorder() as recorder:
-            iteration.step()
-        self.calls = recorder.calls
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for function, args, kwargs in self.calls:
-            function(*args, **kwargs)
-
-    def backend(self) -> str:
-        return "PyTorch"
-
-    def evidence(self) -> dict[str, float]:
-        """It computes nothing that means something."""
-        return {}
-
-
-class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple] = []
-        self._stand_ins: dict[tuple, Tensor] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in _ARITHMETIC:
-            self.calls.append((func, *tree_map_only(Tensor, self._stand_in, (args, kwargs))))
-        return func(*args, **kwargs)
-
-    def _stand_in(self, tensor: Tensor) -> Tensor:
-        key = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-        if key not in self._stand_ins:
-            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-            self._stand_ins[key] = empty.normal_()
-        return self._stand_ins[key]
+        return loss, logits.detach(), cross_entropy.detach(), kl.detach()
 
 
 RELEASED = Variant(frozen_teacher=False, host_reads=True, channels_last=False)
@@ -474,14 +327,46 @@ PROVIDERS = {
     "released-observing": lambda task: PlainPyTorch(task, replace(RELEASED, observe_ranges=True)),
     "released": lambda task: PlainPyTorch(task, RELEASED),
     "eager": lambda task: PlainPyTorch(task, Variant()),
-    "compile": lambda task: PlainPyTorch(task, Variant(compile=True)),
+    "compile": lambda task: PlainPyTorch(task, Variant(compile="default")),
+    "compile-reduce-overhead": lambda task: PlainPyTorch(task, Variant(compile="reduce-overhead")),
     "reference": Gdfq,
     "ours": Gdfq,
     "ours-eager": lambda task: Gdfq(task, {"run.execution": "eager"}),
     "ours-graph": lambda task: Gdfq(task, {"run.execution": "graph"}),
     "ours-compile": lambda task: Gdfq(task, {"run.compile": True}),
-    "floor": Floor,
+    "floor": lambda task: Floor(Gdfq(task).trainer),
 }
 DEFAULT = ("released", "eager", "compile", "reference", "ours", "floor")
 # These need what not every machine has; the others can only lack memory.
-OPTIONAL = {"compile", "ours-compile", "ours-graph"}
+OPTIONAL = {"compile", "compile-reduce-overhead", "ours-compile", "ours-graph"}
+# What may stand behind a provider's name -> what it changes in the task for that provider.
+CHANGES = {
+    **{f"@{precision}": {"precision": precision} for precision in PRECISIONS},
+    "@contiguous": {"channels_last": False},
+}
+
+
+def parse_provider(name: str) -> tuple[str, dict[str, Any]]:
+    """The entry of `PROVIDERS` that `name` means, and what it changes in the task: `ours@tf32@contiguous`.
+
+    Raises:
+        ValueError: there is no such provider, or no such change.
+    """
+    provider, *suffixes = name.split("@")
+    changes = [CHANGES.get(f"@{suffix}", {}) for suffix in suffixes]
+    merged = {key: value for change in changes for key, value in change.items()}
+    if provider not in PROVIDERS or not all(changes) or len(merged) < len(changes):
+        raise ValueError(
+            f"{name} is not known; allowed are {', '.join(PROVIDERS)}, each also with "
+            f"{', '.join(list(CHANGES)[:-1])} (one of them) and {list(CHANGES)[-1]} behind it"
+        )
+    return provider, merged
+
+
+def task_of(name: str, task: Task) -> Task:
+    """`task` as the provider of that name carries it out."""
+    return replace(task, **parse_provider(name)[1])
+
+
+def new_provider(name: str, task: Task) -> Gdfq | PlainPyTorch | Floor:
+    return PROVIDERS[parse_provider(name)[0]](task_of(name, task))

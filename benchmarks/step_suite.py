@@ -5,7 +5,7 @@
     python -m benchmarks.step_suite --out DIR --image-size 96 --batch 2 --iterations 3      # small enough for a CPU
 
 A cell is a network and a batch. Its result, DIR/CELL.json, is what `benchmarks.step` writes; suite.json, suite.txt and
-suite.png are made of all of them. Exit code 1 if a cell failed.
+suite.png are made of all of them. Exit code 1 if a cell, or a provider in it, failed.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import step
-from benchmarks.step_providers import PROVIDERS, Task, new_task
+from benchmarks import step, step_table
+from benchmarks.step_providers import Task, new_task
 from gdfq.bench.output import save_measured
 from gdfq.bench.provenance import describe, provenance
 from gdfq.errors import GdfqError
@@ -65,7 +65,7 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[str, Task]]:
 
 
 class Suite:
-    """The cells' results as they come, written to a folder after every cell.
+    """The cells' results as they come, written to a folder after every round of a cell.
 
     Attributes:
         cells: results of `step.measure` by the cell's name.
@@ -81,10 +81,11 @@ class Suite:
         self.left_out: dict[str, str] = {}
 
     def keep(self, name: str, task: Task) -> bool:
-        """Take a cell from its file, if that is there and of these arguments and this commit."""
+        """Take a cell from its file, if that is there, whole, and of these arguments and this commit."""
         try:
             result = json.loads(self._path(name).read_text())
             wanted = {"arguments": step.arguments_of(task, self.plan), "gdfq_commit": self.facts["gdfq_commit"]}
+            wanted |= {"finished": True, "failed": {}}
             if {name: result[name] for name in wanted} != wanted:
                 return False
         except (OSError, ValueError, KeyError):
@@ -94,14 +95,19 @@ class Suite:
 
     def measure(self, name: str, task: Task) -> None:
         self._path(name).unlink(missing_ok=True)  # should this one fail, an older one is not its result
-        try:
-            result = step.measure(task, self.plan)
-        except (AssertionError, RuntimeError, GdfqError) as error:
-            self.failed[name] = str(error)
-        else:
-            write_text(self._path(name), json.dumps(result, indent=2) + "\n")
+
+        def keep(result: dict[str, Any]) -> None:
             self.cells[name] = result
-        self.write()
+            write_text(self._path(name), json.dumps(result, indent=2) + "\n")
+            self.write()
+
+        try:
+            result = step.measure(task, self.plan, keep)
+        except (RuntimeError, GdfqError) as error:
+            self.failed[name] = str(error)
+            self.write()
+        else:
+            keep(result)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
@@ -114,14 +120,15 @@ class Suite:
     def table(self) -> str:
         lines = [describe(self.facts)]
         for name, result in self.cells.items():
-            lines += ["", f"{name}: {step.heading(result['arguments'])}", *step.rows(result)]
+            lines += ["", f"{name}: {step_table.heading(result)}", *step_table.rows(result)]
         lines.append("")
         lines += [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
         lines += [f"failed: {name}: {reason}" for name, reason in self.failed.items()]
         return "\n".join(lines).rstrip()
 
     def draw(self) -> None:
-        """`suite.png`: of every cell with `ours`, the providers' times divided by ours, and the floor.
+        """`suite.png`: of every cell with `ours`, the providers' times divided by ours, and the floor. Other floors
+        (`floor@bfloat16`) are in the table only.
 
         Raises:
             GdfqError: there is no matplotlib.
@@ -129,8 +136,9 @@ class Suite:
         drawn = {name: result for name, result in self.cells.items() if result["ratio_to_ours"]}
         if not drawn:
             return
-        providers = [name for name in PROVIDERS if any(name in result["ratio_to_ours"] for result in drawn.values())]
-        bars = [name for name in providers if name != "floor"]
+        measured = set().union(*(result["ratio_to_ours"] for result in drawn.values()))
+        providers = [name for name in self.plan.providers if name in measured]
+        bars = [name for name in providers if name.partition("@")[0] != "floor"]
         width = 0.8 / len(bars)
         figure = new_figure(figsize=(max(8, (0.4 + 0.3 * len(bars)) * len(drawn)), 4.5))
         axes = figure.subplots()
@@ -156,7 +164,7 @@ class Suite:
         ]
         axes.set_xticks(range(len(drawn)), labels, fontsize=7)
         axes.set_ylabel("time / time of ours")
-        axes.legend(fontsize=7, ncols=len(providers), loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        axes.legend(fontsize=7, ncols=min(7, len(providers)), loc="upper center", bbox_to_anchor=(0.5, -0.16))
         save_measured(figure, self.folder / "suite.png", "Time of one iteration, divided by that of ours", self.facts)
 
 
@@ -199,8 +207,9 @@ def main(arguments: list[str] | None = None) -> int:
         suite.draw()
     except GdfqError as error:  # the figures are there
         print(error, file=sys.stderr)
-    return 1 if suite.failed else 0
+    return 1 if suite.failed or any(result["failed"] for result in suite.cells.values()) else 0
 
 
 if __name__ == "__main__":
+    step.end_on_sigterm()
     sys.exit(main())

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import parts
-from benchmarks.step_providers import PROVIDERS, Task
+from benchmarks.step_providers import Task, new_provider, task_of
 from gdfq.precision import products_in_tf32
 
 PROFILED = 3  # iterations
@@ -36,7 +36,7 @@ def main() -> None:
     arguments["model_arguments"] = tuple((name, value) for name, value in arguments["model_arguments"])
     task = Task(**arguments)
     try:
-        with products_in_tf32(task.precision == "tf32"):  # by all providers alike
+        with products_in_tf32(task_of(provider, task).precision == "tf32"):
             serve(provider, task, warmup, answer)
     except Exception as error:
         answer(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
@@ -45,7 +45,7 @@ def main() -> None:
 
 def serve(provider: str, task: Task, warmup: int, answer: Callable[..., None]) -> None:
     """Warm up, answer with the figures of the first iteration, and then to every line."""
-    subject = PROVIDERS[provider](task)
+    subject = new_provider(provider, task)
     timed(subject, 1)
     evidence = subject.evidence()
     timed(subject, warmup - 1)

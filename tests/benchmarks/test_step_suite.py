@@ -18,8 +18,9 @@ def result(task, plan, milliseconds):
         }
         for name, times in seconds.items()
     }  # fmt: skip
-    facts = {**provenance(1), "arguments": step.arguments_of(task, plan)}
-    return {**facts, "providers": rows, "ratio_to_ours": step.ratios(seconds), "skipped": {"compile": "no compiler"}}
+    facts = {**provenance(1), "arguments": step.arguments_of(task, plan), "finished": True}
+    reasons = {"disagreements": [], "skipped": {"compile": "no compiler"}, "failed": {}}
+    return {**facts, "providers": rows, "ratio_to_ours": step.ratios(seconds), **reasons}
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def measured(monkeypatch):
     """The batches that were measured, of every model; `resnet50` fails."""
     done = []
 
-    def measure(task, plan):
+    def measure(task, plan, keep):
         done.append((task.model.removeprefix("pytorchcv:"), task.batch))
         if "resnet50" in task.model:
             raise RuntimeError("ours: GdfqError: it broke")
@@ -84,7 +85,7 @@ def test_resume_measures_what_is_missing_or_was_measured_otherwise(measured, tmp
 
 
 def test_what_was_measured_is_written_before_the_next_cell_begins(tmp_path, monkeypatch):
-    def measure(task, plan):
+    def measure(task, plan, keep):
         if "resnet18" in task.model:
             raise KeyboardInterrupt
         return result(task, plan, {"ours": 10.0})
@@ -93,6 +94,51 @@ def test_what_was_measured_is_written_before_the_next_cell_begins(tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "--networks", "resnet20", "resnet18")
     assert list(json.loads((tmp_path / "suite.json").read_text())["cells"]) == ["resnet20-batch200"]
+
+
+def test_the_rounds_of_a_cell_are_written_before_it_ends_and_measured_again(tmp_path, monkeypatch):
+    done = []
+
+    def measure(task, plan, keep):
+        done.append(task.batch)
+        keep(result(task, plan, {"ours": 10.0}) | {"finished": False})
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        return result(task, plan, {"ours": 20.0})
+
+    monkeypatch.setattr(step, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "--networks", "resnet20")
+    assert "8 rounds of 1, unfinished: 2 of them\n" in (tmp_path / "suite.txt").read_text()
+    assert json.loads((tmp_path / "suite.json").read_text())["cells"].keys() == {"resnet20-batch200"}
+    assert run(tmp_path, "--networks", "resnet20", "--resume") == 0
+    assert done == [200, 200]
+    cell = json.loads((tmp_path / "resnet20-batch200.json").read_text())
+    assert cell["finished"]
+    assert cell["providers"]["ours"]["ms"]["median"] == pytest.approx(20)
+
+
+def test_variants_of_a_provider_are_drawn_and_a_failed_one_is_measured_again(tmp_path, monkeypatch):
+    done, labels = [], []
+
+    def measure(task, plan, keep):
+        done.append(task.batch)
+        times = {"ours": 10.0, "ours@bfloat16": 5.0, "floor": 4.0, "floor@bfloat16": 2.0}
+        return result(task, plan, times) | {"failed": {"eager@tf32": "eager@tf32: ValueError: it broke"}}
+
+    def save(figure, path, *_):
+        labels.extend(figure.axes[0].get_legend_handles_labels()[1])
+
+    monkeypatch.setattr(step, "measure", measure)
+    monkeypatch.setattr(step_suite, "save_measured", save)
+    providers = ["--providers", "ours", "floor", "floor@bfloat16", "ours@bfloat16", "eager@tf32"]
+    for _ in range(2):
+        assert run(tmp_path, "--networks", "resnet20", "--resume", *providers) == 1
+    assert done == [200, 200]
+    assert labels[:3] == ["floor", "ours", "ours@bfloat16"]
+    text = (tmp_path / "suite.txt").read_text()
+    for words in ("floor@bfloat16", "failed: eager@tf32: ValueError: it broke"):
+        assert words in text
 
 
 def test_a_failing_cell_leaves_no_older_result(measured, tmp_path):
