@@ -4,6 +4,18 @@
     print(result.report)
 """
 
+import sys
+from pathlib import Path
+
+try:
+    import gdfq_ext  # noqa: F401
+except (ImportError, ValueError) as error:
+    # Python comes here before any code of the command line's own: `gdfq`, or -m as in `python -m gdfq.demo`.
+    if "GDFQ_EXT" in str(error) and Path(*sys.argv[:1]).name in ("gdfq", "-m"):
+        print(f"gdfq: {error}", file=sys.stderr)
+        sys.exit(2)
+    raise
+
 from gdfq.api import Result, quantize
 from gdfq.config import Config, parse_override
 from gdfq.errors import GdfqError
