@@ -1,158 +1,244 @@
 #!/usr/bin/env bash
-# A whole visit to a GPU machine in under nine minutes: does it build, is it right, how fast is it?
+# A visit to a GPU machine, in two calls.
 #
-#     benchmarks/gpu_session.sh OUT_DIR [--dry-run]
+#     benchmarks/gpu_session.sh first OUT [--dry-run]     does it build, is it right, how fast is it?
+#     benchmarks/gpu_session.sh second OUT [--dry-run]    what does training reach, does a killed run go on?
 #
-# Every stage has a time limit and writes its files as it ends; one that fails stops none that follow, and what no longer
-# fits into the total is skipped. OUT_DIR/summary.txt has a line for each. The exit code is 0 if all that ran succeeded.
+# OUT gets one file, first.tar.gz or second.tar.gz: logs and results of every stage so far, also of one that was cut off.
+# The tables go to standard output, the most important last, at most 12,000 characters with all else that is printed.
+# Every stage has a limit; one that fails stops none that follow, only without compiled kernels the visit ends at once.
+# The exit code is 0 if all is well, 143 after SIGTERM, which leaves and prints what there is.
 #
-#   PYTHON        the interpreter (python3); its torch is used as it is
-#   GDFQ_WHEELS   a folder of wheels that it lacks (benchmarks/collect_wheels.sh fills one): put on its path for this
-#                 session only; nothing is installed into the interpreter
-#   STAGES        an extended regular expression: only the stages whose names it matches run, for a second visit
-#   GDFQ_COMMIT   names the commit where the tree is a copy without its history
+#   GDFQ_VISIT    the folder that gpu_prepare.sh has filled, carried here
+#   GDFQ_SECONDS  for everything (first: 395, second: 280)
+#   PYTHON        the interpreter (python3); its torch is used as it is, and nothing is installed into it
 #
-# --dry-run goes through the same stages at the smallest size on a CPU, so that no visit is lost to a typo. It builds
-# outside the tree.
+# All happens in a copy of the tree under TMPDIR. --dry-run goes through the same stages at the smallest size on a CPU.
 set -uo pipefail
 
-usage="usage: $0 OUT_DIR [--dry-run]"
-out=${1:?$usage}
-case "${2:-}" in
-    "") dry=0 ;;
-    --dry-run) dry=1 ;;
-    *) echo "$usage" >&2; exit 2 ;;
-esac
-mkdir -p "$out" || exit 2
-out=$(cd "$out" && pwd)
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
-
-export PYTHON=${PYTHON:-python3}
-TOTAL=525          # seconds for everything
-SHORTEST=15        # a stage is not begun with less than this left
-scratch=$(mktemp -d)
+call=${1:-} out=${2:-} dry=0
+[[ ${3:-} == --dry-run ]] && dry=1
+if [[ ! $call =~ ^(first|second)$ || -z $out || $# -gt $((2 + dry)) ]]; then
+    echo "usage: $0 first|second OUT [--dry-run]" >&2
+    exit 2
+fi
+tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+visit=${GDFQ_VISIT:+$(cd "$GDFQ_VISIT" && pwd)} || exit 2
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+scratch=$(mktemp -d) && mkdir "$scratch/tree" "$scratch/results" "$scratch/runs" || exit 2
 trap 'rm -rf "$scratch"' EXIT
-export site="$scratch/site"
-export PYTHONPATH="$site:$PWD/python:$PWD${PYTHONPATH:+:$PYTHONPATH}"
-failed=0
-: > "$out/summary.txt"
 
-say() { echo "$*" | tee -a "$out/summary.txt"; }
+# --- stages ---
 
-# stage NAME LIMIT COMMAND...: the command's output goes to NAME.log.
+total=${GDFQ_SECONDS:-$([[ $call == first ]] && echo 395 || echo 280)}
+failed=0 running=
+results=$scratch/results runs=$scratch/runs
+
+say() { echo "$*" | tee -a "$results/summary.txt"; }
+left() { echo $((total - SECONDS)); }
+
+# stage NAME LIMIT COMMAND...: at most LIMIT seconds, the output in NAME.log. Returns the command's exit code.
 stage() {
-    local name=$1 limit=$2 left=$((TOTAL - SECONDS)) begun=$SECONDS code=0
+    local name=$1 limit=$2 begun=$SECONDS code=0
     shift 2
-    [[ $name =~ ^(${STAGES:-.*})$ ]] || return 0
-    if ((left < SHORTEST)); then
-        say "$name: skipped, $left s are left"
-        return
+    ((limit > $(left))) && limit=$(left)
+    if ((limit < 5)); then
+        say "$name: skipped, the time is up"
+        return 1
     fi
-    timeout --kill-after=5 $((limit < left ? limit : left)) "$@" > "$out/$name.log" 2>&1 || code=$?
+    timeout --kill-after=5 "$limit" "$@" > "$results/$name.log" 2>&1 &
+    running=$!
+    wait "$running" || code=$?
+    running=
     case $code in
         0) say "$name: ok, $((SECONDS - begun)) s" ;;
-        124 | 137) say "$name: timed out after $((SECONDS - begun)) s"; failed=1 ;;
-        *) say "$name: failed with code $code after $((SECONDS - begun)) s, see $name.log"; failed=1 ;;
+        124 | 137) say "$name: cut off after $((SECONDS - begun)) s" ;;
+        *) say "$name: failed with code $code after $((SECONDS - begun)) s" ;;
     esac
+    pack
+    return "$code"
 }
 
-has_module() { "$PYTHON" -c "import $1" > /dev/null 2>&1; }
+try() { stage "$@" || failed=1; }
+
+# Everything so far as one file, which is there whole or not at all. Checkpoints and models stay behind.
+pack() {
+    (cd "$scratch" && find results runs -type f -size -4096k \
+        \( -path 'results/*' -o -name log.jsonl -o -name config.toml -o -name report.json \) -print0 \
+        | tar -czf "$out/.$call" --null --files-from=-) && mv "$out/.$call" "$out/$call.tar.gz"
+}
+
+# show head|tail CHARACTERS FILE: its beginning or its end.
+show() {
+    [[ -s $results/$3 ]] && printf '\n== %s\n%s\n' "$3" "$("$1" -c "$2" "$results/$3")"
+}
+
+finish() {
+    trap '' TERM INT
+    say "$SECONDS s in all"
+    pack
+    tables
+    exit "${1:-$failed}"
+}
+
+stop() {
+    if [[ -n $running ]]; then
+        kill -TERM "$running"
+        wait "$running"
+    fi
+    say "stopped by a signal"
+    finish 143
+}
+trap stop TERM INT
+
+# --- the library ---
+
+# With GDFQ_EXT=require the import alone fails where there is no library. On a GPU every operation must have a kernel.
+check_library='
+import sys, gdfq_ext
+report = gdfq_ext.backend_report()
+print(report)
+missing = [name for name, backends in report.ops.items() if backends["cuda"].backend != "native"]
+sys.exit(f"no CUDA kernel: {missing}" if missing and sys.argv[1] == "cuda" else 0)
+'
+
+fits() { stage "$1" 15 "$PYTHON" -c "$check_library" "$device"; }
+
+build() {
+    stage build 60 "$PYTHON" setup.py build_ext --inplace && fits build-check && say "library: built here"
+}
+
+prebuilt() {
+    if [[ ! -d ${visit:-/nonexistent}/gdfq_ext ]]; then
+        say "library: none was carried"
+        return 1
+    fi
+    rm -f gdfq_ext/*.so
+    cp "$visit"/gdfq_ext/*.so gdfq_ext/ && fits prebuilt-check && say "library: the prebuilt one, from gpu_prepare.sh"
+}
+
+without_library() {
+    say "stopped: there are no compiled kernels that fit, and without them nothing here would say anything"
+    grep -i -m 12 error "$results/build.log" > "$results/build-errors.txt"
+    tables() {
+        show tail 1500 prebuilt-check.log
+        show tail 1500 build-check.log
+        show head 3000 build-errors.txt
+        show tail 3500 build.log
+    }
+    finish 1
+}
+
+# --- surroundings ---
+
+say "gdfq, $call call, $total s$( ((dry)) && echo ", dry run")"
+cd "$tree" && tar --exclude='*.so' --exclude=__pycache__ --exclude=benchmarks/results -cf - benchmarks csrc examples \
+    gdfq_ext python tests setup.py pyproject.toml README.md LICENSE | tar -xf - -C "$scratch/tree" || exit 2
+# Copies have no history.
+revision=$(git describe --always --dirty --abbrev=40 --exclude='*' 2> /dev/null || cat "${visit:-/nonexistent}/commit")
+cd "$scratch/tree" || exit 2
+export GDFQ_COMMIT=${GDFQ_COMMIT:-$revision}
+export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH="$scratch/site:$PWD/python:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+unset GDFQ_WERROR # a warning is no reason to go home
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | sort -u | paste -sd ' ')
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-${capability:-9.0}} MAX_JOBS=${MAX_JOBS:-$(nproc)}
+export GDFQ_BUILD=require
+if ((dry)); then
+    device=cpu
+    export GDFQ_CUDA=${GDFQ_CUDA:-off} OMP_NUM_THREADS=1
+else
+    device=cuda
+    export GDFQ_CUDA=require
+fi
 
 environment() {
     nvidia-smi || echo "no nvidia-smi"
     nvcc --version || echo "no nvcc"
-    "$PYTHON" - << 'END'
-import json, torch
-from importlib.metadata import distributions
-from gdfq.bench.provenance import provenance
-print(json.dumps(provenance(torch.get_num_threads()), indent=1))
-if torch.cuda.is_available():
-    print(torch.cuda.get_device_properties(0))
-print("\n".join(sorted(f"{d.metadata['Name']}=={d.version}" for d in distributions())))
-END
+    "$PYTHON" -c 'import json, torch; from gdfq.bench.provenance import provenance
+print(json.dumps(provenance(torch.get_num_threads()), indent=1))'
+    "$PYTHON" -m pip list --format=freeze
+}
+export -f environment
+
+if compgen -G "${visit:-/nonexistent}/wheels/*.whl" > /dev/null; then
+    # What this interpreter has stays visible behind it. Wheels for another one would hide it, so all or none.
+    stage wheels 15 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$scratch/site" \
+        "$visit"/wheels/*.whl || rm -rf "$scratch/site"
+fi
+try environment 30 env GDFQ_EXT=reference bash -c environment
+export GDFQ_EXT=require
+
+# --- the two calls ---
+
+pytest=("$PYTHON" -m pytest -q --tb=short -p no:cacheprovider -m gpu)
+suite=("$PYTHON" -m benchmarks.step_suite)
+
+first() {
+    tables() {
+        show head 3300 ops/results.txt
+        show tail 1300 zero-numerators.log
+        show head 2400 resnet18/suite.txt
+        show head 1900 resnet20/suite.txt
+        show tail 1300 gpu-tests.log
+    }
+    local workers=8 zero=() ops=() resnet20=(--batch 200) resnet18=(--batch 16) rows20 rows18
+    ops=(--layer resnet18-64x56 --mb 64 --dtype fp32 --dtype bf16 --minutes 1.1
+        --provider eager --provider compile --provider ours)
+    rows20=(released compile compile-reduce-overhead ours floor)
+    rows18=("${rows20[@]}" ours@contiguous ours@tf32 ours@bfloat16
+        compile-reduce-overhead@tf32 compile-reduce-overhead@bfloat16)
+    if ((dry)); then
+        local rounds=(--iterations 1 --repeat 1 --warmup 1 --threads 1)
+        workers=0 zero=(--mb 0.1 --rounds 1)
+        ops=(--op fake_quantize --mb 0.02 --rounds 1 --provider eager --provider ours)
+        resnet20=(--batch 4 "${rounds[@]}") rows20=(ours floor)
+        resnet18=(--batch 2 --image-size 32 "${rounds[@]}") rows18=(ours@contiguous)
+    fi
+    build || prebuilt || without_library
+    # One test at a time to a worker: those of training take long and come first.
+    try gpu-tests 55 env OMP_NUM_THREADS=2 "${pytest[@]}" -n "$workers" --maxschedchunk 1 \
+        tests/gpu/test_training.py tests/gpu/test_gpu.py
+    try zero-numerators 20 "$PYTHON" -m benchmarks.zero_numerators "${zero[@]}" --out "$results/zero-numerators.json"
+    try ops 75 "$PYTHON" -m gdfq.cli bench --layout channels_last "${ops[@]}" --out "$results/ops"
+    try resnet20 80 "${suite[@]}" --networks resnet20 "${resnet20[@]}" --providers "${rows20[@]}" \
+        --out "$results/resnet20"
+    try resnet18 100 "${suite[@]}" --networks resnet18 "${resnet18[@]}" --providers "${rows18[@]}" \
+        --out "$results/resnet18"
 }
 
-# All at once, or, where one of them does not fit this Python, one by one without it.
-wheels() {
-    local install=("$PYTHON" -m pip install --quiet --no-index --no-deps --target "$site")
-    "${install[@]}" "$GDFQ_WHEELS"/*.whl && return
-    for wheel in "$GDFQ_WHEELS"/*.whl; do "${install[@]}" --upgrade "$wheel"; done
-    true
+second() {
+    tables() {
+        show tail 1500 memcheck.log
+        show tail 1500 huge.log
+        show tail 2500 killed-run.log
+        show tail 2500 accuracy.log
+    }
+    local cifar=() sanitizer=() training shape=() size=()
+    prebuilt || build || without_library # the first call has built; the time is for training
+    # Training takes what a killed run and huge tensors leave, and the sanitizer what is left then.
+    training=$(($(left) - 75 - 25))
+    ((training > 180)) && training=180
+    [[ -d ${visit:-/nonexistent}/cifar10 ]] && cifar=(--cifar "$visit/cifar10")
+    if ((dry)); then
+        training=1 shape=(--batch 4 --images 32) size=(--image-size 32 --batch 2 --iterations 8)
+    fi
+    try accuracy $((training + 30)) "$PYTHON" -m benchmarks.accuracy_in_time --seconds "$training" "${cifar[@]}" \
+        "${shape[@]}" --run "$runs/accuracy" --out "$results/accuracy.json"
+    try killed-run 75 "$PYTHON" -m benchmarks.killed_run "${size[@]}" --runs "$runs" --out "$results/killed-run.json"
+    try huge 40 "${pytest[@]}" tests/gpu/test_huge.py
+    # Every operation once on small, odd shapes: a sanitizer slows everything down. The caching allocator would hide what
+    # is written behind a tensor's end.
+    if ((!dry)) && ! command -v compute-sanitizer > /dev/null; then
+        say "memcheck: skipped, no compute-sanitizer"
+    elif (($(left) < (dry ? 5 : 60))); then
+        say "memcheck: skipped, $(left) s are left"
+    else
+        ((dry)) || sanitizer=(compute-sanitizer --tool memcheck --error-exitcode 9)
+        try memcheck 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer[@]}" \
+            "$PYTHON" -m benchmarks.every_op_once "$device"
+    fi
 }
-export -f environment wheels
 
-bench=("$PYTHON" -m gdfq.cli bench)
-step=("$PYTHON" -m benchmarks.step)
-suite=("$PYTHON" -m benchmarks.step_suite --out "$out/suite")
-once=("$PYTHON" -m benchmarks.every_op_once)
-build=("$PYTHON" setup.py build_ext)
-if ((dry)); then
-    export OMP_NUM_THREADS=1
-    build+=(--build-temp "$scratch/build" --build-lib "$scratch/lib")
-    tiny=(--mb 0.02 --rounds 1 --device cpu --provider released --provider ours)
-    main_bench=("${tiny[@]}" --op fake_quantize) more_bench=("${tiny[@]}" --minutes 1)
-    cifar=(--batch 4) imagenet=(--batch 2 --image-size 32)
-    more_cells=(--networks resnet18 "${imagenet[@]}")
-    rounds=(--iterations 1 --repeat 1 --warmup 1 --threads 1 --student-tolerance 1)
-    providers=(ours) with_compile=(ours)
-else
-    build+=(--inplace)
-    # torch.compile takes seconds for each case: all providers at one size, then the other sizes without it.
-    main_bench=(--layer resnet18-64x56 --mb 64 --dtype fp32 --layout nchw --minutes 1.3)
-    more_bench=(--provider released --provider eager --provider ours --minutes 1)
-    cifar=(--batch 200) imagenet=(--batch 16)
-    more_cells=()
-    rounds=(--iterations 8)
-    providers=(released eager ours ours-eager floor) with_compile=(compile ours)
-fi
-
-if [[ -n ${GDFQ_WHEELS:-} ]]; then
-    GDFQ_WHEELS=$(cd "$GDFQ_WHEELS" && pwd) || exit 2
-    export GDFQ_WHEELS
-    stage wheels 60 bash -c wheels
-fi
-stage environment 30 bash -c environment
-stage build 150 env GDFQ_WERROR=1 "${build[@]}"
-if [[ -d tests/gpu ]]; then
-    stage gpu-tests 140 "$PYTHON" -m pytest -q -m gpu tests/gpu
-else
-    say "gpu-tests: skipped, there is no tests/gpu"
-fi
-stage bench 110 "${bench[@]}" "${main_bench[@]}" --out "$out/bench"
-stage bench-more 90 "${bench[@]}" "${more_bench[@]}" --out "$out/bench-more"
-if has_module pytorchcv.model_provider; then
-    stage step-resnet18 75 "${suite[@]}" --networks resnet18 "${imagenet[@]}" "${rounds[@]}" \
-        --providers "${providers[@]}"
-    stage step-resnet20 65 "${suite[@]}" --networks resnet20 "${cifar[@]}" "${rounds[@]}" --providers "${providers[@]}"
-else
-    say "step benchmarks: skipped, $PYTHON has no pytorchcv"
-fi
-# Every operation once on small, odd shapes: sanitizers slow everything down, tests of large tensors would not end. The
-# caching allocator would hide what is written behind a tensor's end.
-if ((dry)); then
-    stage every-op-once 30 "${once[@]}" cpu
-elif command -v compute-sanitizer > /dev/null; then
-    for tool in memcheck racecheck; do
-        stage "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-            compute-sanitizer --tool "$tool" --error-exitcode 9 "${once[@]}" cuda
-    done
-else
-    say "sanitizers: skipped, no compute-sanitizer"
-fi
-if has_module pytorchcv.model_provider; then
-    stage step-resnet20-compile 120 "${step[@]}" --model pytorchcv:resnet20_cifar10 "${cifar[@]}" "${rounds[@]}" \
-        --providers "${with_compile[@]}" --out "$out/step-resnet20-compile.json"
-fi
-if ((!dry)); then # what each precision does to the accuracy; on a CPU each evaluation takes half a minute
-    for precision in float32 tf32 bfloat16; do
-        stage "demo-$precision" 60 "$PYTHON" -m gdfq.demo --seeds 0 1 2 --set run.precision=$precision \
-            --out "$out/demo-$precision"
-    done
-fi
-if has_module pytorchcv.model_provider; then
-    # What was measured above is kept; no cell is begun that could not end.
-    stage step-suite "$TOTAL" "${suite[@]}" --resume --minutes $(((TOTAL - SECONDS) / 60 - 1)) "${more_cells[@]}" \
-        "${rounds[@]}" --providers "${providers[@]}"
-fi
-say "$SECONDS s in all"
-exit $failed
+if [[ $call == first ]]; then first; else second; fi
+finish
