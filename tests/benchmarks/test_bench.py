@@ -2,13 +2,18 @@
 
 import csv
 import json
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gdfq_ext
-from gdfq.bench import measure, peers, shapes, timing
+from benchmarks.step_providers import Gdfq, new_task
+from gdfq.bench import measure, output, peers, shapes, timing
 from gdfq.bench.operations import DTYPES, LAYOUTS, OPERATIONS, Case, Problem, disagreement
+from gdfq.bench.provenance import provenance
 
 LIBRARIES = tuple(name for name in peers.LIBRARIES if peers.why_missing(name) is None)
 CASES = [
@@ -67,6 +72,7 @@ def test_table_json_csv_and_pictures(gdfq, tmp_path):
         table = list(csv.DictReader(lines))
     assert [row["provider"] for row in table] == [row["provider"] for row in result["rows"]]
     assert {row["torch"] for row in table} == {torch.__version__}
+    assert "fake_quantize" in (tmp_path / "results.txt").read_text()
     for picture in ("speedup.png", "bandwidth.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -78,10 +84,10 @@ def test_table_json_csv_and_pictures(gdfq, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--op", "convolution"], "--op convolution is not known; allowed are fake_quantize,"),
+        (["--op", "convolution"], "--op convolution is not known; allowed are conditional_batch_norm_act,"),
         (["--provider", "tensorrt"], "--provider tensorrt is not known; allowed are released,"),
         (["--dtype", "int8"], "allowed are fp32, bf16"),
-        (["--layout", "nhwc"], "allowed are nchw, channels_last"),
+        (["--layout", "nhwc"], "allowed are channels_last, nchw"),
         (["--layer", "alexnet"], "allowed are resnet20-16x32"),
         (["--rounds", "0"], "--rounds is 0; allowed is a number above 0"),
         (["--mb", "-1"], "--mb is -1.0; allowed is a number above 0"),
@@ -134,6 +140,72 @@ def test_what_makes_no_difference_is_measured_once():
     assert [item.operation for item in items].count("bns_loss") == 1
     assert [item.operation for item in items].count("fake_quantize_weights") == len(DTYPES)
     assert [item.operation for item in items].count("fake_quantize") == 4 * len(what.shapes)
+
+
+def test_a_run_on_a_gpu_begins_with_what_a_run_that_is_cut_off_must_have(monkeypatch):
+    """The trainer's layout, at one size in both types, with the operations in order."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    cases = [
+        (item.operation, item.shape.layer, item.dtype) for item in measure.items(measure.plan(device="cuda"))
+        if item.layout == "channels_last"
+    ]  # fmt: skip
+    low = [name for name in OPERATIONS if OPERATIONS[name].low_precision]
+    first = [
+        (name, "resnet18-64x56", dtype) for dtype, names in (("fp32", OPERATIONS), ("bf16", low)) for name in names
+    ]
+    assert cases[: len(first)] == first
+    assert {layer for _, layer, _ in cases[len(first) : len(first) + 3]} == {"resnet50-256x56"}
+    layouts = [item.layout for item in measure.items(measure.plan(device="cuda"))]
+    assert layouts == sorted(layouts)  # channels_last before nchw
+    asked = measure.items(measure.plan(device="cpu", dtypes=["bf16", "fp32"], layouts=["nchw", "channels_last"]))
+    assert [(item.layout, item.dtype) for item in asked[:1] + asked[-1:]] == [
+        ("nchw", "bf16"),
+        ("channels_last", "fp32"),
+    ]
+
+
+def test_operations_are_in_the_order_of_their_weight_in_an_iteration():
+    """Of ResNet-18 in a batch of 16: the bytes of all that goes into them and comes out, forward and backward."""
+    moved, size = Counter(), 32  # of 224, where activations are 49 times as large
+
+    class Weigh(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            results = func(*args, **(kwargs or {}))
+            if func.namespace == "gdfq_ext":
+                tensors = [leaf for leaf in tree_leaves((args, kwargs, results)) if isinstance(leaf, torch.Tensor)]
+                name = func.__name__.split(".")[0].removesuffix("_backward")
+                for tensor in tensors:
+                    is_activation = tensor.dim() == 4 and OPERATIONS[name].layouts
+                    moved[name] += tensor.nbytes * ((224 / size) ** 2 if is_activation else 1)
+            return results
+
+    trainer = Gdfq(new_task("pytorchcv:resnet18", size, preset="imagenet", batch=16)).trainer
+    with Weigh():
+        trainer._step()
+    assert list(OPERATIONS)[: len(moved)] == [name for name, _ in moved.most_common()]
+    assert moved["conditional_batch_norm_act"] == pytest.approx(1680e6, rel=0.01)
+    assert moved["fake_quantize_weights"] == pytest.approx(93e6, rel=0.01)
+
+
+def test_the_overview_has_all_directions_of_an_operation_in_a_line():
+    def row(provider, direction, us, cache="cold", **changes):
+        row = {
+            "op": "fake_quantize", "on": "resnet18-64x56 64 MB", "dtype": "bf16", "layout": "channels_last",
+            "direction": direction, "cache": cache, "provider": provider, "median_us": us, "share_of_copy": 0.5,
+            "over_ours": us / 40, "best_peer": "eager", "best_peer_over_this": 1.25,
+        }  # fmt: skip
+        return row | changes
+
+    rows = [row("ours", "forward", 40.0), row("compile", "forward", 60.0), row("eager", "forward", 50.0)]
+    rows += [row("ours", "forward", 7.0, cache="warm"), row("ours", "both", 123.4, share_of_copy=None, best_peer=None)]
+    rows[-1]["best_peer_over_this"] = None
+    facts = {**provenance(1), "backend": "loaded", "left_out": {"the rest": "2 cases"}, "failed": ["bns_loss: broken"]}
+    lines = output.overview({**facts, "rows": rows}).splitlines()
+    place = lines.index("resnet18-64x56 64 MB, bf16, channels_last")
+    assert lines[place - 1].split()[:6] == ["forward", "us", "copy", "compile", "best", "backward"]
+    assert lines[place + 1].split() == ["fake_quantize", "40.0", "50%", "1.50", "1.25", "123", "-", "-", "-"]
+    assert lines[place + 1].index("123") > lines[place - 1].index("best", lines[place - 1].index("backward"))
+    assert lines[place + 2 : place + 5] == ["left out: the rest: 2 cases", "failed: bns_loss: broken", "ours: loaded"]
 
 
 def test_shapes_have_the_size_that_is_asked_for():

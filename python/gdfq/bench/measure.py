@@ -104,11 +104,12 @@ def checked_device(name: str) -> str:
 
 
 def items(what: Plan) -> list[Item]:
-    """The cases in order. What does not depend on a property of the input is measured once."""
+    """The cases in order, all types of a shape one after the other. What does not depend on a property of the input is
+    measured once."""
     result: dict[tuple, Item] = {}
-    for dtype in what.dtypes:
-        for layout in what.layouts:
-            for shape in what.shapes:
+    for layout in what.layouts:
+        for shape in what.shapes:
+            for dtype in what.dtypes:
                 for name in what.operations:
                     operation = OPERATIONS[name]
                     item = Item(name, shape, dtype if operation.low_precision else "fp32", layout)
