@@ -5,12 +5,13 @@
 
 GDFQ_BUILD: `auto` (the default) compiles where a C++ compiler is found and otherwise installs pure PyTorch, `off` never
 compiles, `require` stops without a compiler. GDFQ_CUDA: `auto` compiles the CUDA kernels where nvcc is found and torch
-is a CUDA build, `off` never does, `require` does so with any torch and stops without nvcc. GDFQ_CUDA_ARCHITECTURES
-lists the compute capabilities to compile them for; unless given, those of the GPUs that are here, else "80 90 100 120".
-GDFQ_WERROR=1 makes warnings errors.
+is a CUDA build, `off` never does, `require` does so with any torch and stops without nvcc. TORCH_CUDA_ARCH_LIST says
+for which GPUs, as torch reads it ("9.0", "8.0;9.0+PTX", "Hopper"); unless given, those that are here, else 8.0, 9.0,
+10.0, 12.0 and later ones. MAX_JOBS is the most compilers at a time. GDFQ_WERROR=1 makes warnings errors.
 """
 
 import os
+import platform
 import runpy
 import shutil
 import subprocess
@@ -80,21 +81,22 @@ def compiled_parts() -> Mapping:
     import torch
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
+    max_jobs()  # a wrong one stops here, not after half of the build
     warnings_are_errors = ["-Werror"] if WERROR else []
     # The machine's paths stay out of the files, in error messages too.
     relocated = [f"-ffile-prefix-map={ROOT}=.", f"-ffile-prefix-map={Path(torch.__file__).parent}=torch"]
     flags = [*CXX_FLAGS, *warnings_are_errors, *relocated]
     cuda = find_cuda()
+    cuda_include, cuda_library = ([str(cuda / "include")], [str(find_cudart(cuda))]) if cuda else ([], [])
     operators = Extension(
         "gdfq_ext._C",
         sources=[*sources("kernels"), *sources("binding"), *(sources("cuda_binding") if cuda else [])],
         # Other people's headers as system headers: our warnings are about our code only.
-        extra_compile_args=[*flags, TARGET_FLAG, *system_includes([*include_paths(), *cuda_directory("include")])],
+        extra_compile_args=[*flags, TARGET_FLAG, *system_includes([*include_paths(), *cuda_include])],
         # libtorch alone brings in the CUDA half where torch has one: one binary serves both.
         extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
-        library_dirs=[*library_paths(), *cuda_directory("lib64")],
+        library_dirs=[*library_paths(), *cuda_library],
         libraries=["cudart_static", "rt", "dl"] if cuda else [],
-        depends=headers(),
         language="c++",
     )
     build_info = Extension(
@@ -104,8 +106,8 @@ def compiled_parts() -> Mapping:
             ("GDFQ_VERSION", quoted(project_version())),
             ("GDFQ_FLAGS", quoted(" ".join([*CXX_FLAGS, *warnings_are_errors]))),
             ("GDFQ_TORCH_VERSION", quoted(torch.__version__)),
-            ("GDFQ_CUDA_VERSION", quoted(cuda_version() if cuda else "")),
-            ("GDFQ_CUDA_ARCHITECTURES", quoted(" ".join(cuda_architectures()) if cuda else "")),
+            ("GDFQ_CUDA_VERSION", quoted(cuda_version(cuda) if cuda else "")),
+            ("GDFQ_CUDA_ARCHITECTURES", quoted(" ".join(cuda_architectures()))),
         ],
         extra_compile_args=[*flags, *system_includes([pybind11.get_include()])],
         language="c++",
@@ -114,13 +116,14 @@ def compiled_parts() -> Mapping:
     class Build(BuildExtension):
         """Compiles the CUDA kernels itself: with a CPU-only torch, torch's own CUDA build refuses to."""
 
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.force = True  # ninja knows what has changed, kernels' objects and settings too; setuptools does not
+
         def build_extension(self, extension: Extension) -> None:
-            stamp = write_stamp(Path(self.build_temp))
-            extension.depends.append(stamp)  # both are linked anew when what they are built from has changed
             if extension is operators:
-                extension.sources.append(stamp)
+                extension.sources.append(write_stamp(Path(self.build_temp)))
                 extension.extra_objects = compile_cuda(Path(self.build_temp)) if cuda else []
-                extension.depends += extension.extra_objects
             super().build_extension(extension)
 
     return {"ext_modules": [operators, build_info], "cmdclass": {"build_ext": Build}}
@@ -133,10 +136,6 @@ def sources(part: str) -> list[str]:
     return [path for name, path in entries if name == part]
 
 
-def headers() -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h*"))
-
-
 def write_stamp(directory: Path) -> str:
     """The source file that says what the library is built from, for the loader; written only where that has changed."""
     import torch
@@ -147,7 +146,7 @@ def write_stamp(directory: Path) -> str:
             "sources": stamp.sources_digest(ROOT / "csrc", with_cuda=find_cuda() is not None),
             "torch_version": torch.__version__,
             "torch_target": TORCH_TARGET,
-            "cuda_architectures": cuda_architectures() if find_cuda() else [],
+            "cuda_architectures": cuda_architectures(),
         }
     )
     file = directory / "stamp.cpp"
@@ -181,11 +180,16 @@ def find_cuda() -> Path | None:
     if mode == "off" or (mode == "auto" and torch.version.cuda is None):
         return None
     toolkit = find_toolkit()
-    if toolkit is None and mode == "require":
-        sys.exit("gdfq: GDFQ_CUDA=require, but no nvcc with its headers was found (set CUDA_HOME)")
     if toolkit is None:
-        print("gdfq: torch is a CUDA build, but no nvcc was found (set CUDA_HOME): on a GPU, pure PyTorch will run")
-    return toolkit
+        missing = "no nvcc with its headers was found (set CUDA_HOME)"
+    elif find_cudart(toolkit) is None:
+        missing = f"no libcudart_static.a was found in {toolkit} or among pip's packages"
+    else:
+        return toolkit
+    if mode == "require":
+        sys.exit(f"gdfq: GDFQ_CUDA=require, but {missing}")
+    print(f"gdfq: torch is a CUDA build, but {missing}: on a GPU, pure PyTorch will run")
+    return None
 
 
 def find_toolkit() -> Path | None:
@@ -193,46 +197,74 @@ def find_toolkit() -> Path | None:
     on_path = shutil.which("nvcc")
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     if on_path:
-        candidates.append(str(Path(on_path).resolve().parents[1]))
-    for candidate in filter(None, candidates):
-        home = Path(candidate)
+        candidates.append(Path(on_path).resolve().parents[1])
+    candidates += [toolkit for packages in pip_cuda_packages() for toolkit in packages.glob("cu*")]
+    for home in map(Path, filter(None, candidates)):
         if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
             return home
     return None
 
 
-def cuda_directory(name: str) -> list[str]:
-    """[CUDA toolkit/name] where CUDA kernels are built."""
-    return [str(find_cuda() / name)] if find_cuda() else []
+def pip_cuda_packages() -> list[Path]:
+    """The folders where pip puts NVIDIA's packages."""
+    nvidia = find_spec("nvidia")
+    return [Path(path) for path in nvidia.submodule_search_locations or ()] if nvidia else []
 
 
-def cuda_version() -> str:
-    text = subprocess.run([find_cuda() / "bin/nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+def find_cudart(toolkit: Path) -> Path | None:
+    """The folder of the static CUDA runtime: the toolkit's, else that of pip's package for the same CUDA."""
+    target = {"aarch64": "sbsa"}.get(platform.machine(), platform.machine())
+    folders = [toolkit / name for name in ("lib64", "lib", f"targets/{target}-linux/lib")]
+    major = cuda_version(toolkit).split(".")[0]
+    package = "cuda_runtime" if major == "12" else f"cu{major}"
+    folders += [packages / package / "lib" for packages in pip_cuda_packages()]
+    return next((folder for folder in folders if (folder / "libcudart_static.a").exists()), None)
+
+
+def cuda_version(toolkit: Path) -> str:
+    text = subprocess.run([toolkit / "bin/nvcc", "--version"], check=True, capture_output=True, text=True).stdout
     return text.split("release ")[1].split(",")[0]
 
 
 @cache
-def cuda_architectures() -> list[str]:
+def cuda_targets() -> list[str]:
+    """nvcc's flags for the GPUs in TORCH_CUDA_ARCH_LIST: machine code, with +PTX also what later GPUs can translate."""
     import torch
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
 
-    given = os.environ.get("GDFQ_CUDA_ARCHITECTURES", "").replace(",", " ").split()
-    devices = range(torch.cuda.device_count())
-    found = sorted({major * 10 + minor for major, minor in map(torch.cuda.get_device_capability, devices)})
-    return given or [str(capability) for capability in found] or ["80", "90", "100", "120"]
+    if os.environ.get("TORCH_CUDA_ARCH_LIST", "") in ("", "native"):
+        found = sorted({torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())})
+        names = [f"{major}.{minor}" for major, minor in found] or ["8.0", "9.0", "10.0", "12.0"]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names) + "+PTX"
+    try:
+        return _get_cuda_arch_flags()
+    except ValueError as error:
+        given = os.environ["TORCH_CUDA_ARCH_LIST"]
+        sys.exit(f"gdfq: TORCH_CUDA_ARCH_LIST={given!r}: {error}; allowed are '9.0', '8.0;9.0+PTX', 'Hopper', ...")
+
+
+def cuda_architectures() -> list[str]:
+    """What the library has CUDA kernels for, as nvcc names it: ["sm_90", "compute_90"]."""
+    return [flag.rpartition("code=")[2] for flag in cuda_targets()] if find_cuda() else []
+
+
+def max_jobs() -> int:
+    """MAX_JOBS, which torch gives to ninja, for nvcc; the number of processors unless it is set."""
+    given = os.environ.get("MAX_JOBS") or str(os.cpu_count())
+    if not given.isdecimal() or int(given) == 0:
+        sys.exit(f"gdfq: MAX_JOBS={given!r} is no number of compilers; give a whole number from 1")
+    return int(given)
 
 
 def compile_cuda(directory: Path) -> list[str]:
-    """Compiles what changed for all architectures, with code that later GPUs can translate; returns the objects."""
-    architectures = cuda_architectures()
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    targets.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+    """Compiles what changed; returns the objects."""
     flags = [*NVCC_FLAGS, *(["-Werror=all-warnings"] if WERROR else [])]
     newest_header = max(path.stat().st_mtime for path in (ROOT / "csrc/kernels").glob("*.*h"))
 
     def compile_one(source: str) -> str:
         object_file = directory / Path(source).with_suffix(".cu.o")
         object_file.parent.mkdir(parents=True, exist_ok=True)
-        command = [find_cuda() / "bin/nvcc", *flags, *targets, "-c", source, "-o", object_file]
+        command = [find_cuda() / "bin/nvcc", *flags, *cuda_targets(), "-c", source, "-o", object_file]
         command_file = object_file.with_suffix(".command")
         command_line = " ".join(map(str, command))
         is_new = object_file.exists() and object_file.stat().st_mtime > max(
@@ -240,11 +272,12 @@ def compile_cuda(directory: Path) -> list[str]:
         )
         if not (is_new and command_file.exists() and command_file.read_text() == command_line):
             print(command_line, flush=True)
-            subprocess.run(command, check=True, cwd=ROOT)
+            if subprocess.run(command, cwd=ROOT).returncode != 0:
+                sys.exit(f"gdfq: nvcc did not compile {source}; the reason stands above")
             command_file.write_text(command_line)
         return str(object_file)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_jobs()) as pool:
         return list(pool.map(compile_one, sources("cuda")))
 
 

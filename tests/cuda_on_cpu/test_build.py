@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is
 SETTINGS = {
     "GDFQ_BUILD": "require",
     "GDFQ_CUDA": "require",
-    "GDFQ_CUDA_ARCHITECTURES": "90",
+    "TORCH_CUDA_ARCH_LIST": "9.0",
     "GDFQ_WERROR": "1",
     "GDFQ_EXT": "require",
     "CUDA_VISIBLE_DEVICES": "",
