@@ -14,7 +14,6 @@ from typing import Any, get_args
 import torch
 from pytorchcv.models.vgg import VGG
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -273,7 +272,8 @@ class PlainPyTorch:
         """To be asked after the warm-up, when torch.compile has met what it cannot capture."""
         words = f"PyTorch, torch.compile in mode {self.variant.compile}" if self.variant.compile else "PyTorch"
         if self.variant.compile == "reduce-overhead":
-            words += f"; compiled functions without a CUDA graph: {counters['inductor']['cudagraph_skips']}"
+            skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+            words += f"; compiled functions without a CUDA graph: {skipped}"
         return words
 
     def evidence(self) -> dict[str, float]:

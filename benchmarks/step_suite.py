@@ -96,18 +96,18 @@ class Suite:
     def measure(self, name: str, task: Task) -> None:
         self._path(name).unlink(missing_ok=True)  # should this one fail, an older one is not its result
 
-        def keep(result: dict[str, Any]) -> None:
+        def write_result(result: dict[str, Any]) -> None:
             self.cells[name] = result
             write_text(self._path(name), json.dumps(result, indent=2) + "\n")
             self.write()
 
         try:
-            result = step.measure(task, self.plan, keep)
+            result = step.measure(task, self.plan, write_result)
         except (RuntimeError, GdfqError) as error:
             self.failed[name] = str(error)
             self.write()
         else:
-            keep(result)
+            write_result(result)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
