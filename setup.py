@@ -10,6 +10,7 @@ for which GPUs, as torch reads it ("9.0", "8.0;9.0+PTX", "Hopper"); unless given
 10.0, 12.0 and later ones. MAX_JOBS is the most compilers at a time. GDFQ_WERROR=1 makes warnings errors.
 """
 
+import json
 import os
 import platform
 import runpy
@@ -20,6 +21,7 @@ import tomllib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,6 +124,7 @@ def compiled_parts() -> Mapping:
 
         def build_extension(self, extension: Extension) -> None:
             if extension is operators:
+                touch_changed_sources(Path(self.build_temp))
                 extension.sources.append(write_stamp(Path(self.build_temp)))
                 extension.extra_objects = compile_cuda(Path(self.build_temp)) if cuda else []
             super().build_extension(extension)
@@ -134,6 +137,18 @@ def sources(part: str) -> list[str]:
     lines = (ROOT / "csrc/sources.txt").read_text().splitlines()
     entries = (line.split() for line in lines if line and not line.startswith("#"))
     return [path for name, path in entries if name == part]
+
+
+def touch_changed_sources(directory: Path) -> None:
+    """Makes sources that differ from the last build's newer than it: ninja goes by time, and copies may have old ones."""
+    record = directory / "sources.json"
+    known = json.loads(record.read_text()) if record.exists() else {}
+    digests = {str(path): sha256(path.read_bytes()).hexdigest() for path in (ROOT / "csrc").rglob("*.*")}
+    for path, digest in digests.items():
+        if known.get(path, digest) != digest:
+            os.utime(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(digests))
 
 
 def write_stamp(directory: Path) -> str:
@@ -151,7 +166,6 @@ def write_stamp(directory: Path) -> str:
     )
     file = directory / "stamp.cpp"
     if not (file.exists() and file.read_text() == text):
-        directory.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     return str(file)
 
