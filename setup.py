@@ -140,7 +140,7 @@ def sources(part: str) -> list[str]:
 
 
 def touch_changed_sources(directory: Path) -> None:
-    """Makes sources that differ from the last build's newer than it: ninja goes by time, and a copy may have an old one."""
+    """Makes sources that differ from the last build's newer than it: ninja goes by times, and copies keep theirs."""
     record = directory / "sources.json"
     known = json.loads(record.read_text()) if record.exists() else {}
     digests = {str(path): sha256(path.read_bytes()).hexdigest() for path in (ROOT / "csrc").rglob("*.*")}
