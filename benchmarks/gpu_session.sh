@@ -214,18 +214,19 @@ second() {
         show tail 2500 killed-run.log
         show tail 2500 accuracy.log
     }
-    local cifar=() sanitizer=() training shape=() size=()
+    local cifar=() sanitizer=() training shape=() small=()
     prebuilt || build || without_library # the first call has built; the time is for training
     # Training takes what a killed run and huge tensors leave, and the sanitizer what is left then.
     training=$(($(left) - 75 - 25))
     ((training > 180)) && training=180
     [[ -d ${visit:-/nonexistent}/cifar10 ]] && cifar=(--cifar "$visit/cifar10")
     if ((dry)); then
-        training=1 shape=(--batch 4 --images 32) size=(--image-size 32 --batch 2 --iterations 8)
+        training=1 shape=(--batch 4 --images 32)
+        small=(--model gdfq.demo:teacher --image-size 28 --batch 2 --iterations 8)
     fi
     try accuracy $((training + 30)) "$PYTHON" -m benchmarks.accuracy_in_time --seconds "$training" "${cifar[@]}" \
         "${shape[@]}" --run "$runs/accuracy" --out "$results/accuracy.json"
-    try killed-run 75 "$PYTHON" -m benchmarks.killed_run "${size[@]}" --runs "$runs" --out "$results/killed-run.json"
+    try killed-run 75 "$PYTHON" -m benchmarks.killed_run "${small[@]}" --runs "$runs" --out "$results/killed-run.json"
     try huge 40 "${pytest[@]}" tests/gpu/test_huge.py
     # Every operation once on small, odd shapes: a sanitizer slows everything down. The caching allocator would hide what
     # is written behind a tensor's end.

@@ -29,9 +29,9 @@ GDFQ = "import torch; torch.backends.cudnn.deterministic = True; from gdfq.cli i
 TOLERANCE = 1e-3
 
 
-def resnet18(image_size: int) -> nn.Module:
+def resnet18() -> nn.Module:
     """Random weights, the same every time, with BN statistics of Gaussian images."""
-    return new_model(new_task("pytorchcv:resnet18", None if image_size == 224 else image_size))
+    return new_model(new_task("pytorchcv:resnet18"))
 
 
 def quantize(*arguments: str) -> subprocess.Popen:
@@ -45,11 +45,11 @@ def beginning(args: argparse.Namespace, run: Path) -> list[str]:
         "schedule.epochs": EPOCHS, "schedule.iterations": iterations, "schedule.batch_size": args.batch,
         "schedule.range_epochs": 1, "schedule.warmup_epochs": 2, "schedule.range_batches": 2,
         "schedule.milestones": [3], "student.learning_rate": 1e-4, "run.held_out_images": 2 * args.batch,
-        "run.log_every": 1, "run.checkpoint_every": iterations,
+        "run.log_every": 1, "run.checkpoint_every": args.iterations // 2,
     }  # fmt: skip
-    model = ("--model", "benchmarks.killed_run:resnet18", "--model-arg", f"image_size={args.image_size}")
+    model = ("--model", args.model, "--image-size", str(args.image_size), "--preset", "imagenet")
     options = [option for key, value in settings.items() for option in ("--set", f"{key}={value}")]
-    return [*model, "--image-size", str(args.image_size), "--preset", "imagenet", *options, "--out", str(run)]
+    return [*model, *options, "--out", str(run)]
 
 
 def kill_in_the_middle(process: subprocess.Popen, run: Path, iteration: int) -> int:
@@ -72,12 +72,12 @@ def difference(one: Path, other: Path) -> tuple[bool, float]:
     (tensors, _), (others, _) = (load_tensors(run / run_folder.CHECKPOINT) for run in (one, other))
     assert tensors.keys() == others.keys()
     equal = all(torch.equal(value, others[name]) for name, value in tensors.items())
-    relative = (
-        ((value - others[name]).abs().max() / others[name].abs().max().clamp(min=1e-12)).item()
+    relative = [
+        (value - others[name]).abs().max() / others[name].abs().max().clamp(min=1e-12)
         for name, value in tensors.items()
         if value.is_floating_point() and value.numel()
-    )
-    return equal, max(relative)
+    ]
+    return equal, torch.stack(relative).max().item()  # NaN if one of them is
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -85,6 +85,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.killed_run", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    parser.add_argument("--model", default="benchmarks.killed_run:resnet18", help="default: %(default)s")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--iterations", type=int, default=200, help="of a run, a multiple of 4")
@@ -109,11 +110,12 @@ def main(arguments: list[str] | None = None) -> int:
     ends = [last_entry(run)["iteration"] for run in (whole, killed)]
     equal, largest = difference(whole, killed)
     result |= {"killed_after": last, "exit_codes": codes, "iterations": ends, "equal": equal, "difference": largest}
-    result |= {"image_size": args.image_size, "batch": args.batch, "execution": last_entry(killed)["execution"]}
+    result |= {"model": args.model, "image_size": args.image_size, "batch": args.batch}
+    result["execution"] = last_entry(killed)["execution"]
     write_text(args.out, json.dumps(result, indent=1) + "\n")
     same = "bit for bit the same" if equal else f"up to {largest:.2g} of a tensor's largest value apart"
     print(
-        f"ResNet-18, {args.image_size} pixels, batch {args.batch} ({result['execution']}): killed after iteration "
+        f"{args.model}, {args.image_size} pixels, batch {args.batch} ({result['execution']}): killed after iteration "
         f"{last}, resumed, ended at {ends[1]} of {ends[0]}, exit codes {codes}; {same}\n{describe(result)}"
     )
     return 0 if codes == [0, 0] and ends[0] == ends[1] == args.iterations and largest <= TOLERANCE else 1

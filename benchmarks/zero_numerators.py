@@ -15,6 +15,7 @@ copy of the input. The range begins at 0 and has steps of 1, so that every numer
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,14 @@ LEVELS = 2**BITS - 1
 POSITIVE = "positive"
 
 
-def inputs(shape: tuple[int, ...], behind_relu: bool) -> dict[str, Tensor]:
+def inputs(shape: tuple[int, ...], behind_relu: bool, device: str) -> dict[str, Tensor]:
     """Name -> x in float32, contiguous; see above."""
-    generator = torch.Generator().manual_seed(0)
-    positive = 0.6 + (LEVELS - 0.6) * torch.rand(shape, generator=generator)
-    is_half = torch.rand(shape, generator=generator) < 0.5
+    torch.manual_seed(0)
+    positive = 0.6 + (LEVELS - 0.6) * torch.rand(shape, device=device)
+    is_half = torch.rand(shape, device=device) < 0.5
     if behind_relu:
         return {POSITIVE: positive, "half zero": torch.where(is_half, -positive, positive)}
-    small = 0.05 + 0.35 * torch.rand(shape, generator=generator)
+    small = 0.05 + 0.35 * torch.rand(shape, device=device)
     return {
         POSITIVE: positive,
         "half small": torch.where(is_half, small, positive),
@@ -63,30 +64,29 @@ def kernels(channels: int, device: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measure(device: str, layer: str, megabytes: float, dtype: str, layout: str, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    device: str, layer: str, megabytes: float, dtype: str, layout: str, rounds: int
+) -> Iterator[dict[str, Any]]:
     """A row for every kernel and data set."""
     shape = Shape(layer, megabytes).of(DTYPES[dtype].itemsize)
-    clock, rows = clock_for(device), []
+    clock = clock_for(device)
     for name, kernel in kernels(shape[1], device).items():
         data = {
-            kind: x.to(device, DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout])
-            for kind, x in inputs(shape, behind_relu=name != "fake_quantize").items()
+            kind: x.to(DTYPES[dtype], memory_format=LAYOUTS[layout])
+            for kind, x in inputs(shape, name != "fake_quantize", device).items()
         }
         source, target = data[POSITIVE], torch.empty_like(data[POSITIVE])
         calls = {kind: lambda x=x, kernel=kernel: kernel(x) for kind, x in data.items()}
         calls[COPY] = lambda source=source, target=target: target.copy_(source)
         seconds = {who: times for (who, cache), times in turns(calls, clock, rounds).items() if cache == "cold"}
         for kind in data:
-            rows.append(
-                {
-                    "kernel": name, "dtype": dtype, "layout": layout, "shape": "x".join(map(str, shape)), "data": kind,
-                    "zero_numerators": zero_share(kernel(data[kind])), "rounds": len(seconds[kind]),
-                    "median_us": median(seconds[kind]) * 1e6, "copy_us": median(seconds[COPY]) * 1e6,
-                    "share_of_copy": ratio(seconds[COPY], seconds[kind]),
-                    "over_positive": ratio(seconds[kind], seconds[POSITIVE]),
-                }
-            )  # fmt: skip
-    return rows
+            yield {
+                "kernel": name, "dtype": dtype, "layout": layout, "shape": "x".join(map(str, shape)), "data": kind,
+                "zero_numerators": zero_share(kernel(data[kind])), "rounds": len(seconds[kind]),
+                "median_us": median(seconds[kind]) * 1e6, "copy_us": median(seconds[COPY]) * 1e6,
+                "share_of_copy": ratio(seconds[COPY], seconds[kind]),
+                "over_positive": ratio(seconds[kind], seconds[POSITIVE]),
+            }  # fmt: skip
 
 
 def zero_share(y: Tensor) -> float:
@@ -94,18 +94,14 @@ def zero_share(y: Tensor) -> float:
     return (y == 0).float().mean().item()
 
 
-def table(result: dict[str, Any]) -> str:
-    lines = [
-        "The same kernel, cold cache, on positive numerators and on half of them 0",
-        f"{'kernel':29}{'type':6}{'data':12}{'zeros':>6}{'us':>9}{'of copy':>9}{'/ positive':>12}",
-    ]
-    for row in result["rows"]:
-        lines.append(
-            f"{row['kernel']:29}{row['dtype']:6}{row['data']:12}{row['zero_numerators']:6.0%}{row['median_us']:9.1f}"
-            f"{row['share_of_copy']:9.0%}{row['over_positive']:12.3f}"
-        )
-    rows = result["rows"]
-    return "\n".join([*lines, f"{rows[0]['shape']}, {rows[0]['layout']}; {result['backend']}", describe(result)])
+HEADER = f"{'kernel':29}{'type':6}{'data':12}{'zeros':>6}{'us':>9}{'of copy':>9}{'/ positive':>12}"
+
+
+def line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['kernel']:29}{row['dtype']:6}{row['data']:12}{row['zero_numerators']:6.0%}{row['median_us']:9.1f}"
+        f"{row['share_of_copy']:9.0%}{row['over_positive']:12.3f}"
+    )
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -131,11 +127,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     result = {**provenance(torch.get_num_threads()), "backend": gdfq_ext.backend_report().cause, "rows": []}
+    print(f"cold cache, {args.layer} {args.mb:g} MB, {args.layout}; {result['backend']}\n{describe(result)}\n{HEADER}")
     for dtype in args.dtypes:
-        result["rows"] += measure(device, args.layer, args.mb, dtype, args.layout, args.rounds)
-    print(table(result))
-    if args.out is not None:
-        write_text(args.out, json.dumps(result, indent=1) + "\n")
+        for row in measure(device, args.layer, args.mb, dtype, args.layout, args.rounds):
+            result["rows"].append(row)
+            print(line(row), flush=True)
+            if args.out is not None:  # a run that is cut off leaves what it had
+                write_text(args.out, json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -16,14 +16,14 @@ def numerators(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_half_of_the_numerators_are_0_and_nothing_else_differs():
-    data = zero_numerators.inputs(SHAPE, behind_relu=False)
+    data = zero_numerators.inputs(SHAPE, False, "cpu")
     assert (numerators(data["positive"]) >= 1).all()
     for name in ("half small", "half zero"):
         is_zero = numerators(data[name]) == 0
         assert 0.45 < is_zero.float().mean() < 0.55
         assert torch.equal(data[name][~is_zero], data["positive"][~is_zero])
     assert (data["half small"] > 0).all()
-    relu = zero_numerators.inputs(SHAPE, behind_relu=True)
+    relu = zero_numerators.inputs(SHAPE, True, "cpu")
     assert torch.equal(relu["half zero"].abs(), relu["positive"])
     assert 0.45 < (numerators(relu["half zero"].relu()) == 0).float().mean() < 0.55
 
