@@ -371,7 +371,12 @@ def task_from(args: argparse.Namespace) -> Task:
 
 def end_on_sigterm() -> None:
     """Let a SIGTERM end the program like an exception, so that no worker is left behind."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # `timeout` sends it twice, and the workers are being ended
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,16 +3,18 @@
 import csv
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gdfq_ext
 from benchmarks.step_providers import Gdfq, new_task
 from gdfq.bench import measure, output, peers, shapes, timing
-from gdfq.bench.operations import DTYPES, LAYOUTS, OPERATIONS, Case, Problem, disagreement
+from gdfq.bench.operations import DTYPES, LAYOUTS, OPERATIONS, Case, Problem, SeparateQuantizer, disagreement
 from gdfq.bench.provenance import provenance
 
 LIBRARIES = tuple(name for name in peers.LIBRARIES if peers.why_missing(name) is None)
@@ -44,6 +46,24 @@ def test_what_torch_compile_makes_agrees_with_ours():
     case = OPERATIONS["batch_norm_act_fake_quantize"].build(Problem((3, 8, 7, 5)))
     assert disagreement(case, "compile") is None
     assert disagreement(case, "compile", "both") is None
+
+
+def test_the_separate_quantizer_ends_in_no_conversion_that_changes_nothing():
+    """torch.compile of PyTorch 2.11 would lose its gradient."""
+    called = []
+
+    class Note(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            called.append(func)
+            return func(*args, **(kwargs or {}))
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x, bounds = torch.randn(8, dtype=dtype), torch.tensor([-1.0, 1.0])
+        called.clear()
+        with Note():
+            y = SeparateQuantizer.forward(SimpleNamespace(), x, bounds[:1], bounds[1:], 4, False)
+        assert y.dtype == dtype
+        assert (torch.Tensor.to in called) == (dtype != torch.float32)
 
 
 def test_a_disagreement_is_found():

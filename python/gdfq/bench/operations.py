@@ -126,7 +126,9 @@ class SeparateQuantizer(torch.autograd.Function):
         level = torch.round(scale * x - zero)
         if clipped:
             ctx.save_for_backward((level >= -half) & (level <= half - 1))
-        return ((torch.clamp(level, -half, half - 1) + zero) / scale).to(x.dtype)
+        y = (torch.clamp(level, -half, half - 1) + zero) / scale
+        # torch.compile of PyTorch 2.11 takes a result of a `to` that changes nothing for one without a gradient.
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
