@@ -41,6 +41,7 @@ IMPORTS = 6  # seconds that a process needs before its first line of ours
 EVALUATION = 20  # seconds kept back for it, a quarter of all at most
 SAVING = 30  # seconds that a run may take to end
 STOPPED = 130  # exit code after a stop that saved
+PLANNED = 0.9  # of the time: graphs are captured and epochs end with an evaluation
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     starting = time.monotonic() - begun  # the run, too, needs this long before its first iteration
     left = args.seconds - starting - min(EVALUATION, args.seconds / 4)
     epochs = Config.load(RECIPE).schedule.epochs
-    planned = epochs * max(1, int((left - starting) * 1e3 / milliseconds / epochs))
+    planned = epochs * max(1, int(PLANNED * (left - starting) * 1e3 / milliseconds / epochs))
     settings = {"schedule.iterations": planned // epochs, "schedule.batch_size": args.batch}
     settings |= {"run.log_every": max(1, planned // 100), "run.checkpoint_every": planned}  # a stop saves, too
     result |= {"subject": what.name, "ms_per_iteration": milliseconds, "planned_iterations": planned, **settings}
