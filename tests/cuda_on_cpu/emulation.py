@@ -2,26 +2,37 @@
 
 import ctypes
 import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch.utils.cpp_extension import load
+from torch.utils.cpp_extension import include_paths, library_paths, load
 
 from gdfq_ext._schemas import SCHEMAS
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 # What CUDA's compiler takes for granted, and the arithmetic of the host: no contraction.
-FLAGS = ["-O1", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS = [
+    *("-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+]
+# What is undefined traps, which the emulation makes an error of its own.
+TRAPS = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-D_GLIBCXX_ASSERTIONS"]
 VARIANTS = {
-    "plain": ([], []),
-    "coverage": (["--coverage", "-O0"], ["--coverage"]),
+    "plain": (["-O1", *TRAPS], []),
+    "mutant": (["-O0", *TRAPS], []),  # compiled for one run of the tests
+    "coverage": (["-O0", "--coverage"], ["--coverage"]),
     "sanitize": (
-        ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"],
+        ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"],
         ["-fsanitize=address,undefined"],
     ),
 }
+# A kernel's __shared__ variables together may not be larger on any GPU without asking.
+MOST_SHARED_BYTES = 48 * 1024
 
 
 def kernel_sources() -> list[Path]:
@@ -33,26 +44,68 @@ def kernel_sources() -> list[Path]:
 
 @cache
 def library(variant: str = os.environ.get("GDFQ_EMULATION", "plain")) -> ctypes.CDLL:
-    """Compile what changed, load, and define the operators."""
+    """Compile what changed, and load it."""
     directory = ROOT / "build" / "cuda_on_cpu" / variant
     directory.mkdir(parents=True, exist_ok=True)
     compile_flags, link_flags = VARIANTS[variant]
     name = f"gdfq_cuda_on_cpu_{variant}"
-    schemas = torch.library.Library("gdfq_cuda_on_cpu", "DEF")
-    for op, schema in SCHEMAS.items():
-        schemas.define(op + schema)
     load(
         name,
-        [str(HERE / "binding.cpp"), *(str(_as_cpp(source, directory)) for source in kernel_sources())],
-        extra_cflags=[*FLAGS, *compile_flags, "-DTORCH_TARGET_VERSION=0x020b000000000000"],
+        [str(HERE / name) for name in ("binding.cpp", "guarded_memory.cpp")]
+        + [str(_as_cpp(source, directory)) for source in kernel_sources()],
+        extra_cflags=[*FLAGS, *compile_flags],
         extra_include_paths=[str(HERE / "include")],
         extra_ldflags=link_flags,
         build_directory=str(directory),
         is_python_module=False,
     )
-    loaded = ctypes.CDLL(str(directory / f"{name}.so"))
+    return load_library(directory / f"{name}.so")
+
+
+def load_library(path: Path) -> ctypes.CDLL:
+    """Load a library of the kernels, and define their operators.
+
+    Raises:
+        RuntimeError: a kernel has more shared memory than a GPU.
+    """
+    for function, size in shared_bytes(path).items():
+        if size > MOST_SHARED_BYTES:
+            raise RuntimeError(f"{function} has {size} bytes of __shared__ memory; a GPU has {MOST_SHARED_BYTES}")
+    schemas = torch.library.Library("gdfq_cuda_on_cpu", "DEF")
+    for op, schema in SCHEMAS.items():
+        schemas.define(op + schema)
+    loaded = ctypes.CDLL(str(path))
     loaded.schemas = schemas  # the definitions live as long as the library
     return loaded
+
+
+def shared_bytes(path: Path) -> dict[str, int]:
+    """Bytes of __shared__ memory of each kernel of a library, with those of all functions that kernels may call.
+
+    The emulation makes thread-local variables of them, which stand among the library's symbols with their sizes.
+    """
+    command = ["readelf", "--symbols", "--wide", "--demangle", path]
+    sizes: dict[str, int] = {}
+    for line in subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines():
+        fields = line.split(maxsplit=7)  # number, value, size, type, binding, visibility, section, name
+        if fields[3:4] == ["TLS"] and fields[7].startswith("gdfq::cuda::"):
+            function = fields[7].rpartition("::")[0]
+            sizes[function] = sizes.get(function, 0) + int(fields[2], 0)
+    called = sum(size for function, size in sizes.items() if "_kernel" not in function)
+    return {function: size + called for function, size in sizes.items() if "_kernel" in function}
+
+
+def compile_command(flags: list[str]) -> list[str]:
+    """A compiler and its arguments, for single files of the emulation."""
+    includes = [flag for folder in include_paths() for flag in ("-isystem", folder)]
+    return [os.environ.get("CXX", "c++"), "-std=c++20", "-fPIC", *FLAGS, *flags, f"-I{HERE / 'include'}", *includes]
+
+
+def link_command(flags: list[str]) -> list[str]:
+    """The same for a library of what was compiled."""
+    folders = [f"-L{folder}" for folder in library_paths()]
+    libraries = ["-Wl,--no-as-needed", "-lc10", "-ltorch_cpu", "-ltorch"]
+    return [os.environ.get("CXX", "c++"), "-shared", *flags, *folders, *libraries]
 
 
 def _as_cpp(source: Path, directory: Path) -> Path:
@@ -67,3 +120,29 @@ def _as_cpp(source: Path, directory: Path) -> Path:
 def set_seed(seed: int) -> None:
     """Choose the order in which threads and blocks run; 0 for the plain one."""
     library().gdfq_set_seed(ctypes.c_uint(seed))
+
+
+@contextmanager
+def guarded_memory() -> Iterator[None]:
+    """Tensors that are made inside lie between pages that nobody may touch.
+
+    Raises:
+        AssertionError: at the end, where something was written beside a tensor that has been freed.
+    """
+    library().gdfq_guard_memory(True)
+    try:
+        yield
+    finally:
+        library().gdfq_guard_memory(False)
+    damaged = library().gdfq_take_damaged()
+    assert damaged == 0, f"{damaged} tensors were written beside"
+
+
+@contextmanager
+def most_blocks(count: int) -> Iterator[None]:
+    """Longer grids run only so many of their blocks, half at the beginning and half at the end."""
+    library().gdfq_set_most_blocks(ctypes.c_uint(count))
+    try:
+        yield
+    finally:
+        library().gdfq_set_most_blocks(ctypes.c_uint(-1))

@@ -1,228 +1,367 @@
-"""Plants bugs in a copy of the CUDA kernels, one after another, and shows that test_kernels.py catches each of them.
+"""Plants bugs in the CUDA kernels, one after another, and shows that the tests of this folder catch them.
 
-    python tests/cuda_on_cpu/mutations.py
+    python tests/cuda_on_cpu/mutations.py planted       # those of planted_bugs.py
+    python tests/cuda_on_cpu/mutations.py mechanical    # those of mechanical_bugs.py
 
-The exit code is 1 if a bug survives, or if the kernels have changed so that it can no longer be planted.
+All is done in copies. Each bug is compiled and tried by the tests that touch it: those of the operators whose sources
+include the file, with threads in their plain order, and where a barrier is gone in shuffled ones too. The mechanical
+bugs take hours. --out, JSON lines, gets the outcome of each as it is there, and what it has from before is kept: while
+the kernels are as they were, and for a survivor also the tests. survivors.toml says of every survivor why no test has
+to catch it. The exit code is 1 if a bug survives that it does not know.
 """
 
+import argparse
+import hashlib
+import itertools
+import json
 import os
+import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import tomllib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
-COPIED = ("csrc", "gdfq_ext", "tests/cuda_on_cpu", "tests/gdfq_ext/op_cases.py", "pyproject.toml")
-SECONDS = 600  # a bug may also make a kernel run for ever
+import pytest
+import torch
 
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "tests/gdfq_ext")]
 
-class Mutation(NamedTuple):
-    file: str
-    """In csrc/kernels."""
-    old: str
-    """What stands there, exactly once."""
-    new: str
-    why: str
-    """What kind of mistake this is."""
+import emulation  # noqa: E402
+from mechanical_bugs import BARRIER, KERNELS, WIDE, Bug, mechanical_bugs  # noqa: E402
+from planted_bugs import PLANTED, PlantedBug  # noqa: E402
 
+from gdfq_ext._schemas import SCHEMAS  # noqa: E402
 
-BARRIER = Mutation(
-    "channels.cuh",
-    "__syncthreads();\n      // The threads of the block's first rows",
-    "// The threads of the block's first rows",
-    "no barrier between writing and adding the threads' sums",
-)
-TAIL = Mutation(
-    "fake_quantize.cu",
-    "first + v < numel; ++v) y[",
-    "first + v + 1 < numel; ++v) y[",
-    "the last element of a ragged tensor is not written",
-)
-MUTATIONS = [
-    BARRIER,
-    TAIL,
-    Mutation(
-        "channels.cuh",
-        "#pragma unroll\n    for (int k = 0; k < Operation::kSums; ++k) {\n      __syncthreads();",
-        "#pragma unroll\n    for (int k = 0; k < Operation::kSums; ++k) {",
-        "no barrier between adding one sum and writing the next",
-    ),
-    Mutation(
-        "reduce.cuh",
-        "  __syncthreads();  // an earlier result may still be being read\n",
-        "",
-        "no barrier between reading one result and writing the next",
-    ),
-    Mutation(
-        "reduce.cuh",
-        "if (lane == 0) of_warp[warp] = value;\n  __syncthreads();",
-        "if (lane == 0) of_warp[warp] = value;",
-        "no barrier between the warps' results and their join",
-    ),
-    Mutation(
-        "reduce.cuh",
-        "for (int distance = kWarp / 2;",
-        "for (int distance = kWarp / 4;",
-        "shuffles over half a warp",
-    ),
-    Mutation(
-        "reduce.cuh",
-        "lane < warps ? of_warp[lane]",
-        "lane < warps - 1 ? of_warp[lane]",
-        "the last warp is left out",
-    ),
-    Mutation(
-        "reduce.cuh",
-        "(b > a || b != b) ? b : a",
-        "b > a ? b : a",
-        "a maximum that loses NaN",
-    ),
-    Mutation(
-        "channels.cuh",
-        "if (first + u * blockDim.x < end) apply",
-        "if (first + u * blockDim.x <= end) apply",
-        "one vector too many at the end of a share of planes",
-    ),
-    Mutation(
-        "channels.cuh",
-        "in_one_plane ? into_plane * N : 0",
-        "in_one_plane ? into_plane : 0",
-        "a share's offset counted in vectors instead of elements",
-    ),
-    Mutation(
-        "channels.cuh",
-        "share_end < shape.rows ? share_end : shape.rows",
-        "share_end",
-        "the last share of rows runs past the tensor",
-    ),
-    Mutation(
-        "channels.cuh",
-        "+ of_sample) * gridDim.y + blockIdx.y] = sum",
-        "+ of_sample) * gridDim.y] = sum",
-        "all shares of a channel write to one place",
-    ),
-    Mutation(
-        "channels.cuh",
-        "i < partial.shares; i += kWarp",
-        "i < partial.shares; i += 2 * kWarp",
-        "every other 32 of the shares are left out",
-    ),
-    Mutation(
-        "divider.h",
-        "/ static_cast<std::uint64_t>(d) + 1)",
-        "/ static_cast<std::uint64_t>(d))",
-        "a multiplier rounded down: multiples of the divisor come out one too low",
-    ),
-    Mutation(
-        "fake_quantize.cu",
-        "distance < lanes; distance *= 2) byte",
-        "distance <= lanes; distance *= 2) byte",
-        "mask bytes mixed with those of the neighbouring lanes",
-    ),
-    Mutation(
-        "fake_quantize.cu",
-        "if (first + N > numel) flags &=",
-        "if (first > numel) flags &=",
-        "mask bits past the end are not cleared",
-    ),
-    Mutation(
-        "fake_quantize_weight.cu",
-        "if (block < layers.at[middle].first_block)",
-        "if (block <= layers.at[middle].first_block)",
-        "a layer's first block works on the layer before",
-    ),
-    Mutation(
-        "observe_range.cu",
-        "if (rest < numel)",
-        "if (rest + 1 < numel)",
-        "the last element is not looked at",
-    ),
-    Mutation(
-        "bns_loss.cu",
-        "batch_terms += count;",
-        "",
-        "the terms of a second launch overwrite those of the first",
-    ),
-    Mutation(
-        "distillation_loss.cu",
-        "label >= 0 && label < classes",
-        "label >= 0 && label <= classes",
-        "a label one past the last class counts as one",
-    ),
-    Mutation(
-        "conditional_batch_norm_act.cu",
-        "if (groups.norm.labels[n] == row) return;",
-        "if (groups.norm.labels[n] == row) break;",
-        "all samples of a label write to its row, the last one to run wins",
-    ),
-]
+SURVIVORS = HERE / "survivors.toml"
+TESTS = [HERE / name for name in ("test_kernels.py", "test_large_tensors.py")]
+SECONDS = 300  # a bug may also make a kernel run for ever
+RAISED = 70  # the code of a child whose function raised something
+CAUGHT, SURVIVED, INVALID, SAME = "caught", "survived", "does not compile", "the same machine code"
 
 
-def occurrences(mutation: Mutation) -> int:
-    return (ROOT / "csrc/kernels" / mutation.file).read_text().count(mutation.old)
+def occurrences(bug: PlantedBug) -> int:
+    return (KERNELS / bug.file).read_text().count(bug.old)
 
 
-def outcomes(mutations: Sequence[Mutation | None], folder: Path) -> Iterator[tuple[str, bool]]:
-    """For each mutation, planted in a copy in `folder`: what became of it, and whether the tests failed as they should.
+def planted_bugs(bugs: list[PlantedBug]) -> list[Bug]:
+    """Raises LookupError where the kernels have changed so that a bug can no longer be planted."""
+    for bug in bugs:
+        if occurrences(bug) != 1:
+            raise LookupError(f"{bug.file}: {bug.old!r} occurs {occurrences(bug)} times; adapt planted_bugs.py")
+    return [
+        Bug(bug.file, (KERNELS / bug.file).read_text().index(bug.old), bug.old, bug.new, f"{bug.file}: {bug.why}")
+        for bug in bugs
+    ]
 
-    None stands for the kernels as they are.
+
+# ---- compiling
+
+
+class Compiler:
+    """Libraries of the emulation with one file of csrc/kernels exchanged."""
+
+    def __init__(self, folder: Path) -> None:
+        flags, links = emulation.VARIANTS["mutant"]
+        command = [*emulation.compile_command(flags), "-w"]
+        header = folder / "cuda_runtime.h"  # compiled once, which is half of the time
+        header.symlink_to(HERE / "include/cuda_runtime.h")
+        subprocess.run([*command, "-x", "c++-header", header, "-o", f"{header}.gch"], check=True)
+        self.compile = [*command, "-include", header, "-x", "c++"]
+        self.link = emulation.link_command(links)
+        self.folder = folder
+        self.sources = [f"csrc/kernels/{source.name}" for source in emulation.kernel_sources()]
+        self.sources += [f"tests/cuda_on_cpu/{name}.cpp" for name in ("binding", "guarded_memory")]
+        self.objects = {source: folder / f"{Path(source).stem}.o" for source in self.sources}
+        for source, path in self.objects.items():
+            subprocess.run([*self.compile, "-c", ROOT / source, "-o", path], check=True)
+        self.plain = self._linked(self.objects, folder)
+
+    @cache  # noqa: B019  (there is one compiler)
+    def that_include(self, file: str) -> list[str]:
+        """The sources that a file is part of."""
+        found = []
+        for source in self.sources:
+            done = subprocess.run([*self.compile, "-MM", ROOT / source], check=True, capture_output=True, text=True)
+            if file in {Path(word).name for word in done.stdout.split()}:
+                found.append(source)
+        return found
+
+    def libraries(self, bug: Bug, number: int) -> Iterator[tuple[Path, set[str]] | None]:
+        """For one kernel source after another that has the bug, a library and the operators that have it there; None
+        where the source gives the same machine code.
+
+        Raises:
+            SyntaxError: it does not compile.
+        """
+        folder = self.folder / str(number)
+        for name in ("csrc/kernels", "csrc/binding", "tests/cuda_on_cpu"):
+            (folder / name).mkdir(parents=True)
+            for path in (ROOT / name).glob("*.*"):
+                (folder / name / path.name).symlink_to(path)
+        (folder / "csrc/kernels" / bug.file).unlink()
+        (folder / "csrc/kernels" / bug.file).write_text(bug.text())
+        objects = dict(self.objects)
+        try:
+            # The binding first: it shares headers with the kernels.
+            for source in sorted(self.that_include(bug.file), key=lambda source: not source.startswith("tests")):
+                objects[source] = folder / self.objects[source].name
+                command = [*self.compile, "-c", folder / source, "-o", objects[source]]
+                done = subprocess.run(command, capture_output=True)
+                if done.returncode != 0:
+                    raise SyntaxError(done.stderr.decode())
+                if operators_in(source):
+                    is_same = objects[source].read_bytes() == self.objects[source].read_bytes()
+                    yield None if is_same else (self._linked(objects, folder), operators_in(source))
+                    objects[source] = self.objects[source]
+        finally:
+            shutil.rmtree(folder)
+
+    def _linked(self, objects: dict[str, Path], folder: Path) -> Path:
+        library = folder / "library.so"
+        subprocess.run([*self.link, *objects.values(), "-o", library], check=True)
+        return library
+
+
+@cache
+def operators_in(source: str) -> set[str]:
+    """The operators whose kernels a source holds; a single weight is quantized as several are."""
+    text = (ROOT / source).read_text()
+    return {op for op in SCHEMAS if re.search(rf"^void {op}s?\(", text, re.MULTILINE)}
+
+
+# ---- testing
+
+
+class Operators:
+    """torch.ops.gdfq_cuda_on_cpu, in the place of a test module's OPS: notes which operators a test asks for."""
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+
+    def __getattr__(self, name: str):
+        self.asked.add(name)
+        return getattr(torch.ops.gdfq_cuda_on_cpu, name)
+
+
+class Tester:
+    """A plugin of pytest that runs the collected tests once for every bug, each time in a process of its own.
+
+    Attributes:
+        plain: the library without a bug.
+        work: of every bug what `Compiler.libraries` gives, the first to come.
+        results: where outcomes are noted.
     """
-    for name in COPIED:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        else:
-            shutil.copy(ROOT / name, folder / name)
-    for mutation in mutations:
-        if mutation is None:
-            yield run_tests(folder)
-            continue
-        file = folder / "csrc/kernels" / mutation.file
-        text = file.read_text()
-        file.write_text(text.replace(mutation.old, mutation.new))
-        yield run_tests(folder)
-        file.write_text(text)
+
+    def __init__(self, plain: Path, work: list[tuple[Bug, Future, Iterator]], results: Path) -> None:
+        self.plain = plain
+        self.work = work
+        self.results = results
+        self.operators = Operators()
+        self.touched: dict[str, list[str]] = {}
+        self.failed = ""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        for module in {item.module for item in session.items}:
+            module.OPS = self.operators
+        self.touched = json.loads(_in_a_child(lambda: self._touched(session), seconds=10 * SECONDS))
+        for bug, first, rest in self.work:
+            outcome = self._outcome(bug, first, rest, session.items)
+            with self.results.open("a") as file:
+                print(json.dumps({"name": bug.name, **outcome, **fingerprints()}), file=file)
+            print(f"{outcome['outcome']:10} {outcome.get('by', ''):60} {bug.name}", flush=True)
+        return True
+
+    def _outcome(self, bug: Bug, first: Future, rest: Iterator, items: list[pytest.Item]) -> dict[str, str]:
+        outcome = {"outcome": SAME}
+        try:
+            for library in itertools.chain([first.result()], rest):
+                if library is not None:
+                    outcome = self._try(bug, *library, items)
+                if outcome["outcome"] == CAUGHT:
+                    break
+        except SyntaxError:
+            return {"outcome": INVALID}
+        finally:
+            rest.close()
+        return outcome
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and not self.failed:
+            self.failed = report.nodeid.partition("::")[2]
+
+    def _touched(self, session: pytest.Session) -> str:
+        """The operators of every test, as JSON; they all have to pass."""
+        touched = {}
+        for item in self._run(self.plain, session.items):
+            touched[item.nodeid] = sorted(self.operators.asked)
+            self.operators.asked.clear()
+        if self.failed:
+            raise RuntimeError(f"the tests fail before any bug is planted: {self.failed}")
+        return json.dumps(touched)
+
+    def _try(
+        self, bug: Bug, library: Path, operators: set[str], items: list[pytest.Item]
+    ) -> dict[str, str]:
+        """What the tests say that touch one of the operators."""
+        items = [item for item in items if operators & set(self.touched[item.nodeid])]
+        if bug.old != BARRIER:
+            items = [item for item in items if _seed(item) == 0]
+        # The most telling first.
+        items.sort(key=lambda item: ("large" in item.path.name) != (WIDE in bug.old))
+
+        def first_failure() -> str:
+            for module in {item.module for item in items if hasattr(item.module, "compare")}:
+                # Most tests of many operators compare one after the other.
+                module.compare = lambda ops, name, arguments, compare=module.compare: (
+                    compare(ops, name, arguments) if name in operators else None
+                )
+            for _ in self._run(library, items):
+                if self.failed:
+                    break
+            return self.failed
+
+        try:
+            failed = _in_a_child(first_failure, SECONDS)
+        except (TimeoutError, ChildProcessError) as error:
+            return {"outcome": CAUGHT, "by": str(error)}
+        return {"outcome": CAUGHT, "by": failed} if failed else {"outcome": SURVIVED}
+
+    def _run(self, library: Path, items: list[pytest.Item]) -> Iterator[pytest.Item]:
+        """Run the tests with a library; gives each after it has run."""
+        loaded = emulation.load_library(library)
+        emulation.library = lambda: loaded
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            yield item
 
 
-def run_tests(folder: Path) -> tuple[str, bool]:
-    tests = ["tests/cuda_on_cpu/test_kernels.py", "-x", "-q", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *tests]
-    environment = {**os.environ, "GDFQ_EMULATION": "plain", "GDFQ_EXT": "reference"}
-    try:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return "never ends", True
-    if done.returncode == 0:
-        return "SURVIVED", False
-    if "Error building extension" in done.stdout:
-        return "DOES NOT COMPILE", False
-    if done.returncode < 0:
-        return f"crash, signal {-done.returncode}", True
-    failed = [line.split()[1].partition("::")[2] for line in done.stdout.splitlines() if line.startswith("FAILED ")]
-    return (failed[0], True) if failed else (f"exit code {done.returncode} of pytest", False)
+def _seed(item: pytest.Item) -> int:
+    """Of the order of threads in a test; 0 is the plain one."""
+    return item.callspec.params.get("seed", 0) if hasattr(item, "callspec") else 0
+
+
+def _in_a_child(function: Callable[[], str], seconds: float) -> str:
+    """What the function returns in a process of its own, whose output is nobody's.
+
+    Raises:
+        TimeoutError: it took too long.
+        ChildProcessError: the process crashed.
+        RuntimeError: the function raised something.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        try:
+            answer, code = function(), 0
+        except BaseException as error:
+            answer, code = repr(error), RAISED
+        with os.fdopen(writing, "w") as pipe:
+            pipe.write(answer)
+        os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        is_over, _, _ = select.select([pipe], [], [], seconds)
+        if not is_over:
+            os.kill(child, signal.SIGKILL)
+        answer = pipe.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if not is_over:
+        raise TimeoutError("it never ends")
+    if code == RAISED:
+        raise RuntimeError(answer)
+    if code != 0:
+        raise ChildProcessError(f"it crashes with code {code}")
+    return answer
+
+
+# ---- results
+
+
+@cache
+def fingerprints() -> dict[str, str]:
+    """Of the kernels, and of what tries them."""
+    tests = [*HERE.glob("*.cpp"), *HERE.glob("include/*"), HERE / "emulation.py", *TESTS]
+    tests += [ROOT / "gdfq_ext/reference.py", ROOT / "tests/gdfq_ext/op_cases.py"]
+
+    def digest(paths: list[Path]) -> str:
+        return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()[:16]
+
+    return {"kernels": digest(list(KERNELS.iterdir())), "tests": digest(tests)}
+
+
+def outcomes(results: Path) -> dict[str, str]:
+    """Name -> outcome, as far as the file's are valid."""
+    found = {}
+    now = fingerprints()
+    for entry in map(json.loads, results.read_text().splitlines() if results.exists() else []):
+        if entry["kernels"] == now["kernels"] and (entry["outcome"] != SURVIVED or entry["tests"] == now["tests"]):
+            found[entry["name"]] = entry["outcome"]
+    return found
+
+
+def explained() -> dict[str, str]:
+    """Survivor -> why no test has to catch it."""
+    groups = tomllib.loads(SURVIVORS.read_text())["survivors"]
+    return {name: group["reason"] for group in groups for name in group["names"]}
+
+
+def try_bugs(bugs: list[Bug], results: Path, jobs: int) -> None:
+    """Compile and try all bugs; outcomes are noted in `results` and printed as they come.
+
+    Raises:
+        RuntimeError: the tests do not run, or fail without a bug.
+    """
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        compiler = Compiler(Path(folder))
+        work = []
+        for number, bug in enumerate(bugs):
+            libraries = compiler.libraries(bug, number)
+            work.append((bug, pool.submit(next, libraries, None), libraries))
+        tester = Tester(compiler.plain, work, results)
+        arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:benchmark", "-s"]
+        code = pytest.main([*arguments, *map(str, TESTS)], plugins=[tester])
+        if code != pytest.ExitCode.NO_TESTS_COLLECTED:  # as it seems to pytest
+            pool.shutdown(cancel_futures=True)
+            raise RuntimeError(f"pytest ended with code {code}")
 
 
 def main() -> int:
-    gone = [mutation for mutation in MUTATIONS if occurrences(mutation) != 1]
-    for mutation in gone:
-        print(f"{mutation.file}: {mutation.old!r} occurs {occurrences(mutation)} times; adapt this list")
-    if gone:
-        return 1
-    survivors = 0
-    with tempfile.TemporaryDirectory() as folder:
-        results = outcomes([None, *MUTATIONS], Path(folder))
-        if next(results)[0] != "SURVIVED":
-            print("the tests fail before any bug is planted")
-            return 1
-        for mutation, (outcome, caught) in zip(MUTATIONS, results, strict=True):
-            survivors += not caught
-            print(f"{mutation.file:30} {mutation.why:80} {outcome}", flush=True)
-    print(f"{len(MUTATIONS) - survivors} of {len(MUTATIONS)} bugs are caught")
-    return int(survivors > 0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("planted", "mechanical"))
+    parser.add_argument("--only", choices=sorted(path.name for path in KERNELS.iterdir()), help="bugs of this file")
+    parser.add_argument("--out", type=Path, help="default: build/KIND_bugs.jsonl")
+    parser.add_argument("--jobs", type=int, default=2, help="default: %(default)s")
+    args = parser.parse_args()
+    bugs = planted_bugs(PLANTED) if args.kind == "planted" else mechanical_bugs()
+    bugs = [bug for bug in bugs if args.only in (None, bug.file)]
+    results = args.out or ROOT / f"build/{args.kind}_bugs.jsonl"
+    results.parent.mkdir(parents=True, exist_ok=True)
+    done = outcomes(results)
+    missing = [bug for bug in bugs if bug.name not in done]
+    print(f"{len(bugs)} bugs, {len(missing)} of them to be tried", flush=True)
+    if missing:
+        try_bugs(missing, results, args.jobs)
+    done = outcomes(results)
+    unexplained = [bug.name for bug in bugs if done[bug.name] == SURVIVED and bug.name not in explained()]
+    kinds = (CAUGHT, SURVIVED, SAME, INVALID)
+    print(", ".join(f"{sum(done[bug.name] == kind for bug in bugs)} {kind}" for kind in kinds))
+    print("\n".join(["survivors without a reason:", *unexplained]) if unexplained else "every survivor has its reason")
+    return int(bool(unexplained))
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # tests run in forks of this process
     sys.exit(main())

@@ -3,6 +3,8 @@
 Seeds change the order in which threads and blocks run: what depends on it, a missing barrier for one, fails under some.
 """
 
+import itertools
+
 import emulation
 import pytest
 import torch
@@ -15,7 +17,8 @@ OPS = torch.ops.gdfq_cuda_on_cpu
 @pytest.fixture(autouse=True, params=SEEDS, ids=lambda seed: f"seed{seed}")
 def seed(request):
     emulation.set_seed(request.param)
-    return request.param
+    with emulation.guarded_memory():
+        yield request.param
 
 
 @pytest.mark.parametrize(("name", "dtype", "layout"), COMBINATIONS)
@@ -34,18 +37,26 @@ SHAPES = [(3, 8, 16, 16), (2, 5, 7, 7), (2, 40, 5, 4), (1, 1, 1, 9001), (700, 3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_larger_shapes(shape, dtype, layout, offset, seed):
-    for name, arguments in larger_calls(shape, dtype, layout, seed):
+    for name, arguments in larger_calls(shape, dtype, layout, SHAPES.index(shape) + offset + seed):
         compare(Placed(OPS, offset=offset), name, arguments)
 
 
-def larger_calls(shape, dtype, layout, seed):
-    """Calls of every op that takes an x of this shape; the seed chooses among the settings."""
+@pytest.mark.parametrize("offset", [(0, 1), (1, 0)], ids=["second", "first"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_of_two_inputs_is_misaligned(dtype, layout, offset):
+    for name, arguments in larger_calls(SHAPES[0], dtype, layout, 1):
+        compare(Placed(OPS, offset=offset), name, arguments)
+
+
+def larger_calls(shape, dtype, layout, setting):
+    """Calls of every op that takes an x of this shape; of six settings in a row all activations and gradients occur."""
     i = Inputs(dtype, layout)
     channels = shape[1]
     x, grad = i.x(*shape), i.x(*shape)
     mean, var, weight, bias, grad_mean, grad_var = (i.channel(channels) for _ in range(6))
     bn = (mean, var, weight - 0.5, bias - 0.5)
-    quantizer = (i.lower, i.upper, 4, 1e-5, seed % 3, seed % 2 == 0)
+    quantizer = (i.lower, i.upper, 4, 1e-5, setting % 3, setting % 2 == 0)
     small = (grad / x.numel() ** 0.5).to(dtype)  # sums of order one: one absolute tolerance fits
     labels = torch.randint(3, shape[:1], generator=i.generator)
     tables = (torch.randn(3, channels, generator=i.generator) for _ in range(2))
@@ -63,21 +74,23 @@ def larger_calls(shape, dtype, layout, seed):
     yield "observe_range", (special, torch.tensor([-0.1, 0.2, 0.3]), 0.9)
     yield "batch_norm_act_fake_quantize", (special, *bn, *quantizer)
     yield "batch_norm_act_fake_quantize_backward", (small, x, *bn, *quantizer)
-    yield "batch_norm_act_moments", (x, *bn, 1e-5, seed % 3)
-    yield "batch_norm_act_moments_backward", (grad, grad_mean, grad_var, x, mean, *bn, 1e-5, seed % 3)
+    yield "batch_norm_act_moments", (x, *bn, 1e-5, setting % 3)
+    yield "batch_norm_act_moments_backward", (grad, grad_mean, grad_var, x, mean, *bn, 1e-5, setting % 3)
     yield "conditional_batch_norm_act", (x, *conditional, mean, var, 0.1, 1e-5, 0.2)
     yield "conditional_batch_norm_act_backward", (small, x, *conditional, mean, var, 0.2)
 
 
 class Placed:
-    """Ops that first move their arguments to `device`, `offset` elements into a buffer of their own."""
+    """Ops that first move their arguments to `device`, `offset` elements into buffers of their own; several offsets are
+    taken in turns."""
 
     def __init__(self, ops, device="cpu", offset=0):
-        self.ops, self.device, self.offset = ops, device, offset
+        self.ops, self.device, self.offsets = ops, device, offset if isinstance(offset, tuple) else (offset,)
 
     def __getattr__(self, name):
         def call(*arguments):
-            moved = placed(arguments, self.device, self.offset)
+            pairs = zip(arguments, itertools.cycle(self.offsets))
+            moved = [placed(argument, self.device, offset) for argument, offset in pairs]
             result = getattr(self.ops, name)(*moved)
             for argument, after in zip(arguments, moved, strict=True):
                 if isinstance(argument, torch.Tensor):
@@ -117,6 +130,35 @@ def test_the_range_takes_in_every_element(dtype, offset):
         x = torch.zeros(19, dtype=dtype)
         x[position] = 3.0 if position % 2 else -3.0
         compare(Placed(OPS, offset=offset), "observe_range", (x, torch.zeros(3), 0.9))
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+def test_the_range_takes_in_every_block(offset):
+    """More blocks than a block has threads, and where vectors are single elements, more than a grid has."""
+    x = torch.zeros(1_100_003)
+    x[-1], x[-5000], x[600_000] = -2.0, 2.0, 1.0
+    state = torch.zeros(3)
+    assert Placed(OPS, offset=offset).observe_range(x, state, 0.0).tolist() == [-2.0, 2.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_about_as_long_as_a_warp_takes(dtype):
+    i = Inputs(dtype, torch.contiguous_format)
+    for length in (1023, 1024, 1025, 1032):
+        compare(OPS, "fake_quantize_weights", ([i.x(19, length), i.x(3, 5)], [4, 8]))
+
+
+def test_shares_are_joined_in_double():
+    """A block's sums are integers that float32 holds, their sum over all blocks is not."""
+    x = torch.full((1, 1, 1024, 1200), 62.0)
+    x[..., ::2] = 64.0
+    y, mean, var = OPS.batch_norm_act_moments(x, torch.zeros(1), torch.ones(1), None, None, 0.0, 0)
+    assert (mean.item(), var.item()) == (63.0, 1.0)
+    tables, labels = (torch.ones(1, 1), torch.zeros(1, 1)), torch.zeros(1, dtype=torch.int64)
+    statistics = torch.zeros(1), torch.ones(1)
+    _, mean, inv_std, _, _ = OPS.conditional_batch_norm_act(x, *tables, labels, *statistics, 0.1, 0.0, 1.0)
+    assert (mean.item(), inv_std.item()) == (63.0, 1.0)
+    assert torch.equal(y, x)
 
 
 def test_labels_that_are_no_class():
@@ -159,11 +201,11 @@ def test_many_layers_in_several_launches():
         compare(OPS, "bns_loss", (*layers, mean))
 
 
-@pytest.mark.parametrize("classes", [1, 10, 1000])
-def test_distillation_loss_against_float64(classes):
+@pytest.mark.parametrize(("batch", "classes"), [(33, 1), (33, 10), (33, 1000), (300, 33)])
+def test_distillation_loss_against_float64(batch, classes):
     g = torch.Generator().manual_seed(classes)
-    student, teacher = (torch.randn(33, classes, generator=g) * 3 for _ in range(2))
-    labels = torch.randint(classes, (33,), generator=g)
+    student, teacher = (torch.randn(batch, classes, generator=g) * 3 for _ in range(2))
+    labels = torch.randint(classes, (batch,), generator=g)
     for batchmean in (True, False):
         loss, cross_entropy, kl, gradient = OPS.distillation_loss(student, teacher, labels, 4.0, 0.5, 2.0, batchmean)
         leaf = student.double().requires_grad_()

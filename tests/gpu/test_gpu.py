@@ -73,14 +73,14 @@ def test_sums_against_float64(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_repeat_bit_for_bit(dtype, layout):
-    for name, arguments in larger_calls(SHAPE, dtype, layout, seed=1):
+    for name, arguments in larger_calls(SHAPE, dtype, layout, setting=1):
         arguments = placed(arguments, DEVICE, 0)
         first, second = (results(getattr(OPS, name), arguments) for _ in range(2))
         assert_same(first, second)
 
 
 def test_kernels_run_on_the_current_stream():
-    for name, arguments in larger_calls(SHAPE, torch.float32, torch.contiguous_format, seed=1):
+    for name, arguments in larger_calls(SHAPE, torch.float32, torch.contiguous_format, setting=1):
         arguments = placed(arguments, DEVICE, 0)
         expected = results(getattr(OPS, name), arguments)
         late = scaled(arguments, 0.0)
@@ -154,6 +154,6 @@ def assert_same(actual, expected):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="PyTorch finds no two CUDA devices")
 def test_a_device_that_is_not_the_current_one():
-    for name, arguments in larger_calls(SHAPE, torch.float32, torch.contiguous_format, seed=1):
+    for name, arguments in larger_calls(SHAPE, torch.float32, torch.contiguous_format, setting=1):
         compare(Placed(OPS, "cuda:1"), name, arguments)
     assert torch.cuda.current_device() == 0

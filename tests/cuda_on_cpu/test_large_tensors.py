@@ -1,0 +1,165 @@
+"""Tensors of more elements than 32 bits count. Only their ends hold anything but zeros, only the first and the last
+blocks of a grid run, and memory that nobody touches takes none: so they cost little more than small ones."""
+
+import math
+
+import emulation
+import pytest
+import torch
+from op_cases import DTYPES, Inputs
+
+from gdfq_ext import reference
+
+OPS = torch.ops.gdfq_cuda_on_cpu
+BEYOND = 2**31
+
+
+@pytest.fixture(autouse=True)
+def memory_that_is_not_touched():
+    emulation.set_seed(0)
+    with emulation.guarded_memory(), emulation.most_blocks(16):
+        yield
+
+
+def zeros(*shape, dtype=torch.bfloat16, offset=0):
+    """Zeros that lie `offset` elements into their memory and have not been written."""
+    return torch.empty(math.prod(shape) + offset, dtype=dtype)[offset:].view(shape)
+
+
+def random_like(part, seed):
+    """Values for a part of a tensor."""
+    return torch.randn(part.shape, generator=torch.Generator().manual_seed(seed)).to(part.dtype)
+
+
+OFFSETS = pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+
+
+# 32 bits just count the elements, and not quite; a byte of the mask begins with row -32.
+@pytest.mark.parametrize("rows", [BEYOND // 105 - 1, BEYOND // 105 + 95])
+@OFFSETS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fake_quantize(dtype, offset, rows):
+    i = Inputs(dtype, torch.contiguous_format)
+    x = zeros(rows, 3, 35, dtype=dtype, offset=offset)
+    part = x[-32:].copy_(random_like(x[-32:], 0))
+    for limits, axis in [((i.lower, i.upper), -1), ((-i.channel(), i.channel()), 1)]:
+        expected, expected_mask = reference.fake_quantize_clipped(part, *limits, 4, axis)
+        assert torch.equal(OPS.fake_quantize(x, *limits, 4, axis)[-32:], expected)
+        y, mask = OPS.fake_quantize_clipped(x, *limits, 4, axis)
+        assert torch.equal(y[-32:], expected)
+        assert torch.equal(mask[-len(expected_mask) :], expected_mask)
+        grad_x = OPS.fake_quantize_clipped_backward(x, mask)
+        assert torch.equal(grad_x[-32:], reference.fake_quantize_clipped_backward(part, expected_mask))
+
+
+@OFFSETS
+def test_observe_range(offset):
+    x = zeros(BEYOND + 2**22 + 3, offset=offset)
+    width, round_of_all_blocks = 1 if offset else 8, 1024 * 256
+    x[(x.numel() // width // round_of_all_blocks * round_of_all_blocks - 1) * width] = 5.0  # the last block's last
+    x[-1] = -3.0
+    assert OPS.observe_range(x, torch.zeros(3), 0.0).tolist() == [-3.0, 5.0]
+
+
+def test_fake_quantize_weights():
+    weight = zeros(BEYOND // 1024 + 16, 1024)
+    part = weight[-8:].copy_(random_like(weight[-8:], 0))
+    assert torch.equal(OPS.fake_quantize_weights([weight], [4])[0][-8:], reference.fake_quantize_weight(part, 4))
+
+
+def test_distillation_loss():
+    classes = 2**20
+    student, teacher = (zeros(BEYOND // classes + 1, classes, dtype=torch.float32) for _ in range(2))
+    student[-1], teacher[-1] = random_like(student[-1], 0), random_like(teacher[-1], 1)
+    labels = torch.arange(len(student))
+    with emulation.most_blocks(1):
+        *_, gradient = OPS.distillation_loss(student, teacher, labels, 4.0, 1.0, 1.0, True)
+    *_, expected = reference.distillation_loss(student[-1:], teacher[-1:], labels[-1:], 4.0, 1.0, 1.0, True)
+    torch.testing.assert_close(gradient[-1:] * len(student), expected, rtol=1e-4, atol=1e-8)
+
+
+# x of shape (N, C, ...), and the part of it that is not zeros: planes in shares, a single one, and such that two are
+# more than 32 bits count; rows that are vectors and rows that are not, also more of them than 32 bits count.
+TENSORS = {
+    "planes": ((2**18 + 2, 2, 64, 64), (slice(-1, None),)),
+    "one plane": ((1, 1, 1, BEYOND + 4096), (..., slice(-4096, None))),
+    "large planes": ((2, 2, 1, 2**30 + 4096), (slice(-1, None), ..., slice(-4096, None))),
+    "rows": ((2**30 + 4096, 2), (slice(-64, None),)),
+    "rows of vectors": ((2**28 + 4096, 8), (slice(-64, None),)),
+    "many rows": ((BEYOND + 4096, 2), (slice(-64, None),)),
+}
+CASES = pytest.mark.parametrize(
+    ("name", "offset"), [*((name, 0) for name in TENSORS), ("planes", 1), ("one plane", 1)]
+)
+
+
+class Parts:
+    """Two large tensors of which a part holds values, and those parts."""
+
+    def __init__(self, name, offset):
+        shape, self.part = TENSORS[name]
+        self.large = [zeros(*shape, offset=offset) for _ in range(2)]
+        for seed, tensor in enumerate(self.large):
+            tensor[self.part] = random_like(tensor[self.part], seed)
+        self.small = [tensor[self.part].contiguous() for tensor in self.large]
+        i = Inputs(torch.bfloat16, torch.contiguous_format)
+        self.channels = [torch.zeros(shape[1]), *(i.channel(shape[1]) for _ in range(5))]
+        self.ratio = self.small[0].numel() / self.large[0].numel()
+
+    def check(self, value, expected):
+        torch.testing.assert_close(value[self.part], expected, rtol=1e-2, atol=1e-5)
+
+
+@CASES
+def test_batch_norm_act_fake_quantize(name, offset):
+    parts = Parts(name, offset)
+    (x, grad), (small_x, small_grad) = parts.large, parts.small
+    settings = (*parts.channels[:4], torch.tensor([-1.0]), torch.tensor([1.0]), 4, 1e-5, 1, True)
+    with emulation.most_blocks(4):
+        y = OPS.batch_norm_act_fake_quantize(x, *settings)
+        grad_x, *sums = OPS.batch_norm_act_fake_quantize_backward(grad, x, *settings)
+    parts.check(y, reference.batch_norm_act_fake_quantize(small_x, *settings))
+    expected, *expected_sums = reference.batch_norm_act_fake_quantize_backward(small_grad, small_x, *settings)
+    parts.check(grad_x, expected)
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=1e-5)
+
+
+@CASES
+def test_batch_norm_act_moments(name, offset):
+    parts = Parts(name, offset)
+    (x, grad), (small_x, small_grad) = parts.large, parts.small
+    settings = (*parts.channels[:4], 1e-5, 1)
+    grad_mean, grad_var = parts.channels[4:]
+    with emulation.most_blocks(4):
+        y, mean, var = OPS.batch_norm_act_moments(x, *settings)
+        grad_x = OPS.batch_norm_act_moments_backward(grad, grad_mean, grad_var, x, mean, *settings)
+    expected, small_mean, small_var = reference.batch_norm_act_moments(small_x, *settings)
+    parts.check(y, expected)
+    torch.testing.assert_close(mean, small_mean * parts.ratio, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(var, (small_var + small_mean**2) * parts.ratio, rtol=1e-5, atol=1e-12)
+    # So many elements share the gradients of the statistics that each gets next to nothing.
+    nothing = torch.zeros_like(mean)
+    parts.check(
+        grad_x, reference.batch_norm_act_moments_backward(small_grad, nothing, nothing, small_x, mean, *settings)
+    )
+
+
+# Large samples, and many of them.
+@pytest.mark.parametrize("name", ["large planes", "rows"])
+def test_conditional_batch_norm_act(name):
+    parts = Parts(name, 0)
+    x, small_x = parts.large[0], parts.small[0]
+    weight, bias = (values.view(1, -1) for values in parts.channels[2:4])
+    mean, var = parts.channels[:2]
+    labels = zeros(len(x), dtype=torch.int64)
+    with emulation.most_blocks(4):
+        y, mean, inv_std, *_ = OPS.conditional_batch_norm_act(x, weight, bias, labels, mean, var, 0.1, 1e-5, 0.2)
+    mean, inv_std, weight, bias = (values.view(1, -1, *[1] * (x.dim() - 2)) for values in (mean, inv_std, weight, bias))
+    expected = torch.nn.functional.leaky_relu((small_x - mean) * inv_std * weight + bias, 0.2)
+    torch.testing.assert_close(y[parts.part][-1:], expected.bfloat16()[-1:], rtol=1e-2, atol=1e-5)
+
+
+def test_planes_that_are_too_large_for_single_elements_are_refused():
+    x = zeros(2, 2, 1, 2**30 + 4096, offset=1)
+    with pytest.raises(RuntimeError, match="planes of over 2\\^30 vectors"):
+        OPS.batch_norm_act_moments(x, torch.zeros(2), torch.ones(2), None, None, 1e-5, 1)
