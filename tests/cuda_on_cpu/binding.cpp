@@ -1,6 +1,7 @@
 // The CUDA kernels, run on the CPU, as operators of their own: the same binding, on a stream that only the emulation has.
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 #include "../../csrc/binding/cuda.h"
 
@@ -40,3 +41,7 @@ STABLE_TORCH_LIBRARY_IMPL(gdfq_cuda_on_cpu, CPU, library) {
 extern "C" __attribute__((visibility("default"))) void gdfq_set_seed(unsigned seed) { emu::seed() = seed; }
 
 extern "C" __attribute__((visibility("default"))) void gdfq_set_most_blocks(unsigned most) { emu::most_blocks() = most; }
+
+extern "C" __attribute__((visibility("default"))) emu::Launched gdfq_take_launched() {
+  return std::exchange(emu::launched(), {});
+}

@@ -122,6 +122,20 @@ def set_seed(seed: int) -> None:
     library().gdfq_set_seed(ctypes.c_uint(seed))
 
 
+class Launched(ctypes.Structure):
+    """How many kernels were launched, with how many blocks and threads in all."""
+
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("kernels", "blocks", "threads"))
+
+
+def take_launched() -> tuple[int, int, int]:
+    """What was launched since the last call: kernels, blocks, threads."""
+    function = library().gdfq_take_launched
+    function.restype = Launched
+    count = function()
+    return count.kernels, count.blocks, count.threads
+
+
 @contextmanager
 def guarded_memory() -> Iterator[None]:
     """Tensors that are made inside lie between pages that nobody may touch.

@@ -156,12 +156,12 @@ class Tester:
     """A plugin of pytest that runs the collected tests once for every bug, each time in a process of its own.
 
     Attributes:
-        plain: the library without a bug.
+        plain: the library without a bug; None runs all tests for every bug, not those that touch it.
         work: of every bug what `Compiler.libraries` gives, the first to come.
         results: where outcomes are noted.
     """
 
-    def __init__(self, plain: Path, work: list[tuple[Bug, Future, Iterator]], results: Path) -> None:
+    def __init__(self, plain: Path | None, work: list[tuple[Bug, Future, Iterator]], results: Path) -> None:
         self.plain = plain
         self.work = work
         self.results = results
@@ -173,7 +173,8 @@ class Tester:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         for module in {item.module for item in session.items}:
             module.OPS = self.operators
-        self.touched = json.loads(_in_a_child(lambda: self._touched(session), seconds=10 * SECONDS))
+        if self.plain is not None:
+            self.touched = json.loads(_in_a_child(lambda: self._touched(session), seconds=10 * SECONDS))
         for bug, first, rest in self.work:
             outcome = self._outcome(bug, first, rest, session.items)
             with self.results.open("a") as file:
@@ -213,8 +214,8 @@ class Tester:
         self, bug: Bug, library: Path, operators: set[str], items: list[pytest.Item]
     ) -> dict[str, str]:
         """What the tests say that touch one of the operators."""
-        items = [item for item in items if operators & set(self.touched[item.nodeid])]
-        if bug.old != BARRIER:
+        items = [item for item in items if operators & set(self.touched.get(item.nodeid, operators))]
+        if BARRIER not in bug.old:
             items = [item for item in items if _seed(item) == 0]
         # The most telling first.
         items.sort(key=lambda item: ("large" in item.path.name) != (WIDE in bug.old))
@@ -318,8 +319,11 @@ def explained() -> dict[str, str]:
     return {name: group["reason"] for group in groups for name in group["names"]}
 
 
-def try_bugs(bugs: list[Bug], results: Path, jobs: int) -> None:
+def try_bugs(bugs: list[Bug], results: Path, jobs: int, all_tests: bool) -> None:
     """Compile and try all bugs; outcomes are noted in `results` and printed as they come.
+
+    Args:
+        all_tests: try each by all tests, instead of running all once to see which tests touch which operator.
 
     Raises:
         RuntimeError: the tests do not run, or fail without a bug.
@@ -330,10 +334,10 @@ def try_bugs(bugs: list[Bug], results: Path, jobs: int) -> None:
         for number, bug in enumerate(bugs):
             libraries = compiler.libraries(bug, number)
             work.append((bug, pool.submit(next, libraries, None), libraries))
-        tester = Tester(compiler.plain, work, results)
+        tester = Tester(None if all_tests else compiler.plain, work, results)
         arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:benchmark", "-s"]
         code = pytest.main([*arguments, *map(str, TESTS)], plugins=[tester])
-        if code != pytest.ExitCode.NO_TESTS_COLLECTED:  # as it seems to pytest
+        if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):  # as it seems to pytest
             pool.shutdown(cancel_futures=True)
             raise RuntimeError(f"pytest ended with code {code}")
 
@@ -353,7 +357,7 @@ def main() -> int:
     missing = [bug for bug in bugs if bug.name not in done]
     print(f"{len(bugs)} bugs, {len(missing)} of them to be tried", flush=True)
     if missing:
-        try_bugs(missing, results, args.jobs)
+        try_bugs(missing, results, args.jobs, all_tests=args.kind == "planted")
     done = outcomes(results)
     unexplained = [bug.name for bug in bugs if done[bug.name] == SURVIVED and bug.name not in explained()]
     kinds = (CAUGHT, SURVIVED, SAME, INVALID)

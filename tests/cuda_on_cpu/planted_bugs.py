@@ -15,21 +15,19 @@ class PlantedBug(NamedTuple):
     """What kind of mistake this is."""
 
 
-BARRIER = PlantedBug(
-    "channels.cuh",
-    "__syncthreads();\n      // The threads of the block's first rows",
-    "// The threads of the block's first rows",
-    "no barrier between writing and adding the threads' sums",
-)
-TAIL = PlantedBug(
-    "fake_quantize.cu",
-    "first + v < numel; ++v) y[",
-    "first + v + 1 < numel; ++v) y[",
-    "the last element of a ragged tensor is not written",
-)
 PLANTED = [
-    BARRIER,
-    TAIL,
+    PlantedBug(
+        "channels.cuh",
+        "__syncthreads();\n      // The threads of the block's first rows",
+        "// The threads of the block's first rows",
+        "no barrier between writing and adding the threads' sums",
+    ),
+    PlantedBug(
+        "fake_quantize.cu",
+        "first + v < numel; ++v) y[",
+        "first + v + 1 < numel; ++v) y[",
+        "the last element of a ragged tensor is not written",
+    ),
     PlantedBug(
         "channels.cuh",
         "#pragma unroll\n    for (int k = 0; k < Operation::kSums; ++k) {\n      __syncthreads();",

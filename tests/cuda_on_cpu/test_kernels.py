@@ -218,6 +218,78 @@ def test_distillation_loss_against_float64(batch, classes):
             torch.testing.assert_close(value.double(), exact.detach(), rtol=1e-5, atol=1e-6)
 
 
+def layers(*lengths):
+    return [[torch.ones(length) for length in lengths] for _ in range(4)]
+
+
+def activations(*shape, layout=torch.contiguous_format, dtype=torch.float32):
+    return torch.ones(shape, dtype=dtype).contiguous(memory_format=layout)
+
+
+ONES = [torch.ones(1)] * 2
+# The arguments of an op, and what is launched for it: kernels, blocks, threads.
+LAUNCHES = {
+    # Four vectors of 16 bytes a thread, 256 threads a block.
+    "two blocks": ("fake_quantize", (activations(2 * 4096), *ONES, 4, -1), (1, 2, 2 * 256)),
+    "a third": ("fake_quantize", (activations(2 * 4096 + 1), *ONES, 4, -1), (1, 3, 3 * 256)),
+    "halves": ("fake_quantize", (activations(2 * 8192, dtype=torch.float16), *ONES, 4, -1), (1, 2, 2 * 256)),
+    "range of two blocks": ("observe_range", (activations(2 * 4096), torch.zeros(3), 0.9), (2, 3, 3 * 256)),
+    # Eight short channels a block, or a long one; 64 layers a launch.
+    "short weights": ("fake_quantize_weights", ([activations(17, 1024)], [4]), (1, 3, 3 * 256)),
+    "long weights": ("fake_quantize_weights", ([activations(17, 1025)], [4]), (1, 17, 17 * 256)),
+    "64 weights": ("fake_quantize_weights", ([activations(8, 2)] * 64, [4] * 64), (1, 64, 64 * 256)),
+    "65 weights": ("fake_quantize_weights", ([activations(8, 2)] * 65, [4] * 65), (2, 65, 65 * 256)),
+    # A block for each layer, 64 in a launch, and a warp that adds.
+    "64 layers": ("bns_loss", (*layers(*[3] * 64), True), (2, 65, 64 * 256 + 32)),
+    "65 layers": ("bns_loss", (*layers(*[3] * 65), True), (3, 66, 65 * 256 + 32)),
+    # A block for each image, of as many warps as hold the classes, and one that adds.
+    "32 classes": (
+        "distillation_loss",
+        (activations(5, 32), activations(5, 32), torch.zeros(5, dtype=torch.int64), 4.0, 1.0, 1.0, True),
+        (2, 6, 5 * 32 + 256),
+    ),
+    "33 classes": (
+        "distillation_loss",
+        (activations(5, 33), activations(5, 33), torch.zeros(5, dtype=torch.int64), 4.0, 1.0, 1.0, True),
+        (2, 6, 5 * 64 + 256),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_how_work_is_divided(name, seed):
+    op, arguments, launched = LAUNCHES[name]
+    emulation.take_launched()
+    getattr(OPS, op)(*arguments)
+    assert emulation.take_launched() == launched
+
+
+# x and what is launched for a forward without sums (a kernel), a backward with two sums, and those finished.
+@pytest.mark.parametrize(
+    ("x", "forward", "backward"),
+    [
+        # Planes: a block for each channel, of as few warps as take four vectors a thread, two where inputs are two.
+        (activations(3, 8, 16, 16), (1, 8, 8 * 64), (2, 9, 8 * 96 + 256)),
+        # At most 4,096 blocks, and 2,048 where sums are taken, of whole rounds of 256 threads.
+        (activations(2, 2, 64, 64), (1, 2 * 2, 4 * 256), (2, 2 * 4 + 1, 8 * 256 + 256)),
+        # Vectors of one element, eight of them a thread, four where there are two inputs.
+        (activations(40, 2, 7, 7), (1, 2, 2 * 256), (2, 2 * 2 + 1, 4 * 256 + 256)),
+        # Rows: 32 vectors side by side at most, in as many rows as fill a block; four rows a thread, eight for sums.
+        (activations(3, 8, 16, 16, layout=torch.channels_last), (1, 2, 2 * 256), (2, 2, 256 + 256)),
+        (activations(2, 132, 8, 8, layout=torch.channels_last), (1, 6, 6 * 256), (2, 4 + 17, 4 * 256 + 17 * 256)),
+        (activations(50, 3), (1, 1, 160), (2, 2, 160 + 256)),
+    ],
+    ids=["planes", "shares", "elements", "rows", "tiles", "few"],
+)
+def test_how_channels_are_divided(x, forward, backward):
+    bn, ranges = [torch.ones(x.shape[1])] * 4, (*ONES, 4, 1e-5, 1, True)
+    emulation.take_launched()
+    OPS.batch_norm_act_fake_quantize(x, *bn, *ranges)
+    assert emulation.take_launched() == forward
+    OPS.batch_norm_act_fake_quantize_backward(x, x, *bn, *ranges)
+    assert emulation.take_launched() == backward
+
+
 def test_results_repeat_bit_for_bit():
     i = Inputs(torch.float32, torch.contiguous_format)
     x, grad = i.x(8, 6, 24, 24), i.x(8, 6, 24, 24)

@@ -138,6 +138,10 @@ inline cudaStream_t call_stream() { static char stream; return &stream; }
 // ends of a tensor are that no test could afford to fill.
 inline unsigned& most_blocks() { static unsigned most = ~0u; return most; }
 
+// What was launched since it was last asked for.
+struct Launched { std::uint64_t kernels = 0, blocks = 0, threads = 0; };
+inline Launched& launched() { static Launched count; return count; }
+
 // A coordinate of blockIdx.
 template <int axis> struct Coordinate {
   operator unsigned() const { blk->read[axis] = true; return axis == 0 ? blk->bid.x : axis == 1 ? blk->bid.y : blk->bid.z; }
@@ -237,6 +241,7 @@ template <typename F> void launch(const char* kernel, dim3 g, dim3 bd, cudaStrea
   static thread_local Block b; b.kernel = kernel; b.grid = g; b.block = bd; b.body = std::forward<F>(f);
   b.read[0] = b.read[1] = b.read[2] = false;
   const std::uint64_t blocks = std::uint64_t{g.x} * g.y * g.z, most = std::min<std::uint64_t>(blocks, most_blocks());
+  launched() = {launched().kernels + 1, launched().blocks + blocks, launched().threads + blocks * bd.x * bd.y * bd.z};
   std::vector<std::uint64_t> ord(most);
   std::iota(ord.begin(), ord.begin() + most / 2, std::uint64_t{0});
   std::iota(ord.begin() + most / 2, ord.end(), blocks - (most - most / 2));
