@@ -4,9 +4,9 @@
 #     benchmarks/gpu_session.sh first OUT [--dry-run]     does it build, is it right, how fast is it?
 #     benchmarks/gpu_session.sh second OUT [--dry-run]    what does training reach, does a killed run go on?
 #
-# OUT gets one file, first.tar.gz or second.tar.gz: logs and results of every stage so far, also of one that was cut off.
-# The tables go to standard output, the most important last, at most 12,000 characters with all else that is printed.
-# Every stage has a limit; one that fails stops none that follow, only without compiled kernels the visit ends at once.
+# OUT gets one file, first.tar.gz or second.tar.gz: logs and results of every stage, also of one that was cut off. The
+# tables go to standard output, the most important last, at most 12,000 characters with all else that is printed. Every
+# stage has a limit; one that fails stops none that follow, only without compiled kernels the visit ends at once.
 # The exit code is 0 if all is well, 143 after SIGTERM, which leaves and prints what there is.
 #
 #   GDFQ_VISIT    the folder that gpu_prepare.sh has filled, carried here
@@ -23,7 +23,8 @@ if [[ ! $call =~ ^(first|second)$ || -z $out || $# -gt $((2 + dry)) ]]; then
     exit 2
 fi
 tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-visit=${GDFQ_VISIT:+$(cd "$GDFQ_VISIT" && pwd)} || exit 2
+visit=/nothing-was-carried
+if [[ -n ${GDFQ_VISIT:-} ]]; then visit=$(cd "$GDFQ_VISIT" && pwd) || exit 2; fi
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 scratch=$(mktemp -d) && mkdir "$scratch/tree" "$scratch/results" "$scratch/runs" || exit 2
 trap 'rm -rf "$scratch"' EXIT
@@ -109,7 +110,7 @@ build() {
 }
 
 prebuilt() {
-    if [[ ! -d ${visit:-/nonexistent}/gdfq_ext ]]; then
+    if [[ ! -d $visit/gdfq_ext ]]; then
         say "library: none was carried"
         return 1
     fi
@@ -135,11 +136,13 @@ say "gdfq, $call call, $total s$( ((dry)) && echo ", dry run")"
 cd "$tree" && tar --exclude='*.so' --exclude=__pycache__ --exclude=benchmarks/results -cf - benchmarks csrc examples \
     gdfq_ext python tests setup.py pyproject.toml README.md LICENSE | tar -xf - -C "$scratch/tree" || exit 2
 # Copies have no history.
-revision=$(git describe --always --dirty --abbrev=40 --exclude='*' 2> /dev/null || cat "${visit:-/nonexistent}/commit")
+revision=$({ git describe --always --dirty --abbrev=40 --exclude='*' || cat "$visit/commit"; } 2> /dev/null)
 cd "$scratch/tree" || exit 2
 export GDFQ_COMMIT=${GDFQ_COMMIT:-$revision}
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export PYTHONPATH="$scratch/site:$PWD/python:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+# ninja lies beside the interpreter, which may be called by another path.
+PATH=$PATH:$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 unset GDFQ_WERROR # a warning is no reason to go home
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | sort -u | paste -sd ' ')
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-${capability:-9.0}} MAX_JOBS=${MAX_JOBS:-$(nproc)}
@@ -161,7 +164,7 @@ print(json.dumps(provenance(torch.get_num_threads()), indent=1))'
 }
 export -f environment
 
-if compgen -G "${visit:-/nonexistent}/wheels/*.whl" > /dev/null; then
+if compgen -G "$visit/wheels/*.whl" > /dev/null; then
     # What this interpreter has stays visible behind it. Wheels for another one would hide it, so all or none.
     stage wheels 15 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$scratch/site" \
         "$visit"/wheels/*.whl || rm -rf "$scratch/site"
@@ -219,7 +222,7 @@ second() {
     # Training takes what a killed run and huge tensors leave, and the sanitizer what is left then.
     training=$(($(left) - 75 - 25))
     ((training > 180)) && training=180
-    [[ -d ${visit:-/nonexistent}/cifar10 ]] && cifar=(--cifar "$visit/cifar10")
+    [[ -d $visit/cifar10 ]] && cifar=(--cifar "$visit/cifar10")
     if ((dry)); then
         training=1 shape=(--batch 4 --images 32)
         small=(--model gdfq.demo:teacher --image-size 28 --batch 2 --iterations 8)
@@ -228,8 +231,8 @@ second() {
         "${shape[@]}" --run "$runs/accuracy" --out "$results/accuracy.json"
     try killed-run 75 "$PYTHON" -m benchmarks.killed_run "${small[@]}" --runs "$runs" --out "$results/killed-run.json"
     try huge 40 "${pytest[@]}" tests/gpu/test_huge.py
-    # Every operation once on small, odd shapes: a sanitizer slows everything down. The caching allocator would hide what
-    # is written behind a tensor's end.
+    # Every operation once on small, odd shapes: a sanitizer slows everything down. The caching allocator would hide
+    # what is written behind a tensor's end.
     if ((!dry)) && ! command -v compute-sanitizer > /dev/null; then
         say "memcheck: skipped, no compute-sanitizer"
     elif (($(left) < (dry ? 5 : 60))); then
