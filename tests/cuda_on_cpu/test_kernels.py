@@ -170,15 +170,25 @@ def test_labels_that_are_no_class():
     compare(OPS, "conditional_batch_norm_act_backward", (i.x(4, 2, 5), i.x(4, 2, 5), *tables, labels, *statistics, 0.2))
 
 
-def test_empty_inputs():
+# No samples, no channels, no pixels.
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)])
+def test_empty_inputs(shape):
     i = Inputs(torch.float32, torch.contiguous_format)
-    x, labels = i.x(0, 3, 4, 4), torch.zeros(0, dtype=torch.int64)
-    bn, tables = [i.channel() for _ in range(4)], [torch.randn(2, 3) for _ in range(2)]
+    x, labels = i.x(*shape), torch.zeros(shape[0], dtype=torch.int64)
+    bn, tables = [i.channel(shape[1]) for _ in range(4)], [torch.randn(2, shape[1]) for _ in range(2)]
+    quantizer = (i.lower, i.upper, 4, 1e-5, 1, True)
+    compare(OPS, "fake_quantize_clipped_backward", (x, torch.empty(0, dtype=torch.uint8)))
+    compare(OPS, "batch_norm_act_fake_quantize", (x, *bn, *quantizer))
+    compare(OPS, "batch_norm_act_fake_quantize_backward", (x, x, *bn, *quantizer))
     compare(OPS, "batch_norm_act_moments", (x, *bn, 1e-5, 1))
     compare(OPS, "batch_norm_act_moments_backward", (x, *bn[:2], x, *bn[:3], None, None, 1e-5, 1))
-    compare(OPS, "distillation_loss", (i.x(0, 3), i.x(0, 3), labels, 4.0, 1.0, 1.0, True))
     compare(OPS, "conditional_batch_norm_act", (x, *tables, labels, *bn[:2], 0.1, 1e-5, 0.2))
     compare(OPS, "conditional_batch_norm_act_backward", (x, x, *tables, labels, *bn[:2], 0.2))
+
+
+def test_no_images():
+    i = Inputs(torch.float32, torch.contiguous_format)
+    compare(OPS, "distillation_loss", (i.x(0, 3), i.x(0, 3), torch.zeros(0, dtype=torch.int64), 4.0, 1.0, 1.0, True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

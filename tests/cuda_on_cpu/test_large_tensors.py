@@ -58,7 +58,9 @@ def test_observe_range(offset):
     width, round_of_all_blocks = 1 if offset else 8, 1024 * 256
     x[(x.numel() // width // round_of_all_blocks * round_of_all_blocks - 1) * width] = 5.0  # the last block's last
     x[-1] = -3.0
+    emulation.take_launched()
     assert OPS.observe_range(x, torch.zeros(3), 0.0).tolist() == [-3.0, 5.0]
+    assert emulation.take_launched() == (2, 1024 + 1, 1025 * 256)
 
 
 def test_fake_quantize_weights():

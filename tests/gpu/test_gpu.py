@@ -16,9 +16,14 @@ from test_kernels import (  # noqa: F401
     test_larger_shapes,
     test_many_layers_in_several_launches,
     test_many_shares,
+    test_no_images,
+    test_one_of_two_inputs_is_misaligned,
+    test_shares_are_joined_in_double,
     test_small_cases,
+    test_the_range_takes_in_every_block,
     test_the_range_takes_in_every_element,
     test_variance_far_from_the_running_mean,
+    test_weights_about_as_long_as_a_warp_takes,
     test_wrong_arguments_are_refused_before_a_launch,
 )
 
