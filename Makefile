@@ -49,7 +49,7 @@ lint: $(DEVELOPMENT)
 	$(INSTALL_PACKAGE) ".[dev]"
 	touch $@
 
-$(BUILT): setup.py $(shell find csrc -type f) | $(RUNTIME)
+$(BUILT): setup.py gdfq_ext/_stamp.py $(shell find csrc -type f) | $(RUNTIME)
 	$(INTERPRETER) setup.py build_ext --inplace
 	touch $@
 

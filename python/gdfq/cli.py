@@ -257,7 +257,7 @@ def reproduce(
 @app.command()
 def bench(
     out: Annotated[
-        Path | None, typer.Option(help="folder for results.json, results.csv, speedup.png and bandwidth.png")
+        Path | None, typer.Option(help="folder for results.json, results.csv, results.txt and two pictures")
     ] = None,
     op: Annotated[list[str] | None, typer.Option(help="an operation of gdfq_ext; may be repeated")] = None,
     provider: Annotated[
