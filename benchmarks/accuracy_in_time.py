@@ -89,9 +89,9 @@ def train(what: Subject, run: Path, seconds: float, settings: dict[str, Any]) ->
     command = [sys.executable, "-m", "gdfq.cli", "quantize", *what.arguments, "--image-size", str(what.image_size)]
     process = subprocess.Popen([*command, "--preset", RECIPE, *options, "--out", str(run)])
     end = time.monotonic() + seconds
-    while process.poll() is None and (time.monotonic() < end or not last_entry(run)):
-        time.sleep(0.05)
     try:
+        while process.poll() is None and (time.monotonic() < end or not last_entry(run)):
+            time.sleep(0.05)
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         return process.wait(SAVING)
@@ -164,4 +164,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no run outlives this process
     sys.exit(main())

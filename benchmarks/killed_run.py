@@ -8,6 +8,7 @@ it). One of the two runs is killed (SIGKILL) in the middle and resumed. Exit cod
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -122,4 +123,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no run outlives this process
     sys.exit(main())
