@@ -274,30 +274,64 @@ def test_how_work_is_divided(name, seed):
     assert emulation.take_launched() == launched
 
 
-# x and what is launched for a forward without sums (a kernel), a backward with two sums, and those finished.
-@pytest.mark.parametrize(
-    ("x", "forward", "backward"),
-    [
-        # Planes: a block for each channel, of as few warps as take four vectors a thread, two where inputs are two.
-        (activations(3, 8, 16, 16), (1, 8, 8 * 64), (2, 9, 8 * 96 + 256)),
-        # At most 4,096 blocks, and 2,048 where sums are taken, of whole rounds of 256 threads.
-        (activations(2, 2, 64, 64), (1, 2 * 2, 4 * 256), (2, 2 * 4 + 1, 8 * 256 + 256)),
-        # Vectors of one element, eight of them a thread, four where there are two inputs.
-        (activations(40, 2, 7, 7), (1, 2, 2 * 256), (2, 2 * 2 + 1, 4 * 256 + 256)),
-        # Rows: 32 vectors side by side at most, in as many rows as fill a block; four rows a thread, eight for sums.
-        (activations(3, 8, 16, 16, layout=torch.channels_last), (1, 2, 2 * 256), (2, 2, 256 + 256)),
-        (activations(2, 132, 8, 8, layout=torch.channels_last), (1, 6, 6 * 256), (2, 4 + 17, 4 * 256 + 17 * 256)),
-        (activations(50, 3), (1, 1, 160), (2, 2, 160 + 256)),
-    ],
-    ids=["planes", "shares", "elements", "rows", "tiles", "few"],
-)
-def test_how_channels_are_divided(x, forward, backward):
-    bn, ranges = [torch.ones(x.shape[1])] * 4, (*ONES, 4, 1e-5, 1, True)
+# x, and the blocks and threads of a kernel with one input and with two, without sums and with them.
+DIVISIONS = {
+    # A block for each channel, of as few warps as take four vectors a thread, two of them where inputs are two.
+    "planes": (activations(3, 8, 16, 16), (8, 64), (8, 96), (8, 64), (8, 96)),
+    # At most 4,096 blocks, and 2,048 where sums are taken, of whole rounds of 256 threads.
+    "shares": (activations(2, 2, 64, 64), (4, 256), (8, 256), (4, 256), (8, 256)),
+    # Vectors of one element, eight of them a thread, four where inputs are two.
+    "elements": (activations(40, 2, 7, 7), (2, 256), (4, 256), (2, 256), (4, 256)),
+    # Rows: 32 vectors side by side at most, in as many rows as fill a block; four or two rows a thread, eight for sums.
+    "rows": (activations(3, 8, 16, 16, layout=torch.channels_last), (2, 256), (3, 256), (1, 256), (1, 256)),
+    "tiles": (activations(2, 132, 8, 8, layout=torch.channels_last), (6, 256), (10, 256), (4, 256), (4, 256)),
+    "few": (activations(50, 3), (1, 160), (1, 160), (1, 160), (1, 160)),
+}
+
+
+@pytest.mark.parametrize("name", DIVISIONS)
+def test_how_channels_are_divided(name):
+    x, *kernels = DIVISIONS[name]
+    one_input, two_inputs, one_input_summed, two_inputs_summed = [(blocks, blocks * size) for blocks, size in kernels]
+    channels = x.shape[1]
+    warps = -(-channels // 8)  # a warp finishes the sums of a channel
+    finish = warps, warps * 256
+    bn, settings = [torch.ones(channels)] * 4, (1e-5, 1)
     emulation.take_launched()
-    OPS.batch_norm_act_fake_quantize(x, *bn, *ranges)
-    assert emulation.take_launched() == forward
-    OPS.batch_norm_act_fake_quantize_backward(x, x, *bn, *ranges)
-    assert emulation.take_launched() == backward
+
+    def launched(*kernels):
+        blocks, threads = zip(*kernels, strict=True)
+        return emulation.take_launched() == (len(kernels), sum(blocks), sum(threads))
+
+    OPS.batch_norm_act_fake_quantize(x, *bn, *ONES, 4, *settings, True)
+    assert launched(one_input)
+    OPS.batch_norm_act_fake_quantize_backward(x, x, *bn, *ONES, 4, *settings, True)
+    assert launched(two_inputs_summed, finish)
+    OPS.batch_norm_act_moments(x, *bn, *settings)
+    assert launched(one_input_summed, finish)
+    OPS.batch_norm_act_moments_backward(x, *bn[:2], x, bn[0], *bn, *settings)
+    assert launched(two_inputs)
+
+
+def test_how_channels_of_samples_are_divided():
+    x, labels = activations(3, 8, 16, 16), torch.tensor([1, 0, 1])
+    tables, one = [torch.ones(40, 8)] * 2, torch.ones(8)
+    emulation.take_launched()
+    OPS.conditional_batch_norm_act(x, *tables, labels, one, one, 0.1, 1e-5, 0.2)
+    # Sums of 8 channels, finished by a warp each, and 24 channels of samples.
+    assert emulation.take_launched() == (3, 8 + 1 + 24, 8 * 64 + 256 + 24 * 32)
+    OPS.conditional_batch_norm_act_backward(x, x, *tables, labels, one, one, 0.2)
+    # The tables cleared; sums of 24 channels of samples, finished by a warp each; a warp for each channel and a thread
+    # for each of a sample; the gradient.
+    assert emulation.take_launched() == (6, 2 + 24 + 3 + 1 + 1 + 24, (2 + 3 + 1 + 1) * 256 + 2 * 24 * 32)
+
+
+def test_one_element():
+    i = Inputs(torch.float32, torch.contiguous_format)
+    x, bn = i.x(1, 1), [i.channel(1) for _ in range(4)]
+    compare(OPS, "batch_norm_act_moments", (x, *bn, 1e-5, 1))
+    compare(OPS, "batch_norm_act_moments_backward", (x, *bn[:2], x, bn[0], *bn, 1e-5, 1))
+    compare(OPS, "observe_range", (x, torch.zeros(3), 0.9))
 
 
 def test_results_repeat_bit_for_bit():
