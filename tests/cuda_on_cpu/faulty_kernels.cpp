@@ -46,7 +46,7 @@ extern "C" __attribute__((visibility("default"))) const char* gdfq_try(const cha
   if (name == "stream") launch.stream = nullptr;
   if (name == "doubled") launch.grid = dim3(2, 1, 2);
   if (name == "behind") launch.offset = 1000;
-  if (name == "far before") launch.offset = -4096;
+  if (name == "far before") launch.offset = -600;
   if (name == "beside") launch.offset = -1;
   try {
     if (name == "unaligned") {
