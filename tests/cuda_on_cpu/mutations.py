@@ -4,10 +4,9 @@
     python tests/cuda_on_cpu/mutations.py mechanical    # those of mechanical_bugs.py
 
 All is done in copies. Each bug is compiled and tried by the tests that touch it: those of the operators whose sources
-include the file, with threads in their plain order, and where a barrier is gone in shuffled ones too. The mechanical
-bugs take hours. --out, JSON lines, gets the outcome of each as it is there, and what it has from before is kept: while
-the kernels are as they were, and for a survivor also the tests, unless survivors.toml says why no test has to catch it.
-The exit code is 1 if a bug survives that it does not know.
+include the file. The mechanical bugs take hours. --out, JSON lines, gets the outcome of each as it is there, and what it
+has from before is kept: while the kernels are as they were, and for a survivor also the tests, unless survivors.toml
+says why no test has to catch it. The exit code is 1 if a bug survives that it does not know.
 """
 
 import argparse
@@ -35,7 +34,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "tests/gdfq_ext")]
 
 import emulation  # noqa: E402
-from mechanical_bugs import BARRIER, KERNELS, WIDE, Bug, mechanical_bugs  # noqa: E402
+from mechanical_bugs import KERNELS, WIDE, Bug, mechanical_bugs  # noqa: E402
 from planted_bugs import PLANTED, PlantedBug  # noqa: E402
 
 from gdfq_ext._schemas import SCHEMAS  # noqa: E402
@@ -217,10 +216,8 @@ class Tester:
     ) -> dict[str, str]:
         """What the tests say that touch one of the operators."""
         items = [item for item in items if operators & set(self.touched.get(item.nodeid, operators))]
-        if BARRIER not in bug.old:
-            items = [item for item in items if _seed(item) == 0]
-        # The most telling first.
-        items.sort(key=lambda item: ("large" in item.path.name) != (WIDE in bug.old))
+        # The most telling first: the plain order of threads, and where an integer is narrow, large tensors.
+        items.sort(key=lambda item: (_seed(item), ("large" in item.path.name) != (WIDE in bug.old)))
 
         def first_failure() -> str:
             for module in {item.module for item in items if hasattr(item.module, "compare")}:

@@ -161,6 +161,14 @@ def test_shares_are_joined_in_double():
     assert torch.equal(y, x)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_infinite_or_too_large_for_the_type_becomes_infinite(dtype):
+    x = torch.tensor([[torch.inf, -torch.inf, torch.finfo(dtype).max, -1.0]] * 2, dtype=dtype)
+    large = [torch.zeros(4), torch.ones(4), torch.full((4,), 3.0), torch.zeros(4)]
+    y, *_ = OPS.batch_norm_act_moments(x, *large, 0.0, 0)
+    assert y[0].tolist() == [torch.inf, -torch.inf, torch.inf, -3.0]
+
+
 def test_labels_that_are_no_class():
     i = Inputs(torch.float32, torch.contiguous_format)
     labels = torch.tensor([2, -1, 3, 0])

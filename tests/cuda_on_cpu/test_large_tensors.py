@@ -34,13 +34,16 @@ def random_like(part, seed):
 OFFSETS = pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
 
 
-# 32 bits just count the elements, and not quite; a byte of the mask begins with row -32.
-@pytest.mark.parametrize("rows", [BEYOND // 105 - 1, BEYOND // 105 + 95])
+# Tensors (rows, 3, ...) of fewer elements than 31 bits count, of more, and of more than 32 bits; a byte of the mask
+# begins with row -32. A single element in a row makes all of it a matter of channels.
+@pytest.mark.parametrize("shape", [(33,), ()], ids=["runs", "interleaved"])
+@pytest.mark.parametrize("numel", [BEYOND, BEYOND * 3 // 2, 2 * BEYOND + 10_000], ids=["31", "32", "33"])
 @OFFSETS
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fake_quantize(dtype, offset, rows):
+def test_fake_quantize(dtype, offset, numel, shape):
     i = Inputs(dtype, torch.contiguous_format)
-    x = zeros(rows, 3, 35, dtype=dtype, offset=offset)
+    rows = numel // math.prod((3, *shape)) // 8 * 8
+    x = zeros(rows, 3, *shape, dtype=dtype, offset=offset)
     part = x[-32:].copy_(random_like(x[-32:], 0))
     for limits, axis in [((i.lower, i.upper), -1), ((-i.channel(), i.channel()), 1)]:
         expected, expected_mask = reference.fake_quantize_clipped(part, *limits, 4, axis)
@@ -88,7 +91,7 @@ TENSORS = {
     "large planes": ((2, 2, 1, 2**30 + 4096), (slice(-1, None), ..., slice(-4096, None))),
     "rows": ((2**30 + 4096, 2), (slice(-64, None),)),
     "rows of vectors": ((2**28 + 4096, 8), (slice(-64, None),)),
-    "many rows": ((BEYOND + 4096, 2), (slice(-64, None),)),
+    "many rows": ((BEYOND + 2**22, 2), (slice(-64, None),)),
 }
 CASES = pytest.mark.parametrize(
     ("name", "offset"), [*((name, 0) for name in TENSORS), ("planes", 1), ("one plane", 1)]

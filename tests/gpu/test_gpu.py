@@ -24,6 +24,7 @@ from test_kernels import (  # noqa: F401
     test_the_range_takes_in_every_element,
     test_variance_far_from_the_running_mean,
     test_weights_about_as_long_as_a_warp_takes,
+    test_what_is_infinite_or_too_large_for_the_type_becomes_infinite,
     test_wrong_arguments_are_refused_before_a_launch,
 )
 
