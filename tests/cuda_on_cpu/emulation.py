@@ -25,7 +25,7 @@ TRAPS = ["-fsanitize-undefined-trap-on-error", "-D_GLIBCXX_ASSERTIONS"]
 VARIANTS = {
     "plain": (["-O1", "-fsanitize=undefined", *TRAPS], []),
     # Compiled for one run of the tests: what a bug in a kernel is likely to do wrong, and no more.
-    "mutant": (["-O1", "-fsanitize=alignment,bounds", *TRAPS], []),
+    "mutant": (["-O1", "-fsanitize=alignment,bounds,object-size", *TRAPS], []),
     "coverage": (["-O0", "--coverage"], ["--coverage"]),
     "sanitize": (
         ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"],

@@ -4,9 +4,10 @@
     python tests/cuda_on_cpu/mutations.py mechanical    # those of mechanical_bugs.py
 
 All is done in copies. Each bug is compiled and tried by the tests that touch it: those of the operators whose sources
-include the file. The mechanical bugs take hours. --out, JSON lines, gets the outcome of each as it is there, and what it
-has from before is kept: while the kernels are as they were, and for a survivor also the tests, unless survivors.toml
-says why no test has to catch it. The exit code is 1 if a bug survives that it does not know.
+include the file. The mechanical bugs take hours; outcomes.jsonl has what became of them. --out, JSON lines, gets the
+outcome of each as it is there, and what it has from before is kept: while the kernels are as they were, and for a
+survivor also the tests, unless survivors.toml says why no test has to catch it. The exit code is 1 if a bug survives
+that it does not know.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from planted_bugs import PLANTED, PlantedBug  # noqa: E402
 from gdfq_ext._schemas import SCHEMAS  # noqa: E402
 
 SURVIVORS = HERE / "survivors.toml"
+OUTCOMES = HERE / "outcomes.jsonl"
 TESTS = [HERE / name for name in ("test_kernels.py", "test_large_tensors.py")]
 SECONDS = 20  # for a test: a bug may also make a kernel run for ever
 RAISED = 70  # the code of a child whose function raised something
@@ -298,14 +300,16 @@ def fingerprints() -> dict[str, str]:
 
 
 def outcomes(results: Path) -> dict[str, str]:
-    """Name -> outcome, as far as the file's are valid."""
-    found = {}
+    """Name -> outcome, as far as the file's are valid; the others leave the file."""
     now = fingerprints()
-    for entry in map(json.loads, results.read_text().splitlines() if results.exists() else []):
+    valid = {}
+    for line in results.read_text().splitlines() if results.exists() else []:
+        entry = json.loads(line)
         is_final = entry["outcome"] != SURVIVED or entry["tests"] == now["tests"] or entry["name"] in explained()
         if entry["kernels"] == now["kernels"] and is_final:
-            found[entry["name"]] = entry["outcome"]
-    return found
+            valid[entry["name"]] = entry
+    results.write_text("".join(json.dumps(valid[name]) + "\n" for name in sorted(valid)))
+    return {name: entry["outcome"] for name, entry in valid.items()}
 
 
 @cache
@@ -343,12 +347,12 @@ def main() -> int:
     parser.add_argument("kind", choices=("planted", "mechanical"))
     files = sorted(path.name for path in KERNELS.iterdir())
     parser.add_argument("--only", nargs="+", choices=files, metavar="FILE", help="bugs of these files alone")
-    parser.add_argument("--out", type=Path, help="default: build/KIND_bugs.jsonl")
+    parser.add_argument("--out", type=Path, help="default: build/planted_bugs.jsonl or outcomes.jsonl beside this file")
     parser.add_argument("--jobs", type=int, default=2, help="default: %(default)s")
     args = parser.parse_args()
     bugs = planted_bugs(PLANTED) if args.kind == "planted" else mechanical_bugs()
     bugs = [bug for bug in bugs if bug.file in (args.only or files)]
-    results = args.out or ROOT / f"build/{args.kind}_bugs.jsonl"
+    results = args.out or (ROOT / "build/planted_bugs.jsonl" if args.kind == "planted" else OUTCOMES)
     results.parent.mkdir(parents=True, exist_ok=True)
     done = outcomes(results)
     missing = [bug for bug in bugs if bug.name not in done]

@@ -169,6 +169,18 @@ def test_what_is_infinite_or_too_large_for_the_type_becomes_infinite(dtype):
     assert y[0].tolist() == [torch.inf, -torch.inf, torch.inf, -3.0]
 
 
+def test_gradients_at_the_corners_of_activations():
+    x = torch.tensor([[0.0, -0.0, 6.0, -1e-45]]).expand(3, 4).contiguous()
+    zeros, ones = torch.zeros(4), torch.ones(4)
+    bn = (zeros, ones, ones, zeros)
+    grad, labels = torch.full_like(x, 2.0), torch.zeros(3, dtype=torch.int64)
+    for act in (0, 1, 2):
+        quantizer = (torch.tensor([-8.0]), torch.tensor([8.0]), 8, 0.0, act, True)
+        compare(OPS, "batch_norm_act_fake_quantize_backward", (grad, x, *bn, *quantizer))
+        compare(OPS, "batch_norm_act_moments_backward", (grad, zeros, zeros, x, zeros, *bn, 0.0, act))
+    compare(OPS, "conditional_batch_norm_act_backward", (grad, x, ones[None], zeros[None], labels, zeros, ones, 0.25))
+
+
 def test_labels_that_are_no_class():
     i = Inputs(torch.float32, torch.contiguous_format)
     labels = torch.tensor([2, -1, 3, 0])
@@ -252,6 +264,7 @@ LAUNCHES = {
     "a third": ("fake_quantize", (activations(2 * 4096 + 1), *ONES, 4, -1), (1, 3, 3 * 256)),
     "halves": ("fake_quantize", (activations(2 * 8192, dtype=torch.float16), *ONES, 4, -1), (1, 2, 2 * 256)),
     "range of two blocks": ("observe_range", (activations(2 * 4096), torch.zeros(3), 0.9), (2, 3, 3 * 256)),
+    "range of a third": ("observe_range", (activations(2 * 4096 + 1), torch.zeros(3), 0.9), (2, 4, 4 * 256)),
     # Eight short channels a block, or a long one; 64 layers a launch.
     "short weights": ("fake_quantize_weights", ([activations(17, 1024)], [4]), (1, 3, 3 * 256)),
     "long weights": ("fake_quantize_weights", ([activations(17, 1025)], [4]), (1, 17, 17 * 256)),

@@ -120,9 +120,12 @@ def test_batch_norm_act_fake_quantize(name, offset):
     parts = Parts(name, offset)
     (x, grad), (small_x, small_grad) = parts.large, parts.small
     settings = (*parts.channels[:4], torch.tensor([-1.0]), torch.tensor([1.0]), 4, 1e-5, 1, True)
+    emulation.take_launched()
     with emulation.most_blocks(4):
         y = OPS.batch_norm_act_fake_quantize(x, *settings)
+        assert 4000 < emulation.take_launched()[1] <= 4096
         grad_x, *sums = OPS.batch_norm_act_fake_quantize_backward(grad, x, *settings)
+        assert 2000 < emulation.take_launched()[1] - 1 <= 2048  # and one that finishes the sums
     parts.check(y, reference.batch_norm_act_fake_quantize(small_x, *settings))
     expected, *expected_sums = reference.batch_norm_act_fake_quantize_backward(small_grad, small_x, *settings)
     parts.check(grad_x, expected)

@@ -12,6 +12,7 @@ from test_kernels import (  # noqa: F401
     placed,
     test_distillation_loss_against_float64,
     test_empty_inputs,
+    test_gradients_at_the_corners_of_activations,
     test_labels_that_are_no_class,
     test_larger_shapes,
     test_many_layers_in_several_launches,
