@@ -1,11 +1,12 @@
 """The lists of bugs and of survivors fit the kernels, and bugs are noticed; all of them: `python mutations.py`."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 from mechanical_bugs import mechanical_bugs
-from mutations import ROOT, explained, occurrences
+from mutations import OUTCOMES, ROOT, SURVIVED, explained, occurrences
 from planted_bugs import PLANTED
 
 
@@ -24,6 +25,11 @@ def test_mechanical_bugs_have_names_of_their_own_and_change_what_they_say():
 
 def test_survivors_are_bugs_that_there_are():
     assert explained().keys() <= {bug.name for bug in mechanical_bugs()}
+
+
+def test_every_survivor_has_its_reason():
+    outcomes = {entry["name"]: entry["outcome"] for entry in map(json.loads, OUTCOMES.read_text().splitlines())}
+    assert {name for name, outcome in outcomes.items() if outcome == SURVIVED} <= explained().keys()
 
 
 @pytest.mark.slow
