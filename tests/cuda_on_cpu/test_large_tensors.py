@@ -87,6 +87,7 @@ def test_distillation_loss():
 # more than 32 bits count; rows that are vectors and rows that are not, also more of them than 32 bits count.
 TENSORS = {
     "planes": ((2**18 + 2, 2, 64, 64), (slice(-1, None),)),
+    "as many as 32 bits, which is none": ((2**19, 2, 64, 64), (slice(-1, None),)),
     "one plane": ((1, 1, 1, BEYOND + 2**22), (..., slice(-4096, None))),
     "large planes": ((2, 2, 1, 2**30 + 4096), (slice(-1, None), ..., slice(-4096, None))),
     "rows": ((2**30 + 4096, 2), (slice(-64, None),)),
