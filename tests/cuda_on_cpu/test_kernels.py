@@ -206,6 +206,11 @@ def test_empty_inputs(shape):
     compare(OPS, "conditional_batch_norm_act_backward", (x, x, *tables, labels, *bn[:2], 0.2))
 
 
+def test_a_table_of_one_row_that_no_sample_has():
+    x, one, labels = torch.randn(2, 1, 3), torch.ones(1), torch.tensor([-1, -1])
+    compare(OPS, "conditional_batch_norm_act_backward", (x, x, one[None], one[None], labels, one, one, 0.2))
+
+
 def test_no_images():
     i = Inputs(torch.float32, torch.contiguous_format)
     compare(OPS, "distillation_loss", (i.x(0, 3), i.x(0, 3), torch.zeros(0, dtype=torch.int64), 4.0, 1.0, 1.0, True))
