@@ -138,17 +138,20 @@ def take_launched() -> tuple[int, int, int]:
 
 
 @contextmanager
-def guarded_memory() -> Iterator[None]:
+def guarded_memory(filled: bool = True) -> Iterator[None]:
     """Tensors that are made inside lie between pages that nobody may touch.
+
+    Args:
+        filled: what has not been written is NaN, and not zero.
 
     Raises:
         AssertionError: at the end, where something was written beside a tensor that has been freed.
     """
-    library().gdfq_guard_memory(True)
+    library().gdfq_guard_memory(True, filled)
     try:
         yield
     finally:
-        library().gdfq_guard_memory(False)
+        library().gdfq_guard_memory(False, False)
     damaged = library().gdfq_take_damaged()
     assert damaged == 0, f"{damaged} tensors were written beside"
 

@@ -1,7 +1,8 @@
 // Memory of tensors between two pages that nobody may touch. A tensor ends where the second page begins, but for the up
 // to 15 bytes that keep its beginning aligned; these and the rest of its first page hold a pattern that has to be there
-// when the tensor is freed. Pages come from the system when they are first written: a tensor of gigabytes of which only
-// the ends are touched takes a few kilobytes.
+// when the tensor is freed. A tensor itself holds it, too, until it is written: no kernel finds zeros where it forgot to
+// write some. Where that is not wanted pages come from the system when they are first written: a tensor of gigabytes of
+// which only the ends are touched takes a few kilobytes.
 #undef TORCH_TARGET_VERSION  // allocators are not part of the stable ABI
 #include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>
@@ -16,6 +17,7 @@ namespace {
 constexpr std::size_t kAlignment = 16;
 constexpr unsigned char kPattern = 0xff;  // as floats: NaN
 std::atomic<int> damaged{0};
+std::atomic<bool> is_filled{false};
 
 std::size_t round_up(std::size_t size, std::size_t to) { return (size + to - 1) / to * to; }
 
@@ -43,7 +45,7 @@ struct Guarded {
     auto* memory = new Guarded{static_cast<unsigned char*>(mapping), mapped, first,
                                first + inside - round_up(size, kAlignment), size};
     std::fill(memory->pattern(), memory->data, kPattern);
-    std::fill(memory->data + size, memory->end(), kPattern);
+    std::fill(memory->data + (is_filled ? 0 : size), memory->end(), kPattern);
     return memory;
   }
 
@@ -70,10 +72,12 @@ struct GuardedAllocator final : c10::Allocator {
 
 }  // namespace
 
-// From now on CPU tensors are made in guarded memory, or as usual. AddressSanitizer guards them to the byte itself.
-extern "C" __attribute__((visibility("default"))) void gdfq_guard_memory([[maybe_unused]] bool guard) {
+// From now on CPU tensors are made in guarded memory, filled or not, or as usual. AddressSanitizer guards them to the byte itself.
+extern "C" __attribute__((visibility("default"))) void gdfq_guard_memory([[maybe_unused]] bool guard,
+                                                                          [[maybe_unused]] bool fill) {
 #if !defined(__SANITIZE_ADDRESS__)
   static GuardedAllocator guarded;
+  is_filled = fill;
   c10::SetCPUAllocator(guard ? &guarded : c10::GetDefaultCPUAllocator(), /*priority=*/255);
 #endif
 }

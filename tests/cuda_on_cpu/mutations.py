@@ -5,9 +5,9 @@
 
 All is done in copies. Each bug is compiled and tried by the tests that touch it: those of the operators whose sources
 include the file. The mechanical bugs take hours; outcomes.jsonl has what became of them. --out, JSON lines, gets the
-outcome of each as it is there, and what it has from before is kept: while the kernels are as they were, and for a
-survivor also the tests, unless survivors.toml says why no test has to catch it. The exit code is 1 if a bug survives
-that it does not know.
+outcome of each as it is there, and what it has from before is kept: while the kernels that the bug's file is part of
+are as they were, and for a survivor also the tests, unless survivors.toml says why no test has to catch it. The exit
+code is 1 if a bug survives that it does not know.
 """
 
 import argparse
@@ -181,7 +181,7 @@ class Tester:
         for bug, first, rest in self.work:
             outcome = self._outcome(bug, first, rest, session.items)
             with self.results.open("a") as file:
-                print(json.dumps({"name": bug.name, **outcome, **fingerprints()}), file=file)
+                print(json.dumps({"name": bug.name, **outcome, **fingerprints(bug.file)}), file=file)
             print(f"{outcome['outcome']:10} {outcome.get('by', ''):60} {bug.name}", flush=True)
         return True
 
@@ -287,24 +287,33 @@ def _in_a_child(function: Callable[[], str]) -> str:
 # ---- results
 
 
+def included_by(file: str) -> set[str]:
+    """A file of csrc/kernels and those of that folder that it includes."""
+    names = re.findall(r'#include "(?:.*/)?([\w.]+)"', (KERNELS / file).read_text())
+    return {file}.union(*(included_by(name) for name in names))
+
+
 @cache
-def fingerprints() -> dict[str, str]:
-    """Of the kernels, and of what tries them."""
+def fingerprints(file: str) -> dict[str, str]:
+    """Of the kernels that a file is part of, but for comments and spaces, and of what tries them."""
+    sources = [included_by(path.name) for path in KERNELS.glob("*.cu")]
+    kernels = set().union(*(names for names in sources if file in names))
     tests = [*HERE.glob("*.cpp"), *HERE.glob("include/*"), HERE / "emulation.py", *TESTS]
     tests += [ROOT / "gdfq_ext/reference.py", ROOT / "tests/gdfq_ext/op_cases.py"]
 
     def digest(paths: list[Path]) -> str:
-        return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()[:16]
+        texts = (re.sub(r"//.*|\s+", "", path.read_text()) for path in sorted(paths))
+        return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
-    return {"kernels": digest(list(KERNELS.iterdir())), "tests": digest(tests)}
+    return {"kernels": digest([KERNELS / name for name in kernels]), "tests": digest(tests)}
 
 
 def outcomes(results: Path) -> dict[str, str]:
     """Name -> outcome, as far as the file's are valid; the others leave the file."""
-    now = fingerprints()
     valid = {}
     for line in results.read_text().splitlines() if results.exists() else []:
         entry = json.loads(line)
+        now = fingerprints(entry["name"].partition(":")[0])
         is_final = entry["outcome"] != SURVIVED or entry["tests"] == now["tests"] or entry["name"] in explained()
         if entry["kernels"] == now["kernels"] and is_final:
             valid[entry["name"]] = entry

@@ -123,6 +123,16 @@ def test_many_shares(shape, layout):
     compare(OPS, "batch_norm_act_fake_quantize_backward", (small, x, *bn, i.lower, i.upper, 4, 1e-5, 1, True))
 
 
+def test_sums_over_shares_are_joined_in_double():
+    """Every share's sums are whole numbers that float32 holds, those of all shares are not, and the variance is a
+    thousandth of the mean square."""
+    x = torch.randint(16, 18, (1, 1, 512, 512), generator=torch.Generator().manual_seed(0)).float()
+    zero, one = torch.zeros(1), torch.ones(1)
+    _, mean, var = OPS.batch_norm_act_moments(x, zero, one, None, None, 1e-5, 1)
+    torch.testing.assert_close(mean.double(), x.double().mean()[None], rtol=1e-7, atol=0)
+    torch.testing.assert_close(var.double(), x.double().var(correction=0)[None], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_range_takes_in_every_element(dtype, offset):

@@ -17,7 +17,7 @@ BEYOND = 2**31
 @pytest.fixture(autouse=True)
 def memory_that_is_not_touched():
     emulation.set_seed(0)
-    with emulation.guarded_memory(), emulation.most_blocks(16):
+    with emulation.guarded_memory(filled=False), emulation.most_blocks(16):
         yield
 
 
@@ -151,6 +151,17 @@ def test_batch_norm_act_moments(name, offset):
     parts.check(
         grad_x, reference.batch_norm_act_moments_backward(small_grad, nothing, nothing, small_x, mean, *settings)
     )
+
+
+def test_planes_of_one_channel_that_lie_far_apart():
+    x = zeros(BEYOND // 2**18 + 2, 2**12, 8, 8)
+    last = x[-1:, -1:].copy_(random_like(x[-1:, -1:], 0))
+    i = Inputs(torch.bfloat16, torch.contiguous_format)
+    bn, limits = [i.channel(x.shape[1]) for _ in range(4)], (torch.tensor([-1.0]), torch.tensor([1.0]))
+    with emulation.most_blocks(2):
+        y = OPS.batch_norm_act_fake_quantize(x, *bn, *limits, 4, 1e-5, 1, True)
+    expected = reference.batch_norm_act_fake_quantize(last, *(p[-1:] for p in bn), *limits, 4, 1e-5, 1, True)
+    torch.testing.assert_close(y[-1:, -1:], expected)
 
 
 # Large samples, and many of them.
