@@ -24,15 +24,15 @@ from torch.utils.data import Subset
 
 from benchmarks.step_providers import trainer_of
 from benchmarks.step_worker import synchronize
-from gdfq import run_folder
 from gdfq.bench.provenance import describe, provenance
-from gdfq.checkpoint import load_checkpoint
 from gdfq.config import Config
 from gdfq.data import LabelledImages, load_dataset
 from gdfq.evaluate import evaluate
-from gdfq.files import load_tensors, write_text
 from gdfq.graph import build_quantized, build_teacher, capture
 from gdfq.models import load_model
+from gdfq.run import folder as run_folder
+from gdfq.run.checkpoint import load_checkpoint
+from gdfq.run.files import load_tensors, write_text
 
 RECIPE = "examples/cifar10_short.toml"
 # How the carried network's training images were normalised.
@@ -78,7 +78,7 @@ def milliseconds_of_an_iteration(what: Subject, batch: int, device: str) -> floa
         synchronize()
         start = time.perf_counter()
         for _ in range(count):
-            trainer._step()
+            trainer.step()
         synchronize()
     return (time.perf_counter() - start) / iterations * 1e3
 
@@ -152,13 +152,13 @@ def main(arguments: list[str] | None = None) -> int:
     write_text(args.out, json.dumps(result, indent=1) + "\n")
 
     result["exit_code"] = train(what, args.run, left, settings)
-    result["execution"] = last_entry(args.run).get("execution")
+    result["how"] = last_entry(args.run).get("iterations")
     result |= evaluated(what, args.run, args.images, device)
     write_text(args.out, json.dumps(result, indent=1) + "\n")
     print(
         f"{what.name}, W4A4: top-1 {result['top1']['quantized']:.2f}%, float {result['top1']['float']:.2f}%, after "
         f"{result['iterations']} of {planned} iterations of batch {args.batch} in {result['seconds']:.0f} s "
-        f"({result['execution']}), exit code {result['exit_code']}\n{describe(result)}"
+        f"({result['how']}), exit code {result['exit_code']}\n{describe(result)}"
     )
     return 0 if result["exit_code"] in (0, STOPPED) else 1
 

@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from gdfq.execution import Execution
-from gdfq.trainer import Trainer
+from gdfq.train.cuda_graph import IterationRunner
+from gdfq.train.trainer import Trainer
 
 aten = torch.ops.aten
 ARITHMETIC = {
@@ -23,12 +23,12 @@ class Floor:
 
     def __init__(self, trainer: Trainer) -> None:
         with Recorder() as recorder:
-            trainer._step()
+            trainer.step()
         self.calls = recorder.calls
-        self.execution = Execution("auto", trainer.device, trainer.latents)
+        self.runner = IterationRunner("auto", trainer.device, trainer.source.random)
 
     def step(self) -> None:
-        self.execution.run("floor", self._products)
+        self.runner.run("floor", self._products)
 
     @torch.no_grad()
     def _products(self) -> None:
@@ -36,7 +36,7 @@ class Floor:
             function(*args, **kwargs)
 
     def backend(self) -> str:
-        return f"PyTorch; execution: {self.execution.description}"
+        return f"PyTorch; iterations: {self.runner.description}"
 
     def evidence(self) -> dict[str, float]:
         """It computes nothing that means something."""

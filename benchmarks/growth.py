@@ -20,8 +20,8 @@ from benchmarks.step_providers import Task
 from gdfq.bench.output import save_measured
 from gdfq.bench.provenance import describe, provenance
 from gdfq.errors import GdfqError
-from gdfq.files import write_text
-from gdfq.pictures import new_figure
+from gdfq.run.files import write_text
+from gdfq.run.pictures import new_figure
 
 DEPTHS = (20, 56, 110)
 CLASSES = (10, 100, 1000, 10000)

@@ -20,9 +20,9 @@ from torch import nn
 
 from benchmarks.accuracy_in_time import last_entry
 from benchmarks.step_providers import new_model, new_task
-from gdfq import run_folder
 from gdfq.bench.provenance import describe, provenance
-from gdfq.files import load_tensors, write_text
+from gdfq.run import folder as run_folder
+from gdfq.run.files import load_tensors, write_text
 
 EPOCHS = 4  # one of ranges, one of warm-up, two of training
 # Resumed runs end bit for bit the same where PyTorch's libraries compute the same each time, which they do if asked to.
@@ -112,11 +112,11 @@ def main(arguments: list[str] | None = None) -> int:
     equal, largest = difference(whole, killed)
     result |= {"killed_after": last, "exit_codes": codes, "iterations": ends, "equal": equal, "difference": largest}
     result |= {"model": args.model, "image_size": args.image_size, "batch": args.batch}
-    result["execution"] = last_entry(killed)["execution"]
+    result["how"] = last_entry(killed)["iterations"]
     write_text(args.out, json.dumps(result, indent=1) + "\n")
     same = "bit for bit the same" if equal else f"up to {largest:.2g} of a tensor's largest value apart"
     print(
-        f"{args.model}, {args.image_size} pixels, batch {args.batch} ({result['execution']}): killed after iteration "
+        f"{args.model}, {args.image_size} pixels, batch {args.batch} ({result['how']}): killed after iteration "
         f"{last}, resumed, ended at {ends[1]} of {ends[0]}, exit codes {codes}; {same}\n{describe(result)}"
     )
     return 0 if codes == [0, 0] and ends[0] == ends[1] == args.iterations and largest <= TOLERANCE else 1

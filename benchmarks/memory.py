@@ -18,12 +18,14 @@ import torch
 from torch import nn
 
 from gdfq.bench.provenance import describe, provenance
-from gdfq.calibrate import calibrate, gaussian_images
+from gdfq.calibrate import calibrate
 from gdfq.config import Config
 from gdfq.errors import GdfqError
-from gdfq.files import write_text
 from gdfq.graph import build_quantized, build_teacher, capture
-from gdfq.trainer import Trainer
+from gdfq.images.generator import generator
+from gdfq.images.noise import gaussian_images
+from gdfq.run.files import write_text
+from gdfq.train.trainer import Trainer
 
 MB = 1e6
 
@@ -60,7 +62,8 @@ def new_trainer(iterations: int, batch: int) -> Trainer:
     config = Config.load("cifar", settings)
     student, _ = build_quantized(captured, config.quantizer)
     calibrate(student, gaussian_images(captured.image_shape, 2 * batch, batch, 0, device))
-    return Trainer(build_teacher(captured), student, captured, config)
+    teacher = build_teacher(captured)
+    return Trainer(teacher, student, generator(teacher, captured, config, device), config)
 
 
 def measure(

@@ -5,31 +5,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdfq.bench.operations import SeparateQuantizer
-from gdfq.generator import ConditionalBatchNorm, UpsampledConvolution
-from gdfq.modules import ActivationQuantizer, BatchNormActQuantizer, WeightQuantizer
+from gdfq.images.networks import ConditionalBatchNorm, UpsampledConvolution
+from gdfq.nn import BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize
 
 
 class SeparateWeightQuantizer(nn.Module):
     """Layer by layer, per output channel."""
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: list[int]) -> None:
         super().__init__()
         self.bits = bits
 
     def forward(self, weights: list[Tensor]) -> list[Tensor]:
-        return [self.quantize(weight) for weight in weights]
+        return [self.quantize(weight, bits) for weight, bits in zip(weights, self.bits, strict=True)]
 
-    def quantize(self, weight: Tensor) -> Tensor:
+    def quantize(self, weight: Tensor, bits: int) -> Tensor:
         rows = weight.detach().reshape(len(weight), -1)
         shape = [-1] + [1] * (weight.dim() - 1)
         lower, upper = rows.min(1).values.view(shape), rows.max(1).values.view(shape)
-        return SeparateQuantizer.apply(weight, lower, upper, self.bits, False)
+        return SeparateQuantizer.apply(weight, lower, upper, bits, False)
 
 
 class SeparateActivationQuantizer(nn.Module):
     """Per tensor, with the fixed range of `quantizer`; see `Variant.observe_ranges`."""
 
-    def __init__(self, quantizer: ActivationQuantizer, observe: bool) -> None:
+    def __init__(self, quantizer: FakeQuantize, observe: bool) -> None:
         super().__init__()
         self.bits = quantizer.bits
         self.register_buffer("range", quantizer.range.clone())
@@ -57,11 +57,11 @@ class BatchNormActThenQuantizer(nn.Module):
 def with_separate_quantizers(student: nn.Module, observe: bool) -> nn.Module:
     """Q with its quantizing modules exchanged in place; its parameters stay the same objects."""
     for name, child in list(student.named_children()):
-        if isinstance(child, WeightQuantizer):
+        if isinstance(child, WeightFakeQuantize):
             setattr(student, name, SeparateWeightQuantizer(child.bits))
-        elif isinstance(child, ActivationQuantizer):
+        elif isinstance(child, FakeQuantize):
             setattr(student, name, SeparateActivationQuantizer(child, observe))
-        elif isinstance(child, BatchNormActQuantizer):
+        elif isinstance(child, BatchNormActFakeQuantize):
             quantizer = SeparateActivationQuantizer(child.quantizer, observe)
             setattr(student, name, BatchNormActThenQuantizer(child.batch_norm_act, quantizer))
         else:

@@ -35,8 +35,8 @@ from benchmarks.step_providers import (
 from benchmarks.step_table import table
 from gdfq.bench.provenance import provenance
 from gdfq.errors import GdfqError
-from gdfq.files import write_text
 from gdfq.models import parse_model_args
+from gdfq.run.files import write_text
 
 # Before a turn: threads of the previous worker's OpenMP keep spinning for some milliseconds after its last region.
 PAUSE = 0.05
@@ -44,7 +44,7 @@ PAUSE = 0.05
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "ALLOC_FAILED", "ended with code -9")
 # Of a provider, until the rounds are over.
 NOT_YET = dict.fromkeys(("peak_memory_mb", "profiled_ms", "parts_ms", "launches"))
-STUDENT_FIGURES = ("student_cross_entropy", "kl", "student_gradient")
+STUDENT_FIGURES = ("student/cross_entropy", "student/kl", "student_gradient")
 
 
 @dataclass(frozen=True)

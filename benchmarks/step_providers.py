@@ -1,8 +1,8 @@
 """One GDFQ iteration (a step of G, a step of Q, both optimizers) by several providers, for `step.py`.
 
-`Gdfq` is the product: `gdfq.trainer.Trainer`, whose operations are the compiled ones (`ours`) or, in a process with
-GDFQ_EXT=reference, pure PyTorch. `PlainPyTorch` computes the same equations without `gdfq_ext`, in several variants.
-`Floor` replays nothing but the convolutions and matrix products of an iteration.
+`Gdfq` is the product: `gdfq.train.trainer.Trainer`, whose operations are the compiled ones (`ours`) or, in a process
+with GDFQ_EXT=reference, pure PyTorch. `PlainPyTorch` computes the same equations without `gdfq_ext`, in several
+variants. `Floor` replays nothing but the convolutions and matrix products of an iteration.
 
 All start from the same weights, ranges, latents and generator, so that their first losses and gradients are the same
 numbers. A provider's name may say how it differs from the others of the run: `ours@bfloat16`, `eager@contiguous`.
@@ -22,18 +22,20 @@ from benchmarks.floor import Floor
 from benchmarks.parts import Networks
 from benchmarks.separate_layers import with_separate_layers, with_separate_quantizers
 from gdfq import demo
-from gdfq.calibrate import calibrate, gaussian_images
+from gdfq.calibrate import calibrate
 from gdfq.config import Config, RunConfig
 from gdfq.errors import GdfqError
-from gdfq.execution import WARMUP
-from gdfq.graph import Account, CapturedModel, Teacher, build_quantized, build_teacher, capture
+from gdfq.graph import CapturedModel, Summary, Teacher, build_quantized, build_teacher, capture
+from gdfq.images.generator import generator
+from gdfq.images.noise import gaussian_images
 from gdfq.models import load_model
-from gdfq.trainer import Trainer
+from gdfq.train.cuda_graph import WARMUP
+from gdfq.train.trainer import Trainer
 
 SEED = 0
 VGG_IMAGE_SIZE = 224
 PRECISIONS = get_args(RunConfig.model_fields["precision"].annotation)
-LOSSES = ("generator_cross_entropy", "bns", "student_cross_entropy", "kl")
+LOSSES = ("generator/cross_entropy", "generator/bns", "student/cross_entropy", "student/kl")
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def new_trainer(task: Task, overrides: dict[str, Any] | None = None) -> Trainer:
 
 def trainer_of(
     captured: CapturedModel, teacher: Teacher, preset: str, batch: int, settings: dict[str, Any]
-) -> tuple[Trainer, Account]:
+) -> tuple[Trainer, Summary]:
     """A trainer at the first iteration of alternate training, with ranges observed on Gaussian images, and what is
     quantized in its Q."""
     # One epoch of one iteration each for ranges and warm-up, which are skipped by starting behind them.
@@ -140,19 +142,13 @@ def trainer_of(
     defaults |= {"schedule.milestones": [], "schedule.reestimate_ranges": False}
     defaults |= {"run.held_out_images": 2, "run.seed": SEED}
     config = Config.load(preset, defaults | settings)
-    student, account = build_quantized(captured, config.quantizer)
+    student, summary = build_quantized(captured, config.quantizer)
     device = next(student.parameters()).device
     calibrate(student, gaussian_images(captured.image_shape, 2 * batch, batch, SEED, device))
-    trainer = Trainer(teacher, student, captured, config)
+    trainer = Trainer(teacher, student, generator(teacher, captured, config, device), config)
     trainer.iteration = 1
     assert trainer.phase == "training"
-    return trainer, account
-
-
-def networks_of(holder: Any, teacher: nn.Module) -> Networks:
-    """For `benchmarks.parts`, of an object with the attributes of a `Trainer`."""
-    optimizers = (holder.generator_optimizer, holder.student_optimizer)
-    return Networks(holder.generator, teacher, holder.student, optimizers)
+    return trainer, summary
 
 
 def gradient_norms(generator: nn.Module, student: nn.Module) -> dict[str, float]:
@@ -169,8 +165,10 @@ class Gdfq:
 
     def __init__(self, task: Task, overrides: dict[str, Any] | None = None) -> None:
         self.trainer = new_trainer(task, overrides)
-        compiled = self.trainer.config.run.compile
-        self.networks = None if compiled else networks_of(self.trainer, self.trainer.teacher.graph_module)
+        trainer, source = self.trainer, self.trainer.source
+        optimizers = (source.optimizer, trainer.optimizer)
+        networks = Networks(source.generator, source.read.module, trainer.student, optimizers)
+        self.networks = None if trainer.config.run.compile else networks
 
     def backend(self) -> str:
         """Which kernels run and whether from a CUDA graph, in words; to be asked after the warm-up.
@@ -178,19 +176,19 @@ class Gdfq:
         Raises:
             GdfqError: there is no graph although `overrides` ask for one.
         """
-        execution = self.trainer.execution.description
-        if self.trainer.config.run.execution == "graph" and execution != "graph":
-            raise GdfqError(f"after {WARMUP} iterations there must be a CUDA graph, but execution is '{execution}'")
-        return f"{gdfq_ext.backend_report().cause}; execution: {execution}"
+        how = self.trainer.runner.description
+        if self.trainer.config.run.cuda_graph is True and how != "graph":
+            raise GdfqError(f"after {WARMUP} iterations there must be a CUDA graph, but they are '{how}'")
+        return f"{gdfq_ext.backend_report().cause}; iterations: {how}"
 
     def step(self) -> None:
-        self.trainer._step()
+        self.trainer.step()
 
     def evidence(self) -> dict[str, float]:
         """The losses (means since the last call) and the norms of the last gradients."""
         metrics = self.trainer.read_metrics()
-        losses = {name: getattr(metrics, name) for name in LOSSES}
-        return losses | gradient_norms(self.trainer.generator, self.trainer.student)
+        losses = {name: metrics[name] for name in LOSSES}
+        return losses | gradient_norms(self.trainer.source.generator, self.trainer.student)
 
 
 @dataclass(frozen=True)
@@ -225,7 +223,7 @@ class PlainPyTorch:
         assert config.quantizer.straight_through == "identity"
         assert config.student.fixed_bns
         self.device = task.device
-        self.latents, self.generator = trainer.latents, with_separate_layers(trainer.generator)
+        self.source, self.generator = trainer.source, with_separate_layers(trainer.source.generator)
         self.student = with_separate_quantizers(trainer.student, variant.observe_ranges)
         self.teacher = new_model(task).to(task.device).eval().requires_grad_(not variant.frozen_teacher)
         if channels_last:
@@ -245,7 +243,9 @@ class PlainPyTorch:
         if variant.compile:
             self.generator_loss = torch.compile(self.generator_loss, dynamic=False, mode=variant.compile)
             self.student_loss = torch.compile(self.student_loss, dynamic=False, mode=variant.compile)
-        self.networks = None if variant.compile else networks_of(self, self.teacher)
+        optimizers = (self.generator_optimizer, self.student_optimizer)
+        networks = Networks(self.generator, self.teacher, self.student, optimizers)
+        self.networks = None if variant.compile else networks
         self.last: tuple[Tensor, ...] = ()
 
     def step(self) -> None:
@@ -255,7 +255,7 @@ class PlainPyTorch:
         # First of all, since gradients lie in memory that a CUDA graph of torch.compile writes again.
         self.generator_optimizer.zero_grad()
         self.student_optimizer.zero_grad()
-        noise, labels = self.latents.draw(self.config.schedule.batch_size)
+        noise, labels = self.source.latents(self.config.schedule.batch_size, self.source.random)
         loss, images, teacher_logits, cross_entropy, bns = self.generator_loss(noise, labels)
         loss.backward()
         self.generator_optimizer.step()
@@ -331,8 +331,8 @@ PROVIDERS = {
     "compile-reduce-overhead": lambda task: PlainPyTorch(task, Variant(compile="reduce-overhead")),
     "reference": Gdfq,
     "ours": Gdfq,
-    "ours-eager": lambda task: Gdfq(task, {"run.execution": "eager"}),
-    "ours-graph": lambda task: Gdfq(task, {"run.execution": "graph"}),
+    "ours-eager": lambda task: Gdfq(task, {"run.cuda_graph": False}),
+    "ours-graph": lambda task: Gdfq(task, {"run.cuda_graph": True}),
     "ours-compile": lambda task: Gdfq(task, {"run.compile": True}),
     "floor": lambda task: Floor(Gdfq(task).trainer),
 }

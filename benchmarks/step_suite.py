@@ -22,8 +22,8 @@ from benchmarks.step_providers import Task, new_task
 from gdfq.bench.output import save_measured
 from gdfq.bench.provenance import describe, provenance
 from gdfq.errors import GdfqError
-from gdfq.files import write_text
-from gdfq.pictures import new_figure
+from gdfq.run.files import write_text
+from gdfq.run.pictures import new_figure
 
 IMAGENET = (16, 64)
 

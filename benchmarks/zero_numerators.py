@@ -29,7 +29,7 @@ from gdfq.bench.provenance import describe, provenance
 from gdfq.bench.shapes import LAYERS, Shape
 from gdfq.bench.timing import clock_for
 from gdfq.errors import GdfqError
-from gdfq.files import write_text
+from gdfq.run.files import write_text
 
 BITS = 4
 LEVELS = 2**BITS - 1

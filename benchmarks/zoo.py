@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks.step_providers import SEED, fit_batch_norm, fit_classifier, trainer_of
 from gdfq.errors import GdfqError
-from gdfq.graph import Account, CapturedModel, Teacher, build_teacher, capture
+from gdfq.graph import CapturedModel, Summary, Teacher, build_teacher, capture
 from gdfq.models import load_model
 
 CHANNELS = 3
@@ -74,7 +74,7 @@ OTHER_TASKS = {
     "speech": ("jasper", "jasperdr", "quartznet"),
     "faces in three dimensions": ("nvpattexp", "prnet", "voca"),
 }  # fmt: skip
-PLACEMENTS = ("deploy", "paper")
+TARGETS = ("onnx", "paper")
 TABLE_BEGINS = "<!-- written by python -m benchmarks.zoo -->\n"
 TABLE_ENDS = "<!-- until here -->\n"
 
@@ -95,18 +95,18 @@ def new_member(name: str) -> nn.Module:
     return fit_batch_norm(model, image_size, CHANNELS)
 
 
-def train_once(captured: CapturedModel, teacher: Teacher) -> Iterator[tuple[str, nn.Module, Account]]:
-    """In each placement, Q after one iteration in which it and G were trained, batch 2, and what is quantized in it.
+def train_once(captured: CapturedModel, teacher: Teacher) -> Iterator[tuple[str, nn.Module, Summary]]:
+    """For each target, Q after one iteration in which it and G were trained, batch 2, and what is quantized in it.
 
     Raises:
         GdfqError: a loss is NaN or infinite.
     """
-    for placement in PLACEMENTS:
-        settings = {"quantizer.placement": placement, "generator.latent_size": 8, "quantizer.input_bits": 4}
-        trainer, account = trainer_of(captured, teacher, "cifar", 2, settings)
-        trainer._step()
+    for target in TARGETS:
+        settings = {"quantizer.target": target, "generator.latent_size": 8, "quantizer.input_bits": 4}
+        trainer, summary = trainer_of(captured, teacher, "cifar", 2, settings)
+        trainer.step()
         trainer.read_metrics()
-        yield placement, trainer.student, account
+        yield target, trainer.student, summary
 
 
 def row(name: str) -> str:
@@ -114,10 +114,10 @@ def row(name: str) -> str:
     layers, activations = "", ""
     try:
         captured = capture(new_member(name), channels=CHANNELS)
-        accounts = {placement: account for placement, _, account in train_once(captured, build_teacher(captured))}
-        layers = str(len(accounts["deploy"].weights))
-        activations = " / ".join(str(len(accounts[placement].activations)) for placement in PLACEMENTS)
-        floats = Counter(f"`{entry.op}`" for entry in accounts["deploy"].stayed_float)
+        summaries = {target: summary for target, _, summary in train_once(captured, build_teacher(captured))}
+        layers = str(len(summaries["onnx"].weights))
+        activations = " / ".join(str(len(summaries[target].activations)) for target in TARGETS)
+        floats = Counter(f"`{entry.op}`" for entry in summaries["onnx"].stayed_float)
         result = "works; float: " + ", ".join(f"{op} {count}" for op, count in sorted(floats.items()))
     except GdfqError as error:
         result = "no: " + re.split(": | at ", str(error))[0]

@@ -1,7 +1,7 @@
 """Data-free quantization of CNNs: a trained network in, a low-bit network out, no data.
 
-    result = gdfq.quantize(model)
-    print(result.report)
+result = gdfq.quantize(model)
+print(result.report)
 """
 
 import sys
@@ -21,8 +21,8 @@ from gdfq.config import Config, parse_override
 from gdfq.errors import GdfqError
 from gdfq.evaluate import evaluate
 from gdfq.models import load_model
-from gdfq.run_folder import load_quantized, save_quantized
-from gdfq.training_run import Stopped
+from gdfq.run.folder import load_quantized, save_quantized
+from gdfq.run.training_run import Stopped
 
 __all__ = [
     "Config",

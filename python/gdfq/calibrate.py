@@ -1,43 +1,49 @@
-"""Activation ranges without training, and how well Q agrees with P on images that were not used for it."""
+"""Activation ranges from images, without training."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gdfq.errors import GdfqError
-from gdfq.modules import activation_quantizers, observing
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """The data-free figures.
-
-    Attributes:
-        top1: share of images, in percent, that P and Q classify alike.
-        kl: KL(softmax(z_P) || softmax(z_Q)), mean over images, nats.
-        images: how many.
-    """
-
-    top1: float
-    kl: float
-    images: int
+from gdfq.nn import FakeQuantize, activation_quantizers, observing
+from gdfq.observers import Observer
 
 
 @torch.no_grad()
-def calibrate(student: nn.Module, batches: Iterable[Tensor]) -> None:
+def calibrate(
+    student: nn.Module, batches: Iterable[Tensor], observer: Callable[[FakeQuantize], Observer] | None = None
+) -> None:
     """Observe the activation ranges anew on `batches` of images `(N, C, H, W)`; parameters are not touched.
+
+    Args:
+        observer: what looks at the activations of each quantizer for this once; default: its own observer.
 
     Raises:
         GdfqError: a range came out NaN or infinite (names the quantizers).
     """
-    for quantizer in activation_quantizers(student).values():
+    own = {quantizer: quantizer.observer for quantizer in activation_quantizers(student).values()}
+    for quantizer in own:
         quantizer.reset()
-    with observing(student):
-        for images in batches:
-            student(images)
+        if observer is not None:
+            quantizer.observer = observer(quantizer)
+    passes = max((quantizer.observer.passes for quantizer in own), default=1)
+    batches = list(batches) if passes > 1 else batches
+    try:
+        for _ in range(passes):
+            with observing(student):
+                for images in batches:
+                    student(images)
+            end_pass(student)
+    finally:
+        for quantizer, before in own.items():
+            quantizer.observer = before
+
+
+def end_pass(student: nn.Module) -> None:
+    """All images that the activation ranges are observed on have been seen; raises as `check_ranges`."""
+    for quantizer in activation_quantizers(student).values():
+        quantizer.observer.end_pass(quantizer.range, quantizer.bits)
     check_ranges(student)
 
 
@@ -55,25 +61,3 @@ def check_ranges(student: nn.Module) -> None:
             f"NaN or Inf in the activations of {len(broken)} of {len(quantizers)} quantized places, first at "
             f"'{broken[0]}': the model overflows on synthetic images; check its weights and BN statistics"
         )
-
-
-@torch.no_grad()
-def agreement(teacher: nn.Module, student: nn.Module, batches: Iterable[Tensor]) -> Agreement:
-    """Compare the logits of P and Q on `batches` of images `(N, C, H, W)`."""
-    alike = divergence = torch.zeros((), dtype=torch.float64)
-    count = 0
-    for images in batches:
-        log_p, log_q = (F.log_softmax(model(images).double(), 1).cpu() for model in (teacher, student))
-        alike = alike + (log_p.argmax(1) == log_q.argmax(1)).sum()
-        divergence = divergence + F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-        count += len(images)
-    return Agreement(100 * alike.item() / count, divergence.item() / count, count)
-
-
-def gaussian_images(
-    shape: tuple[int, int, int], count: int, batch_size: int, seed: int, device: torch.device
-) -> Iterator[Tensor]:
-    """`count` images of N(0, 1) noise in batches `(N, *shape)`: what is left where nothing better is known."""
-    random = torch.Generator(device).manual_seed(seed)
-    for start in range(0, count, batch_size):
-        yield torch.randn(min(batch_size, count - start), *shape, generator=random, device=device)

@@ -10,6 +10,8 @@ import typer
 
 from gdfq.config import Config, parse_override, presets
 from gdfq.errors import GdfqError
+from gdfq.methods import Data
+from gdfq.registry import METHODS, TARGETS, Registry
 
 app = typer.Typer(
     help="Data-free quantization of CNNs: a trained network in, a low-bit network out, no data.",
@@ -17,6 +19,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _listed(registry: Registry) -> str:
+    return "; ".join(f"{name}: {known.help}" for name, known in registry.items())
+
+
+def _taking(data: Data) -> str:
+    return ", ".join(name for name, method in METHODS.items() if method.data is data)
+
 
 ModelOption = Annotated[
     str | None,
@@ -34,7 +45,7 @@ ModelArgsOption = Annotated[
 CalibrationDataOption = Annotated[
     str | None,
     typer.Option(
-        help="real images for the methods calibrated, mse, aciq and kl: a folder as for --data; default: images are "
+        help=f"real images for the methods {_taking(Data.IMAGES)}: a folder as for --data; default: images are "
         "made, see the setting calibration.images"
     ),
 ]
@@ -43,7 +54,8 @@ CalibrationDataArgsOption = Annotated[
     typer.Option("--calibration-data-arg", help="name=value, for example split=train; may be repeated"),
 ]
 TrainingDataOption = Annotated[
-    str | None, typer.Option(help="real labelled images for the method finetune: a folder as for --data")
+    str | None,
+    typer.Option(help=f"real labeled images for the methods {_taking(Data.LABELED)}: a folder as for --data"),
 ]
 TrainingDataArgsOption = Annotated[
     list[str] | None,
@@ -51,7 +63,7 @@ TrainingDataArgsOption = Annotated[
 ]
 DataOption = Annotated[
     str | None,
-    typer.Option(help="real labelled images, for evaluation only: a folder, or fashion-mnist (built in)"),
+    typer.Option(help="real labeled images, for evaluation only: a folder, or fashion-mnist (built in)"),
 ]
 DataKindOption = Annotated[
     str | None, typer.Option(help="fashion-mnist, cifar10, cifar100 or folder; default: read off the folder")
@@ -74,14 +86,11 @@ def quantize(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(
-            help="gdfq (default); without data or training: zeroq, dfq, minmax; calibrated, mse, aciq, kl: without "
-            "training, on --calibration-data or made images; finetune: on --training-data"
-        ),
+        typer.Option(help=_listed(METHODS)),
     ] = None,
     weight_bits: Annotated[int | None, typer.Option(help="2 to 8; default 4")] = None,
     activation_bits: Annotated[int | None, typer.Option(help="2 to 8; default 4")] = None,
-    placement: Annotated[str | None, typer.Option(help="deploy or paper; default deploy")] = None,
+    target: Annotated[str | None, typer.Option(help=_listed(TARGETS))] = None,
     image_size: Annotated[int | None, typer.Option(help="pixels; default: what the model says of itself")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; default auto")] = None,
     seed: Annotated[int | None, typer.Option(help="default 0")] = None,
@@ -104,9 +113,9 @@ def quantize(
 
     Example: gdfq quantize --model pytorchcv:resnet20_cifar10 --model-arg pretrained=True --out runs/resnet20
     """
-    from gdfq import run_folder
     from gdfq.api import default_preset
     from gdfq.api import quantize as run
+    from gdfq.run import folder as run_folder
 
     if resume is not None:
         config, source = run_folder.read_run(resume)
@@ -122,7 +131,7 @@ def quantize(
             "method": method,
             "quantizer.weight_bits": weight_bits,
             "quantizer.activation_bits": activation_bits,
-            "quantizer.placement": placement,
+            "quantizer.target": target,
             "model.image_size": image_size,
             "run.device": device,
             "run.seed": seed,
@@ -161,12 +170,12 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Top-1 and top-5 on real labelled images, of a quantized or a float model.
+    """Top-1 and top-5 on real labeled images, of a quantized or a float model.
 
     Example: gdfq evaluate runs/resnet20 --data path/to/cifar-10-batches-py
     """
     import gdfq
-    from gdfq import run_folder
+    from gdfq.run import folder as run_folder
 
     if run is not None:
         _, source = run_folder.read_run(run)
@@ -303,7 +312,7 @@ def bench(
 def doctor(as_json: JsonOption = False) -> None:
     """Say what this installation can do: versions, devices, and which kernels every op uses and why."""
     import gdfq_ext
-    from gdfq.report import versions
+    from gdfq.run.report import versions
 
     build = gdfq_ext.build_info()
     backends = gdfq_ext.backend_report()
@@ -322,9 +331,7 @@ def _source(model: str, weights: Path | None, model_args: list[str] | None) -> d
     return {"model": model, "weights": weights and str(weights.absolute()), "model_args": model_args or []}
 
 
-def _data_source(
-    data: str | None, kind: str | None, data_args: list[str] | None, purpose: str = ""
-) -> dict[str, Any]:
+def _data_source(data: str | None, kind: str | None, data_args: list[str] | None, purpose: str = "") -> dict[str, Any]:
     folder = data and (str(Path(data).absolute()) if Path(data).exists() else data)
     return {f"{purpose}data": folder, f"{purpose}data_kind": kind, f"{purpose}data_args": data_args or []}
 
@@ -347,7 +354,7 @@ def _load_data(source: dict[str, Any], purpose: str = ""):
 
 def main() -> None:
     """Run the command line: 0 after success, 2 after an error that is the user's to mend, 130 after Ctrl-C."""
-    from gdfq.training_run import Stopped
+    from gdfq.run.training_run import Stopped
 
     try:
         app(prog_name="gdfq", standalone_mode=False)

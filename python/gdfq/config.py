@@ -5,23 +5,28 @@
 A preset or file may begin with `extends = "NAME"`. The names of the paper's symbols stand in the descriptions.
 """
 
+import functools
 import json
+import operator
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from gdfq.errors import GdfqError
+from gdfq.registry import ALL, SECTIONS
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A section of the settings; frozen, and with no others than those that it names."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """What the model takes and gives. Everything is inferred from the model where that is possible."""
 
     image_size: int | tuple[int, int] | None = Field(None, description="height and width of the input, pixels")
@@ -29,24 +34,57 @@ class ModelConfig(_Section):
     num_classes: int | None = Field(None, ge=2, description="length of the logits; given, it is checked")
 
 
-class QuantizerConfig(_Section):
+Bits = Annotated[int, Field(ge=2, le=8)]
+
+
+class LayerBits(Section):
+    """Bits of one layer: of its weight and of its input. A number or "float" alone stands for both."""
+
+    weights: Bits | Literal["float"]
+    activations: Bits | Literal["float"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _both(cls, value: Any) -> Any:
+        return {"weights": value, "activations": value} if isinstance(value, int | str) else value
+
+
+class QuantizerConfig(Section):
     """Eq. 6: what is quantized, to how many bits."""
 
-    weight_bits: int = Field(4, ge=2, le=8, description="bits of every weight, per output channel")
-    activation_bits: int = Field(4, ge=2, le=8, description="bits of every activation, per tensor")
-    input_bits: int = Field(8, ge=2, le=8, description="bits of the input image (images come in 8 bits); `deploy` only")
-    placement: Literal["deploy", "paper"] = Field(
-        "deploy",
-        description="deploy: the input of every convolution and linear layer and both inputs of every residual add; "
-        "paper: the outputs of ReLU and ReLU6 only",
+    weight_bits: Bits = Field(4, description="bits of every weight, per output channel")
+    activation_bits: Bits = Field(4, description="bits of every activation, per tensor")
+    input_bits: Bits = Field(8, description="bits of the input image (images come in 8 bits), where it is quantized")
+    layers: dict[str, LayerBits] = Field(
+        {},
+        description="bits of single layers by name, * and ? standing for anything, or <first> and <last>: a number, "
+        '"float", or both kinds apart as {weights = 8, activations = 4}; the last pattern that fits counts. An '
+        "activation that several layers read takes the most bits that one of them wants",
+    )
+    target: str = Field(
+        "onnx",
+        description="what the quantized network is to run on; paper: the outputs of ReLU and ReLU6 only, as in "
+        "published tables",
+    )
+    observer: Literal["moving_average", "learned_step"] = Field(
+        "moving_average", description="where activation ranges come from: seen and then fixed, or trained along (LSQ)"
     )
     straight_through: Literal["identity", "clipped"] = Field(
         "identity", description="gradient of the quantizer where the value was clipped: passed on, or zero"
     )
 
 
-class GeneratorConfig(_Section):
-    """G: its architecture (see `gdfq.generator`), optimizer (Adam) and loss CE + beta * BNS (Eq. 4, 5)."""
+class ImagesConfig(Section):
+    """What Q is trained on, where the method makes images."""
+
+    source: str = Field("generator", description="generator: GDFQ's; qimera: with superposed labels; zeroq: optimized")
+    transforms: dict[str, dict[str, Any]] = Field(
+        {}, description="what images go through, by name and with its settings, as low_pass = {cutoff = 80.0}"
+    )
+
+
+class GeneratorConfig(Section):
+    """G: its architecture (see `gdfq.images.networks`), optimizer (Adam) and loss CE + beta * BNS (Eq. 4, 5)."""
 
     architecture: Literal["embedding", "conditional"] = Field(
         "embedding", description="embedding: the paper's for CIFAR; conditional: the paper's for ImageNet"
@@ -62,7 +100,7 @@ class GeneratorConfig(_Section):
     bns_reduction: Literal["mean", "sum"] = Field(
         "mean", description="mean over channels and layers (released code), or the sum of squared norms (paper)"
     )
-
+    terms: dict[str, float] = Field({}, description="further terms of the loss by name, and their weights")
     stop_accuracy: float | None = Field(
         None,
         ge=0,
@@ -72,9 +110,10 @@ class GeneratorConfig(_Section):
     )
 
 
-class StudentConfig(_Section):
-    """Q: its optimizer (SGD, Nesterov) and loss CE + gamma * T^2 * KL (Eq. 7 to 10)."""
+class StudentConfig(Section):
+    """Q: its optimizer and loss CE + gamma * T^2 * KL (Eq. 7 to 10)."""
 
+    optimizer: str = Field("sgd", description="sgd: with Nesterov's momentum; ait: gradient inundation")
     learning_rate: float = Field(1e-4, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
@@ -84,10 +123,11 @@ class StudentConfig(_Section):
     kd_reduction: Literal["mean", "batchmean"] = Field(
         "mean", description="KL divided by batch and classes (released code), or by the batch"
     )
+    terms: dict[str, float] = Field({}, description="further terms of the loss by name, and their weights")
     fixed_bns: bool = Field(True, description="keep the teacher's BN statistics in Q; its gamma and beta are trained")
 
 
-class ScheduleConfig(_Section):
+class ScheduleConfig(Section):
     """Algorithm 1: how long, in which order."""
 
     epochs: int = Field(400, ge=1)
@@ -109,15 +149,7 @@ class ScheduleConfig(_Section):
     decay: float = Field(0.1, gt=0, le=1)
 
 
-class ZeroqConfig(_Section):
-    """ZeroQ: images optimised from noise until the BN statistics fit."""
-
-    iterations: int = Field(500, ge=1)
-    images: int = Field(64, ge=2)
-    learning_rate: float = Field(0.5, gt=0, description="of Adam, lowered on a plateau")
-
-
-class CalibrationConfig(_Section):
+class CalibrationConfig(Section):
     """Images that the baselines calibrate on where no real ones are given."""
 
     images: Literal["gaussian", "zeroq", "generator"] = Field(
@@ -133,7 +165,7 @@ class CalibrationConfig(_Section):
     )
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Where and how a run is carried out."""
 
     seed: int = 0
@@ -144,9 +176,8 @@ class RunConfig(_Section):
         description="of the convolutions and linear layers of all three networks in training (tf32 on a GPU only); "
         "statistics, quantizers and losses stay float32, and so does every figure that is reported",
     )
-    execution: Literal["auto", "eager", "graph"] = Field(
-        "auto",
-        description="graph: each phase's iteration is captured as a CUDA graph and replayed; auto: that on a GPU",
+    cuda_graph: bool | Literal["auto"] = Field(
+        "auto", description="each phase's iteration is captured as a CUDA graph and replayed; auto: on a GPU"
     )
     compile: bool = Field(False, description="torch.compile the forward passes and losses of both steps")
     log_every: int = Field(20, ge=1, description="iterations between two entries of the log")
@@ -154,21 +185,16 @@ class RunConfig(_Section):
     held_out_images: int = Field(512, ge=2, description="synthetic images behind the data-free figures")
 
 
-class Config(_Section):
-    """Everything that decides a run. See the sections for each value."""
+class Config(Section):
+    """Everything that decides a run. See the sections for each value; methods may have sections of their own."""
 
-    method: Literal["gdfq", "zeroq", "dfq", "calibrated", "mse", "aciq", "kl", "minmax", "finetune"] = Field(
-        "gdfq",
-        description="without training: zeroq; dfq; calibrated (ranges observed on calibration images); mse, aciq, kl "
-        "(weights and activations clipped); minmax (calibrated on Gaussian noise). finetune: trained on real labelled "
-        "images",
-    )
+    method: str = Field("gdfq", description="how the model is quantized")
     model: ModelConfig = ModelConfig()
     quantizer: QuantizerConfig = QuantizerConfig()
+    images: ImagesConfig = ImagesConfig()
     generator: GeneratorConfig = GeneratorConfig()
     student: StudentConfig = StudentConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    zeroq: ZeroqConfig = ZeroqConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     run: RunConfig = RunConfig()
 
@@ -189,13 +215,36 @@ class Config(_Section):
                     raise GdfqError(f"setting '{key}': '{name}' is a value, not a section")
             section[leaf] = value
         try:
-            return cls.model_validate(tree)
+            config = _with_all_sections().model_validate(tree)
         except ValidationError as error:
             raise GdfqError(_explain(error)) from None
+        _check_names(config)
+        return config
 
     def to_toml(self) -> str:
         """The whole configuration; `Config.load(path)` reads it back."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def _with_all_sections() -> type[Config]:
+    """`Config` with the sections that others have added: one class, since settings of two are never equal."""
+    return _with_sections(tuple(SECTIONS.items()))
+
+
+@functools.cache
+def _with_sections(sections: tuple[tuple[str, type[Section]], ...]) -> type[Config]:
+    return create_model("Config", __base__=Config, **{name: (kind, kind()) for name, kind in sections})
+
+
+def _check_names(config: Config) -> None:
+    for registry in ALL:
+        for setting in registry.settings:
+            unknown = registry.unknown(operator.attrgetter(setting)(config))
+            if unknown:
+                raise GdfqError(
+                    f"setting '{setting}': there is no {' and no '.join(map(repr, unknown))}; there are: "
+                    + ", ".join(registry)
+                )
 
 
 def presets() -> list[str]:
@@ -251,7 +300,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _known(path: tuple) -> str:
-    section: type[BaseModel] = Config
+    section: type[BaseModel] = _with_all_sections()
     for name in path:
         section = section.model_fields[name].annotation
     return "are: " + ", ".join(section.model_fields)

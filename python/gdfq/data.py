@@ -107,7 +107,7 @@ class ImageFolder(LabelledImages):
 
 
 def load_dataset(spec: str | Path, kind: str | None = None, **options: Any) -> LabelledImages:
-    """The labelled images at `spec`.
+    """The labeled images at `spec`.
 
     Args:
         spec: a folder (or a `.npz` file), or the words `fashion-mnist` for the test images that come with the

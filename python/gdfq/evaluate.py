@@ -1,14 +1,15 @@
-"""Top-1 and top-5 accuracy on labelled images."""
+"""Top-1 and top-5 accuracy on labeled images, and how well Q agrees with P on any."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from gdfq.errors import GdfqError
@@ -64,9 +65,7 @@ def evaluate(
         model.to(device)
     parameter = next((value for value in model.parameters() if value.is_floating_point()), torch.empty(0))
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    loader = DataLoader(
-        dataset, batch_size=batch_size, num_workers=workers, pin_memory=parameter.device.type == "cuda"
-    )
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=parameter.device.type == "cuda")
     start = time.perf_counter()
     top1 = top5 = 0
     with _eval_mode(model), torch.inference_mode():
@@ -80,6 +79,34 @@ def evaluate(
             top5 += int(best.sum())
     count = len(dataset)
     return Evaluation(100 * top1 / count, 100 * top5 / count, count, time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The data-free figures.
+
+    Attributes:
+        top1: share of images, in percent, that P and Q classify alike.
+        kl: KL(softmax(z_P) || softmax(z_Q)), mean over images, nats.
+        images: how many.
+    """
+
+    top1: float
+    kl: float
+    images: int
+
+
+@torch.no_grad()
+def agreement(teacher: nn.Module, student: nn.Module, batches: Iterable[Tensor]) -> Agreement:
+    """Compare the logits of P and Q on `batches` of images `(N, C, H, W)`."""
+    alike = divergence = torch.zeros((), dtype=torch.float64)
+    count = 0
+    for images in batches:
+        log_p, log_q = (F.log_softmax(model(images).double(), 1).cpu() for model in (teacher, student))
+        alike = alike + (log_p.argmax(1) == log_q.argmax(1)).sum()
+        divergence = divergence + F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        count += len(images)
+    return Agreement(100 * alike.item() / count, divergence.item() / count, count)
 
 
 def _batches(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from gdfq.errors import GdfqError
-from gdfq.files import load_tensors
+from gdfq.run.files import load_tensors
 
 SPEC_HELP = (
     "a model is given as pytorchcv:NAME, timm:NAME, torchvision:NAME, package.module:factory or "

@@ -22,3 +22,8 @@ def products_in_tf32(allowed: bool) -> Iterator[None]:
     finally:
         for backend, value in zip(backends, before, strict=True):
             backend.allow_tf32 = value
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """With `run.precision = "bfloat16"` convolutions and linear layers inside the block run in it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

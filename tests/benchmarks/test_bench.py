@@ -201,7 +201,7 @@ def test_operations_are_in_the_order_of_their_weight_in_an_iteration():
 
     trainer = Gdfq(new_task("pytorchcv:resnet18", size, preset="imagenet", batch=16)).trainer
     with Weigh():
-        trainer._step()
+        trainer.step()
     assert list(OPERATIONS)[: len(moved)] == [name for name, _ in moved.most_common()]
     assert moved["conditional_batch_norm_act"] == pytest.approx(1680e6, rel=0.01)
     assert moved["fake_quantize_weights"] == pytest.approx(93e6, rel=0.01)

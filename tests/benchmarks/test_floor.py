@@ -8,14 +8,14 @@ from torch import nn
 from benchmarks import floor
 from benchmarks.floor import Floor
 from benchmarks.step_providers import Gdfq, Task, new_model, new_provider
-from gdfq import execution
+from gdfq.train import cuda_graph
 
 TINY = Task(model="benchmarks.memory:SmallNet", image_size=8, batch=4)
 
 
 def test_every_layer_forward_and_backward():
     subject = Floor(Gdfq(TINY).trainer)
-    generator = Gdfq(TINY).trainer.generator
+    generator = Gdfq(TINY).trainer.source.generator
     teacher = student = new_model(TINY)
     convolutions = sum(isinstance(m, nn.Conv2d) for net in (teacher, student, generator) for m in net.modules())
     names = [str(function) for function, _, _ in subject.calls]
@@ -23,13 +23,13 @@ def test_every_layer_forward_and_backward():
     with floor.Recorder() as recorder:
         subject.step()
     assert [str(function) for function, _, _ in recorder.calls] == names
-    assert subject.backend() == "PyTorch; execution: eager"
+    assert subject.backend() == "PyTorch; iterations: eager"
 
 
 @pytest.fixture
 def graphs(monkeypatch):
     """The graphs that are made, in order."""
-    monkeypatch.setattr(execution, "CudaGraph", RecordedGraph)
+    monkeypatch.setattr(cuda_graph, "CudaGraph", RecordedGraph)
     monkeypatch.setattr(RecordedGraph, "made", [])
     return RecordedGraph.made
 
@@ -37,9 +37,9 @@ def graphs(monkeypatch):
 def test_where_there_are_graphs_it_is_one(graphs):
     subject = new_provider("floor", TINY)
     graphs.clear()  # the trainer's, for one iteration of which the calls were noted
-    for _ in range(execution.WARMUP):
+    for _ in range(cuda_graph.WARMUP):
         subject.step()
-    assert subject.backend() == "PyTorch; execution: eager"
+    assert subject.backend() == "PyTorch; iterations: eager"
     for _ in range(2):
         subject.step()
     (graph,) = graphs
@@ -47,12 +47,12 @@ def test_where_there_are_graphs_it_is_one(graphs):
     products = [function for function, *_ in graph.calls if function in floor.ARITHMETIC]
     assert products == [function for function, _, _ in subject.calls]
     assert len(graph.calls) == len(products)
-    assert subject.backend() == "PyTorch; execution: graph"
+    assert subject.backend() == "PyTorch; iterations: graph"
 
 
 def test_why_it_is_none(graphs, monkeypatch):
     subject = new_provider("floor", TINY)
     subject.calls.append((torch.Tensor.item, (torch.ones(1),), {}))
-    for _ in range(execution.WARMUP + 1):
+    for _ in range(cuda_graph.WARMUP + 1):
         subject.step()
-    assert "execution: eager: the iteration cannot be captured as a CUDA graph: operation" in subject.backend()
+    assert "iterations: eager: the iteration cannot be captured as a CUDA graph: operation" in subject.backend()

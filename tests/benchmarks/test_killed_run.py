@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks import killed_run
-from gdfq import run_folder
-from gdfq.files import save_tensors
+from gdfq.run import folder as run_folder
+from gdfq.run.files import save_tensors
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_a_run_with_its_processes(tmp_path, capsys):
     low, ours = (result["providers"][name] for name in ("reference@bfloat16", "ours"))
     assert "GDFQ_EXT=reference" in low["backend"]
     # In float32 they differ by a millionth.
-    assert abs(low["first_iteration"]["bns"] / ours["first_iteration"]["bns"] - 1) > 1e-4
+    assert abs(low["first_iteration"]["generator/bns"] / ours["first_iteration"]["generator/bns"] - 1) > 1e-4
     assert result["ratio_to_ours"]["ours"] == 1
     assert "released" in capsys.readouterr().out
 
@@ -88,7 +88,7 @@ def test_providers_agree_in_bfloat16_and_use_it(variant):
 
 
 def test_a_provider_has_settings_of_its_own():
-    assert Gdfq(TINY, {"student.learning_rate": 0.5}).trainer.student_optimizer.param_groups[0]["lr"] == 0.5
+    assert Gdfq(TINY, {"student.learning_rate": 0.5}).trainer.optimizer.param_groups[0]["lr"] == 0.5
     assert Gdfq(TINY).networks is not None
     # Hooks would break the graph that was compiled.
     assert step_providers.PROVIDERS["ours-compile"](TINY).networks is None
@@ -155,13 +155,13 @@ def test_cuda_graphs_of_torch_compile_are_told_where_an_iteration_begins(monkeyp
 
 
 def test_no_graph_is_measured_where_there_is_none():
-    assert Gdfq(TINY).backend().endswith("; execution: eager")
+    assert Gdfq(TINY).backend().endswith("; iterations: eager")
     subject = step_providers.PROVIDERS["ours-graph"](TINY)
-    subject.trainer.execution.description = "eager: CUDA graphs need a CUDA device"
-    with pytest.raises(GdfqError, match="must be a CUDA graph, but execution is 'eager: CUDA graphs need"):
+    subject.trainer.runner.description = "eager: CUDA graphs need a CUDA device"
+    with pytest.raises(GdfqError, match="must be a CUDA graph, but they are 'eager: CUDA graphs need"):
         subject.backend()
-    subject.trainer.execution.description = "graph"
-    assert subject.backend().endswith("; execution: graph")
+    subject.trainer.runner.description = "graph"
+    assert subject.backend().endswith("; iterations: graph")
 
 
 @pytest.mark.parametrize("image_size", [None, 64, 224])
@@ -193,7 +193,7 @@ class FakeWorker:
 
     def ask(self, question):
         values = {
-            "start": {"evidence": {"bns": self.bns.get(self.provider, 1.0)}, "backend": "none"},
+            "start": {"evidence": {"generator/bns": self.bns.get(self.provider, 1.0)}, "backend": "none"},
             "run 1": {"seconds": 2.0 if self.provider == "eager" else 1.0},
             "memory": {"peak_mb": 3.0},
             "profile": {"profiled_ms": 1.0, "parts_ms": None, "launches": None},
@@ -263,12 +263,18 @@ def test_disagreement_is_reported_and_measured(fake_workers, tmp_path, capsys, v
     fake_workers.bns["eager"] = value
     arguments = ["--model", TINY.model, "--image-size", "8", "--repeat", "1", "--out", str(tmp_path / "step.json")]
     assert step.main([*arguments, "--providers", "ours", "eager"]) == 0
-    assert f"disagrees: eager with ours: bns {value:.4g} for 1 (tolerance 0.01)" in capsys.readouterr().out
+    assert f"disagrees: eager with ours: generator/bns {value:.4g} for 1 (tolerance 0.01)" in capsys.readouterr().out
     result = json.loads((tmp_path / "step.json").read_text())
     assert result["ratio_to_ours"] == {"ours": 1.0, "eager": 2.0}
     (found,) = result["disagreements"]
     assert found.pop("value") == pytest.approx(value, nan_ok=True)
-    assert found == {"provider": "eager", "first": "ours", "figure": "bns", "expected": 1.0, "tolerance": 0.01}
+    assert found == {
+        "provider": "eager",
+        "first": "ours",
+        "figure": "generator/bns",
+        "expected": 1.0,
+        "tolerance": 0.01,
+    }
 
 
 def test_quantized_model_and_low_precision_may_differ_by_more():
@@ -276,12 +282,12 @@ def test_quantized_model_and_low_precision_may_differ_by_more():
         evidence = {"ours": {figure: 1.0}, "floor": {}, "eager": {figure: value}}
         return [item["tolerance"] for item in step.disagreements(evidence, 0.01, 0.1, low_precision)]
 
-    assert found("bns", 1.02) == [0.01]
-    assert found("kl", 1.02) == []
-    assert found("kl", 1.2) == [0.1]
+    assert found("generator/bns", 1.02) == [0.01]
+    assert found("student/kl", 1.02) == []
+    assert found("student/kl", 1.2) == [0.1]
     for provider in ("ours", "eager"):
-        assert found("bns", 1.02, provider) == []
-        assert found("bns", 1.2, provider) == [0.1]
+        assert found("generator/bns", 1.02, provider) == []
+        assert found("generator/bns", 1.2, provider) == [0.1]
 
 
 def test_another_precision_than_the_first_providers_may_differ_by_more(fake_workers):

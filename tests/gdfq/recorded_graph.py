@@ -35,7 +35,7 @@ class NoCopyToHost(TorchFunctionMode):
 
 
 class RecordedGraph(TorchDispatchMode):
-    """Stands in for `gdfq.execution.CudaGraph`."""
+    """Stands in for `gdfq.train.cuda_graph.CudaGraph`."""
 
     made: list["RecordedGraph"] = []  # noqa: RUF012 - a test reads and empties it
 

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from small_models import Plain, randomize_batch_norm
 
-from gdfq import run_folder
-from gdfq.files import load_tensors
+from gdfq.run import folder as run_folder
+from gdfq.run.files import load_tensors
 
 MODELS = Path(__file__).parent / "small_models.py"
 SHORT = [
@@ -50,7 +50,7 @@ def test_quantize_evaluate_and_resume(gdfq, weights, images, tmp_path):
     source = ["--model", f"{MODELS}:Plain", "--weights", weights]
     code, out, err = gdfq("quantize", *source, "--out", tmp_path / "run", *SHORT, *data)
     assert (code, err) == (0, "")
-    for words in ("gdfq, W4A4, placement 'deploy'", "2 layers at 4 bits", "stayed float", "top-1", "held-out"):
+    for words in ("gdfq, W4A4, target 'onnx'", "2 layers at 4 bits", "stayed float", "top-1", "held-out"):
         assert words in out
     report = json.loads((tmp_path / "run" / run_folder.REPORT).read_text())
 
@@ -84,7 +84,7 @@ def test_real_images_for_the_baselines_that_take_some(gdfq, weights, images, tmp
 
 
 def test_options_reach_the_configuration(gdfq, weights, tmp_path):
-    options = ["--weight-bits", 3, "--activation-bits", 5, "--placement", "paper", "--method", "minmax", "--seed", 7]
+    options = ["--weight-bits", 3, "--activation-bits", 5, "--target", "paper", "--method", "minmax", "--seed", 7]
     code, out, _ = gdfq(
         "quantize", "--model", f"{MODELS}:Plain", "--weights", weights, "--out", tmp_path / "run", *SHORT, *options,
         "--json",
@@ -93,7 +93,7 @@ def test_options_reach_the_configuration(gdfq, weights, tmp_path):
     assert code == 0
     assert config["quantizer"]["weight_bits"] == 3
     assert config["quantizer"]["activation_bits"] == 5
-    assert (config["quantizer"]["placement"], config["method"], config["run"]["seed"]) == ("paper", "minmax", 7)
+    assert (config["quantizer"]["target"], config["method"], config["run"]["seed"]) == ("paper", "minmax", 7)
 
 
 def test_doctor_says_what_is_used_and_why(gdfq):

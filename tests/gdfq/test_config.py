@@ -17,7 +17,7 @@ def test_paper_presets_hold_the_published_settings():
         assert (config.generator.bns_weight, config.generator.latent_size) == (0.1, 100)
         assert (config.student.temperature, config.student.distillation_weight) == (20, 1)
         assert (config.student.momentum, config.student.weight_decay) == (0.9, 1e-4)
-        assert (config.quantizer.placement, config.schedule.reestimate_ranges) == ("paper", False)
+        assert (config.quantizer.target, config.schedule.reestimate_ranges) == ("paper", False)
     assert (cifar.schedule.batch_size, cifar.schedule.warmup_epochs, cifar.student.learning_rate) == (200, 4, 1e-4)
     assert (imagenet.schedule.batch_size, imagenet.schedule.warmup_epochs, imagenet.student.learning_rate) == (
         16,
@@ -52,10 +52,10 @@ def test_a_file_extends_a_preset(tmp_path):
         ({"quantizer.weight_bits": 9}, ["quantizer.weight_bits", "9", "less than or equal to 8"]),
         ({"quantizer.activation_bits": 1}, ["quantizer.activation_bits", "1", "greater than or equal to 2"]),
         ({"quantizer.weight_bits": "four"}, ["quantizer.weight_bits", "four", "integer"]),
-        ({"quantizer.placement": "nowhere"}, ["quantizer.placement", "nowhere", "'deploy' or 'paper'"]),
+        ({"quantizer.target": "nowhere"}, ["quantizer.target", "nowhere", "onnx, paper"]),
         ({"schedule.epoch": 3}, ["schedule.epoch", "epochs"]),
         ({"shedule.epochs": 3}, ["shedule", "schedule"]),
-        ({"method": "dfqq"}, ["method", "dfqq", "'gdfq'"]),
+        ({"method": "dfqq"}, ["'method'", "'dfqq'", "finetune, gdfq"]),
         ({"method": "gdfq", "method.name": "dfq"}, ["method.name", "not a section"]),
         ({"student.learning_rate": float("nan")}, ["student.learning_rate", "finite"]),
     ],

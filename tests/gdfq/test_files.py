@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gdfq.errors import GdfqError
-from gdfq.files import load_tensors, save_tensors, write_atomically, write_text
+from gdfq.run.files import load_tensors, save_tensors, write_atomically, write_text
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from gdfq.calibrate import calibrate
 from gdfq.config import QuantizerConfig
 from gdfq.errors import GdfqError
 from gdfq.graph import build_quantized, build_teacher, capture, size_in_bytes
-from gdfq.modules import activation_quantizers
+from gdfq.nn import activation_quantizers
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODELS = [Plain, Residual, TwoHeads, Unusual]
@@ -48,7 +48,8 @@ def test_teacher_computes_what_the_model_computes(make):
     expected = model(x)
     inputs = dict(seen)
     teacher = build_teacher(capture(model))
-    logits, statistics = teacher.with_statistics(x)
+    logits, read = teacher.read(x, ["statistics"])
+    statistics = read["statistics"]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     assert {len(values) for values in statistics} == {len(inputs)}
     for (mean, var, running_mean, running_var), (name, value) in zip(
@@ -63,11 +64,11 @@ def test_teacher_computes_what_the_model_computes(make):
 
 
 @pytest.mark.parametrize("make", MODELS)
-@pytest.mark.parametrize("placement", ["deploy", "paper"])
-def test_users_model_is_never_modified_and_names_stay(make, placement):
+@pytest.mark.parametrize("target", ["onnx", "paper"])
+def test_users_model_is_never_modified_and_names_stay(make, target):
     model = randomize_batch_norm(make()).train()
     before = copy.deepcopy(model.state_dict())
-    student, _ = build_quantized(capture(model), QuantizerConfig(placement=placement))
+    student, _ = build_quantized(capture(model), QuantizerConfig(target=target))
     calibrate(student, [torch.randn(4, 3, 8, 8)])
     with torch.no_grad():
         for parameter in student.parameters():
@@ -81,36 +82,36 @@ def test_users_model_is_never_modified_and_names_stay(make, placement):
 
 
 def test_deploy_quantizes_what_a_runtime_reads_as_integers():
-    _, account = build_quantized(capture(randomize_batch_norm(Residual())), QuantizerConfig())
-    assert [entry.name for entry in account.weights] == ["conv1", "conv2", "depthwise", "grouped", "fc"]
-    names = [entry.name for entry in account.activations]
+    _, summary = build_quantized(capture(randomize_batch_norm(Residual())), QuantizerConfig())
+    assert [entry.name for entry in summary.weights] == ["conv1", "conv2", "depthwise", "grouped", "fc"]
+    names = [entry.name for entry in summary.activations]
     # image; relu(bn1) feeds conv2 and, through slice and zero padding, the add; bn2 feeds the add; the ReLU6 behind the
     # add; relu6(bn3); the input of fc. relu6(bn4) is read by the pooling only. The image alone has `input_bits`.
     assert len(names) == 6
-    assert [entry.fused for entry in account.activations] == [
+    assert [entry.fused for entry in summary.activations] == [
         "", "batch_norm, relu", "batch_norm", "", "batch_norm, relu6", "",
     ]  # fmt: skip
-    assert [entry.bits for entry in account.activations] == [8, 4, 4, 4, 4, 4]
-    assert [(entry.op, entry.reason) for entry in account.stayed_float] == [
+    assert [entry.bits for entry in summary.activations] == [8, 4, 4, 4, 4, 4]
+    assert [(entry.op, entry.reason) for entry in summary.stayed_float] == [
         ("adaptive_avg_pool2d", "computed in float between quantizers")
     ]
 
 
 def test_paper_quantizes_only_relu_outputs_and_says_what_stayed_float():
-    _, account = build_quantized(capture(randomize_batch_norm(Residual())), QuantizerConfig(placement="paper"))
-    assert len(account.weights) == 5
-    assert [entry.fused for entry in account.activations] == [
+    _, summary = build_quantized(capture(randomize_batch_norm(Residual())), QuantizerConfig(target="paper"))
+    assert len(summary.weights) == 5
+    assert [entry.fused for entry in summary.activations] == [
         "batch_norm, relu", "", "batch_norm, relu6", "batch_norm, relu6",
     ]  # fmt: skip
-    floats = {(entry.name, entry.op) for entry in account.stayed_float}
+    floats = {(entry.name, entry.op) for entry in summary.stayed_float}
     assert ("conv1", "input image of conv2d") in floats
     assert ("fc", "input activation of linear") in floats
     assert any("add" in op for _, op in floats)
 
 
 def test_max_pool_keeps_the_grid_and_two_batch_norms_get_a_quantizer_each():
-    _, account = build_quantized(capture(randomize_batch_norm(TwoHeads())), QuantizerConfig(placement="paper"))
-    assert [entry.fused for entry in account.activations] == [
+    _, summary = build_quantized(capture(randomize_batch_norm(TwoHeads())), QuantizerConfig(target="paper"))
+    assert [entry.fused for entry in summary.activations] == [
         "batch_norm, relu",
         "batch_norm, relu6",
         "batch_norm, relu",
@@ -118,14 +119,14 @@ def test_max_pool_keeps_the_grid_and_two_batch_norms_get_a_quantizer_each():
 
 
 def test_a_layer_is_counted_once_and_picking_channels_keeps_the_grid():
-    _, account = build_quantized(capture(randomize_batch_norm(Unusual())), QuantizerConfig(placement="paper"))
-    assert [entry.name for entry in account.weights] == ["conv", "twice", "over_channels", "fc"]
+    _, summary = build_quantized(capture(randomize_batch_norm(Unusual())), QuantizerConfig(target="paper"))
+    assert [entry.name for entry in summary.weights] == ["conv", "twice", "over_channels", "fc"]
     # The first call of `twice` reads relu(bn), picked by index; the second what was written together.
-    assert [(entry.op, entry.name) for entry in account.stayed_float if "input activation of conv" in entry.op] == [
+    assert [(entry.op, entry.name) for entry in summary.stayed_float if "input activation of conv" in entry.op] == [
         ("input activation of conv2d", "twice"),
         ("input activation of conv3d", "over_channels"),
     ]
-    operators = {entry.op for entry in account.stayed_float if not entry.op.startswith("input ")}
+    operators = {entry.op for entry in summary.stayed_float if not entry.op.startswith("input ")}
     assert operators == {"slice_scatter", "mean"}  # neither the index nor the zeros that were written into
 
 
@@ -161,7 +162,8 @@ def test_gradients_reach_every_parameter_of_q_and_none_of_the_teacher(make):
     student, _ = build_quantized(captured, QuantizerConfig())
     calibrate(student, [torch.randn(8, 3, 8, 8)])
     x = torch.randn(8, 3, 8, 8, requires_grad=True)
-    logits, statistics = teacher.with_statistics(x)
+    logits, read = teacher.read(x, ["statistics"])
+    statistics = read["statistics"]
     (logits.sum() + statistics.means[0].sum() + statistics.variances[0].sum()).backward()
     assert x.grad.abs().sum() > 0
     assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
@@ -171,9 +173,9 @@ def test_gradients_reach_every_parameter_of_q_and_none_of_the_teacher(make):
 
 def test_size_counts_packed_weights():
     captured = capture(randomize_batch_norm(Plain()))
-    _, account = build_quantized(captured, QuantizerConfig(weight_bits=4))
+    _, summary = build_quantized(captured, QuantizerConfig(weight_bits=4))
     weights, rest = 8 * 3 * 9 + 5 * 8, 8 + 8 + 5
-    assert size_in_bytes(captured, account) == (4 * (weights + rest), weights // 2 + 4 * rest)
+    assert size_in_bytes(captured, summary) == (4 * (weights + rest), weights // 2 + 4 * rest)
 
 
 def test_any_batch_size_and_channels_last():
@@ -238,8 +240,8 @@ class PaddedImage(Plain):
 
 
 def test_a_padded_image_is_still_the_image():
-    _, account = build_quantized(capture(randomize_batch_norm(PaddedImage())), QuantizerConfig())
-    assert [entry.bits for entry in account.activations] == [8, 4]
+    _, summary = build_quantized(capture(randomize_batch_norm(PaddedImage())), QuantizerConfig())
+    assert [entry.bits for entry in summary.activations] == [8, 4]
 
 
 @pytest.mark.slow
@@ -252,9 +254,9 @@ def test_efficientnet_lite0_is_traced_quantized_and_trained():
         "schedule.warmup_epochs": 1, "schedule.range_epochs": 1, "schedule.range_batches": 2, "run.held_out_images": 8,
     }  # fmt: skip
     result = gdfq.quantize(model, gdfq.Config.load("imagenet", settings), progress=False)
-    account = result.report.account
-    assert len(account.weights) == sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules()) == 50
-    assert [entry.op for entry in account.stayed_float] == ["adaptive_avg_pool2d"]
-    assert account.activations[0].bits == 8
+    summary = result.report.summary
+    assert len(summary.weights) == sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules()) == 50
+    assert [entry.op for entry in summary.stayed_float] == ["adaptive_avg_pool2d"]
+    assert summary.activations[0].bits == 8
     assert result.model(torch.randn(2, 3, 64, 64)).isfinite().all()
     assert not torch.equal(result.model.get_parameter("_conv_stem.weight"), model._conv_stem.weight)

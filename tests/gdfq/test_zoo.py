@@ -1,4 +1,4 @@
-"""pytorchcv's classification networks, one of every family: captured, quantized in both placements, trained once.
+"""pytorchcv's classification networks, one of every family: captured, quantized for both targets, trained once.
 
 The default run has the paper's networks and a small one of each graph structure; `-m zoo` runs all other families.
 """
@@ -134,14 +134,14 @@ def check_that_it_works(model: nn.Module) -> None:
 
     before = dict(captured.module.named_parameters())
     assert list(before) == [path for path, _ in model.named_parameters()]
-    for placement, student, account in zoo.train_once(captured, teacher):
-        quantized = [entry.name for entry in account.weights]
+    for target, student, summary in zoo.train_once(captured, teacher):
+        quantized = [entry.name for entry in summary.weights]
         assert not [path for path in layers if not any(f"{name}.".startswith(f"{path}.") for name in quantized)]
         after = dict(student.named_parameters())
         assert after.keys() == before.keys()
         assert any(not torch.equal(value, before[path]) for path, value in after.items())
         assert student(images).isfinite().all()
-        if placement == "deploy":
+        if target == "onnx":
             assert max(distinct_inputs(student, images)) <= 16
 
 
@@ -188,17 +188,17 @@ def test_inception_at_its_own_size():
     assert student(images).isfinite().all()
 
 
-@pytest.mark.parametrize("placement", zoo.PLACEMENTS)
-def test_channel_shuffle_keeps_the_grid(placement):
+@pytest.mark.parametrize("target", zoo.TARGETS)
+def test_channel_shuffle_keeps_the_grid(target):
     model = small(ShuffleNet, channels=[[16, 16]], init_block_channels=8, groups=2)
     images = torch.randn(2, 3, 32, 32)
-    student, shuffled = build_quantized(capture(model), QuantizerConfig(placement=placement))
+    student, shuffled = build_quantized(capture(model), QuantizerConfig(target=target))
     calibrate(student, [images])
     # After the stem, each of the two units has three convolutions; the second reads what was shuffled.
     assert max(distinct_inputs(student, images)[2::3][:2]) <= 16
     for unit in (module for module in model.modules() if isinstance(module, ShuffleUnit)):
         unit.c_shuffle = nn.Identity()
-    _, plain = build_quantized(capture(model), QuantizerConfig(placement=placement))
+    _, plain = build_quantized(capture(model), QuantizerConfig(target=target))
     assert len(shuffled.activations) == len(plain.activations)
     assert [entry.op for entry in shuffled.stayed_float] == [entry.op for entry in plain.stayed_float]
 
@@ -223,11 +223,11 @@ def test_linear_bottlenecks_are_quantized_in_deploy_alone():
     sums = [path for path, unit in units.items() if unit.residual]
     captured = capture(model)
     fused = {}
-    for placement in zoo.PLACEMENTS:
-        _, account = build_quantized(captured, QuantizerConfig(placement=placement))
-        fused[placement] = {entry.name: entry.fused for entry in account.activations}
+    for target in zoo.TARGETS:
+        _, summary = build_quantized(captured, QuantizerConfig(target=target))
+        fused[target] = {entry.name: entry.fused for entry in summary.activations}
     assert (len(units), len(sums)) == (3, 2)
-    assert {fused["deploy"].get(name) for name in outputs} == {"batch_norm"}
-    assert [name.partition("_add")[0] for name in fused["deploy"] if "_add" in name] == sums
+    assert {fused["onnx"].get(name) for name in outputs} == {"batch_norm"}
+    assert [name.partition("_add")[0] for name in fused["onnx"] if "_add" in name] == sums
     assert not outputs & fused["paper"].keys()
     assert set(fused["paper"].values()) == {"batch_norm, relu6"}

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_execution import PHASES
+from test_cuda_graph import PHASES
 from test_trainer import new_trainer, run_until
 
-from gdfq import trainer as trainer_module
-from gdfq.trainer import Trainer
+from gdfq.objective import Distillation
+from gdfq.train.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device")]
 
@@ -21,8 +21,8 @@ def deterministic(monkeypatch):
 
 
 def assert_close(one: Trainer, other: Trainer) -> None:
-    for name in ("student", "generator"):
-        pairs = zip(getattr(one, name).state_dict().items(), getattr(other, name).state_dict().values(), strict=True)
+    for network, same in ((one.student, other.student), (one.source.generator, other.source.generator)):
+        pairs = zip(network.state_dict().items(), same.state_dict().values(), strict=True)
         for (key, value), expected in pairs:
             torch.testing.assert_close(
                 value, expected, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
@@ -35,23 +35,23 @@ def assert_close(one: Trainer, other: Trainer) -> None:
     [
         {},
         {"generator__architecture": "conditional", "quantizer__straight_through": "clipped"},
-        {"student__fixed_bns": False, "quantizer__placement": "paper"},
+        {"student__fixed_bns": False, "quantizer__target": "paper"},
         {"run__precision": "tf32"},
         {"run__precision": "bfloat16"},
     ],
 )
 def test_graphs_give_the_weights_of_eager_iterations(deterministic, changes):
-    eager, replayed = on_the_gpu(run__execution="eager", **changes), on_the_gpu(run__execution="graph", **changes)
+    eager, replayed = on_the_gpu(run__cuda_graph=False, **changes), on_the_gpu(run__cuda_graph=True, **changes)
     for trainer in (eager, replayed):
         trainer.run()
-    assert replayed.execution.description == "graph"
+    assert replayed.runner.description == "graph"
     assert replayed.iteration == 50
     assert_close(replayed, eager)
 
 
 @pytest.mark.parametrize("stop_at", [4, 28, 41])
 def test_a_resumed_run_captures_anew_and_ends_the_same(deterministic, stop_at):
-    whole, first, second = (on_the_gpu(run__execution="graph") for _ in range(3))
+    whole, first, second = (on_the_gpu(run__cuda_graph=True) for _ in range(3))
     whole.run()
     run_until(first, stop_at)
     second.load_state_dict(first.state_dict())
@@ -59,38 +59,38 @@ def test_a_resumed_run_captures_anew_and_ends_the_same(deterministic, stop_at):
     assert_close(second, whole)
 
 
-@pytest.mark.parametrize("execution", ["eager", "graph"])
-def test_iterations_in_training_neither_wait_nor_allocate(execution):
-    trainer = on_the_gpu(run__execution=execution)
+@pytest.mark.parametrize("graph", [False, True])
+def test_iterations_in_training_neither_wait_nor_allocate(graph):
+    trainer = on_the_gpu(run__cuda_graph=graph)
     trainer.iteration = 20  # where training begins
     trainer._begin_epoch()
     for _ in range(6):
-        trainer._step()
+        trainer.step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(5):
-            trainer._step()
+            trainer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     after = torch.cuda.memory_stats()
     assert after["num_device_alloc"] == before["num_device_alloc"]
-    if execution == "graph":
+    if graph:
         assert after["allocation.all.allocated"] == before["allocation.all.allocated"]
 
 
 def test_an_iteration_that_waits_for_the_device_runs_eagerly_and_says_why(monkeypatch):
-    real = trainer_module.student_loss
+    real = Distillation.__call__
 
     def waiting(*args):
         loss = real(*args)
-        loss.total.item()
+        loss[0].item()
         return loss
 
-    monkeypatch.setattr(trainer_module, "student_loss", waiting)
-    trainer, eager = on_the_gpu(run__execution="graph"), on_the_gpu(run__execution="eager")
+    monkeypatch.setattr(Distillation, "__call__", waiting)
+    trainer, eager = on_the_gpu(run__cuda_graph=True), on_the_gpu(run__cuda_graph=False)
     trainer.run()
     eager.run()
-    assert trainer.execution.description.startswith("eager: the iteration cannot be captured as a CUDA graph")
+    assert trainer.runner.description.startswith("eager: the iteration cannot be captured as a CUDA graph")
     assert_close(trainer, eager)

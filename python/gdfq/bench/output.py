@@ -13,8 +13,8 @@ from rich.table import Table
 
 from gdfq.bench.operations import DIRECTIONS, PROVIDERS
 from gdfq.bench.provenance import describe
-from gdfq.files import write_text
-from gdfq.pictures import new_figure, save_figure
+from gdfq.run.files import write_text
+from gdfq.run.pictures import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,11 +13,11 @@ from rich.table import Table
 
 import gdfq
 import gdfq_ext
-from gdfq import run_folder
 from gdfq.demo import CLASSES, teacher, test_set
-from gdfq.files import write_text
-from gdfq.generator import images_per_class
-from gdfq.report import save_picture
+from gdfq.images.generator import images_per_class
+from gdfq.run import folder as run_folder
+from gdfq.run.files import write_text
+from gdfq.run.report import save_picture
 
 METHODS = {"gdfq": "GDFQ", "zeroq": "ZeroQ", "minmax": "min-max on Gaussian noise"}
 

@@ -5,8 +5,8 @@ Gaussian noise, ZeroQ and GDFQ's generator each make points from the classifier 
 
 The paper leaves the labelling rule, the layers and the training open; they are chosen here. A point is to the
 classifier an image of two channels and one pixel, normalised like every image: so this is the package's own way from
-`gdfq.graph.capture` to the losses, and the noise N(0, 1) has the mean and the variance of the real points from the
-start.
+`gdfq.graph.capture` to the image sources, and the noise N(0, 1) has the mean and the variance of the real points from
+the start.
 """
 
 import json
@@ -20,16 +20,15 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import trange
 
-from gdfq.baselines.zeroq import distill
-from gdfq.calibrate import gaussian_images
-from gdfq.config import GeneratorConfig, ZeroqConfig
-from gdfq.files import write_text
-from gdfq.generator import LatentSampler
+from gdfq.config import Config
 from gdfq.graph import Teacher, build_teacher, capture
-from gdfq.losses import generator_loss
-from gdfq.pictures import new_figure, save_figure
-from gdfq.report import versions
+from gdfq.images.generator import GeneratorImages
+from gdfq.images.inversion import ZeroqConfig, invert
+from gdfq.images.noise import gaussian_images
 from gdfq.reproduce.scale import check_scale, scaled
+from gdfq.run.files import write_text
+from gdfq.run.pictures import new_figure, save_figure
+from gdfq.run.report import versions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +48,7 @@ DOTS_PER_INCH = 100
 CPU = torch.device("cpu")
 
 
-class LabelledPoints(NamedTuple):
+class LabeledPoints(NamedTuple):
     """`points` `(N, 2)` float32, in the square's coordinates; `labels` `(N,)` int64."""
 
     points: Tensor
@@ -81,7 +80,7 @@ def figure1(out: Path | None, seed: int = 0, scale: float = 1.0, progress: bool 
         reference, fresh = real_points(), real_points()
         (noise,) = gaussian_images(IMAGE_SHAPE, POINTS, POINTS, seed, CPU)
         zeroq_config = ZeroqConfig(images=POINTS, iterations=scaled(ZeroqConfig().iterations, scale))
-        zeroq_images = distill(teacher, IMAGE_SHAPE, zeroq_config, seed, CPU, progress)
+        zeroq_images = invert(teacher, IMAGE_SHAPE, zeroq_config, seed, CPU, progress)
         panels = {
             "real": fresh,
             "gaussian": label_by_classifier(teacher, noise),
@@ -117,10 +116,10 @@ def labelling_rule(points: Tensor) -> Tensor:
     return (y > 2 * torch.sin(x * math.pi / 4)).long()
 
 
-def real_points() -> LabelledPoints:
+def real_points() -> LabeledPoints:
     """A sample, uniform in the square, from torch's global random state."""
     points = (2 * torch.rand(POINTS, 2) - 1) * HALF_WIDTH
-    return LabelledPoints(points, labelling_rule(points))
+    return LabeledPoints(points, labelling_rule(points))
 
 
 def to_images(points: Tensor) -> Tensor:
@@ -133,7 +132,7 @@ def to_points(images: Tensor) -> Tensor:
     return images.flatten(1) * STANDARD_DEVIATION
 
 
-def train_classifier(data: LabelledPoints, iterations: int, progress: bool = False) -> Teacher:
+def train_classifier(data: LabeledPoints, iterations: int, progress: bool = False) -> Teacher:
     """Three times linear, BN, ReLU, and a linear layer, trained with Adam on batches drawn from `data`."""
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs in (2, WIDTH, WIDTH):
@@ -162,13 +161,13 @@ def classify(teacher: Teacher, points: Tensor) -> Tensor:
     return teacher(to_images(points)).argmax(1)
 
 
-def label_by_classifier(teacher: Teacher, images: Tensor) -> LabelledPoints:
+def label_by_classifier(teacher: Teacher, images: Tensor) -> LabeledPoints:
     points = to_points(images)
-    return LabelledPoints(points, classify(teacher, points))
+    return LabeledPoints(points, classify(teacher, points))
 
 
 class PointGenerator(nn.Module):
-    """The paper's generator for CIFAR (`gdfq.generator.Generator`) with linear layers for its convolutions (Eq. 3).
+    """The paper's generator for CIFAR (`gdfq.images.networks.Generator`), linear layers for its convolutions (Eq. 3).
 
     `generator(noise, labels)`: noise `(N, latent_size)` float32, labels `(N,)` int64, gives `(N, 2, 1, 1)` float32.
     """
@@ -188,30 +187,27 @@ class PointGenerator(nn.Module):
         return self.layers(noise * self.embedding(labels)).view(-1, *IMAGE_SHAPE)
 
 
-def generate(teacher: Teacher, iterations: int, seed: int, progress: bool = False) -> LabelledPoints:
+def generate(teacher: Teacher, iterations: int, seed: int, progress: bool = False) -> LabeledPoints:
     """Train a generator on CE + beta * BNS (Eq. 4, 5) and draw a sample from it, with the labels asked for."""
-    config = GeneratorConfig(latent_size=16, bns_reduction="sum")  # 16: a plane needs less noise than images do
-    generator = PointGenerator(config.latent_size)
-    latents = LatentSampler(config.latent_size, CLASSES, seed, CPU)
-    optimizer = torch.optim.Adam(generator.parameters(), config.learning_rate, config.betas)
-    schedule = CosineAnnealingLR(optimizer, iterations)
-    for _ in trange(iterations, disable=not progress, desc="generator", unit="it", dynamic_ncols=True):
-        noise, labels = latents.draw(BATCH_SIZE)
-        logits, statistics = teacher.with_statistics(generator(noise, labels))
-        loss = generator_loss(config, logits, labels, statistics)
-        optimizer.zero_grad()
-        loss.total.backward()
-        optimizer.step()
-        schedule.step()
-    noise, labels = latents.draw(POINTS)
-    with torch.no_grad():
-        return LabelledPoints(to_points(generator.eval()(noise, labels)), labels)
+    settings = {
+        "generator.latent_size": 16,  # a plane needs less noise than images do
+        "generator.bns_reduction": "sum",
+        "run.seed": seed,
+        "run.channels_last": False,
+    }
+    config = Config.load(overrides=settings)
+    source = GeneratorImages(teacher, IMAGE_SHAPE, CLASSES, config, CPU, PointGenerator(config.generator.latent_size))
+    for iteration in trange(iterations, disable=not progress, desc="generator", unit="it", dynamic_ncols=True):
+        source.begin_epoch(iteration, rate=(1 + math.cos(math.pi * iteration / iterations)) / 2)
+        source.step(BATCH_SIZE)
+    images, labels = source.images(POINTS)
+    return LabeledPoints(to_points(images), labels)
 
 
 # --- figures and picture -----------------------------------------------------------------------------------------
 
 
-def compare(teacher: Teacher, data: LabelledPoints, reference: LabelledPoints) -> dict:
+def compare(teacher: Teacher, data: LabeledPoints, reference: LabeledPoints) -> dict:
     """What there is to say of `data`, beside real points `reference`.
 
     Returns:
@@ -258,7 +254,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
     return (2 * between - within_x - within_y).clamp_min(0).sqrt().item()
 
 
-def draw(path: Path, teacher: Teacher, panels: dict[str, LabelledPoints], figures: dict[str, dict]) -> None:
+def draw(path: Path, teacher: Teacher, panels: dict[str, LabeledPoints], figures: dict[str, dict]) -> None:
     """The four panels, side by side: points by label over the classifier's regions, the square's outline dashed."""
     titles = {
         "real": "(a) real",
@@ -274,7 +270,7 @@ def draw(path: Path, teacher: Teacher, panels: dict[str, LabelledPoints], figure
     save_figure(figure, path)
 
 
-def _draw_panel(axes: "Axes", teacher: Teacher, data: LabelledPoints) -> None:
+def _draw_panel(axes: "Axes", teacher: Teacher, data: LabeledPoints) -> None:
     extent = 1.5 * HALF_WIDTH
     ticks = torch.linspace(-extent, extent, 301)
     grid = torch.cartesian_prod(ticks, ticks)  # x changes slowest

@@ -22,17 +22,19 @@ from gdfq.bench.provenance import provenance
 from gdfq.config import Config
 from gdfq.errors import GdfqError
 from gdfq.evaluate import evaluate
-from gdfq.files import write_text
+from gdfq.methods import Data
+from gdfq.registry import METHODS
 from gdfq.reproduce import render
 from gdfq.reproduce.recipe import owned_settings, recipe
 from gdfq.reproduce.scale import check_scale
 from gdfq.reproduce.sources import Sources, named_paths, reading_workers
-from gdfq.reproduce.tables import TABLES, TRAINED, USES_TRAINING_IMAGES, Cell, Network, Table, offline
-from gdfq.training_run import Stopped
+from gdfq.reproduce.tables import TABLES, Cell, Network, Table, offline
+from gdfq.run.files import write_text
+from gdfq.run.training_run import Stopped
 
 # Settings of the section `run` that a result does not depend on, and the seed, which its file's name has anyway.
-_WITHOUT_EFFECT = {"seed", "device", "channels_last", "execution", "compile", "log_every", "checkpoint_every"}
-_OF_THE_REPORT = ("data_free", "data_free_choice", "kept", "execution", "seconds", "versions", "config")
+_WITHOUT_EFFECT = {"seed", "device", "channels_last", "cuda_graph", "compile", "log_every", "checkpoint_every"}
+_OF_THE_REPORT = ("data_free", "choice", "selected", "iterations", "seconds", "versions", "config")
 
 
 class Grid:
@@ -187,11 +189,11 @@ class Grid:
 
     def _run_cell(self, number: int, seed: int, progress: bool) -> None:
         cell, config = self.cells[number], self.configs[number, seed]
-        network, is_trained = cell.network, cell.method in TRAINED
+        network, is_trained = cell.network, METHODS[cell.method].trains
         model, images = self._teacher(network), self.sources.test_images(network)
         # First of all: it reads every image and label, so that a broken one is found before anything is trained.
         top1 = {"float": self._measure_float(network, model, config, progress)}
-        real = self.sources.training_images(network) if cell.method in USES_TRAINING_IMAGES else None
+        real = self.sources.training_images(network) if METHODS[cell.method].data is not Data.NONE else None
         folder = self.run_folder(number, seed) if is_trained else None
         spec, weights, options = self.sources.arguments(network)
         result = quantize(
@@ -212,7 +214,7 @@ class Grid:
         if result.choice_state is not None:
             chosen = copy.deepcopy(result.model)
             chosen.load_state_dict(result.choice_state)
-            top1["data_free_choice"] = _top1(chosen, images, progress)
+            top1["choice"] = _top1(chosen, images, progress)
         write_text(self.path(number, seed), json.dumps(self._record(cell, seed, result, top1), indent=2) + "\n")
 
     def _measure_float(self, network: Network, model: nn.Module, config: Config, progress: bool) -> float:

@@ -4,8 +4,9 @@ from typing import Any
 
 from gdfq.config import Config
 from gdfq.errors import GdfqError
+from gdfq.registry import METHODS
 from gdfq.reproduce.scale import scaled
-from gdfq.reproduce.tables import TRAINED, Cell
+from gdfq.reproduce.tables import Cell
 
 
 def recipe(cell: Cell, seed: int = 0, scale: float = 1.0, settings: dict[str, Any] | None = None) -> Config:
@@ -26,7 +27,7 @@ def recipe(cell: Cell, seed: int = 0, scale: float = 1.0, settings: dict[str, An
         **cell.settings,
     }
     config = Config.load(cell.network.preset, {**(settings or {}), **of_cell})
-    if cell.method in TRAINED and config.schedule.epochs <= _first_trained_epoch(config):
+    if METHODS[cell.method].trains and config.schedule.epochs <= _first_trained_epoch(config):
         raise GdfqError(
             f"setting 'schedule.epochs' = {config.schedule.epochs} leaves no epoch in which Q is trained: "
             f"'schedule.warmup_epochs' and 'schedule.range_epochs' take {_first_trained_epoch(config)}; raise the one "

@@ -44,14 +44,14 @@ def summary(records: list[dict]) -> dict[str, Any] | None:
     if not records:
         return None
     top1 = [record["top1"]["quantized"] for record in records]
-    chosen = [record["top1"]["data_free_choice"] for record in records if "data_free_choice" in record["top1"]]
+    chosen = [record["top1"]["choice"] for record in records if "choice" in record["top1"]]
     float_top1 = statistics.mean(record["top1"]["float"] for record in records)
     return {
         "top1": statistics.mean(top1),
         "spread": statistics.stdev(top1) if len(top1) > 1 else None,
         "float": float_top1,
         "gap": float_top1 - statistics.mean(top1),
-        "data_free_choice": statistics.mean(chosen) if chosen else None,
+        "choice": statistics.mean(chosen) if chosen else None,
         "seconds": statistics.mean(record["seconds"] for record in records),
     }
 
@@ -160,7 +160,7 @@ def _row(cell: dict) -> list[str]:
     found, paper = cell["summary"], cell["published"]
     ours = [""] * 5
     if found:
-        choice = "" if found["data_free_choice"] is None else f"{found['data_free_choice']:.2f}"
+        choice = "" if found["choice"] is None else f"{found['choice']:.2f}"
         top1 = _with_spread(found["top1"], found["spread"])
         ours = [f"{found['float']:.2f}", top1, f"{found['gap']:.2f}", choice, f"{found['seconds']:.0f}"]
     float_top1, top1, gap, choice, seconds = ours

@@ -16,8 +16,10 @@ from torch.utils.data import Dataset, Subset
 from gdfq.data import ImageFolder, load_dataset
 from gdfq.demo import test_set
 from gdfq.errors import GdfqError
+from gdfq.methods import Data
 from gdfq.models import load_model
-from gdfq.reproduce.tables import SHIPPED, USES_TRAINING_IMAGES, Cell, Network
+from gdfq.registry import METHODS
+from gdfq.reproduce.tables import SHIPPED, Cell, Network
 
 PYTORCHCV_CACHE = Path("~/.torch/models")
 CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
@@ -134,7 +136,7 @@ class Sources:
         """What images the cell lacks, and what to put where."""
         try:
             self.test_images(cell.network)
-            if cell.method in USES_TRAINING_IMAGES:
+            if METHODS[cell.method].data is not Data.NONE:
                 self.training_images(cell.network)
         except GdfqError as error:
             return [str(error)]

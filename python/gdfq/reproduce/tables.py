@@ -3,9 +3,6 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-TRAINED = ("gdfq", "finetune")  # methods that train Q
-USES_TRAINING_IMAGES = ("finetune", "calibrated", "mse", "aciq", "kl")
-
 
 @dataclass(frozen=True)
 class Network:

@@ -10,7 +10,7 @@ from scipy import stats
 
 from gdfq.errors import GdfqError
 from gdfq.reproduce.figure1 import (
-    LabelledPoints,
+    LabeledPoints,
     PointGenerator,
     compare,
     energy_distance,
@@ -72,7 +72,7 @@ def test_comparison_by_hand():
         return torch.stack([torch.zeros_like(x), 4 * x], 1)
 
     points = torch.tensor([[1.0, 3.0], [-1.0, -3.0], [-0.5, 3.0], [5.0, -2.0], [1.0, -3.0]])
-    data = LabelledPoints(points, torch.tensor([1, 0, 1, 1, 1]))
+    data = LabeledPoints(points, torch.tensor([1, 0, 1, 1, 1]))
     moved = data._replace(points=points + torch.tensor([3.0, 4.0]))
     figures = compare(classifier, data, moved)
     assert figures["label_by_classifier"] == 0.8  # the third is left of 0

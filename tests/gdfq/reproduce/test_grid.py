@@ -13,7 +13,7 @@ from gdfq.models import load_model
 from gdfq.reproduce import grid as grid_module
 from gdfq.reproduce import sources
 from gdfq.reproduce.grid import Grid
-from gdfq.training_run import Stopped
+from gdfq.run.training_run import Stopped
 
 
 class Quantizer:
@@ -30,8 +30,8 @@ class Quantizer:
         if len(self.calls) in self.raises:
             raise self.raises[len(self.calls)]
         report = {
-            "data_free": {"top1": 90.0, "kl": 0.1, "images": 2}, "data_free_choice": None, "kept": "trained",
-            "execution": "eager", "seconds": 2.0, "versions": {}, "config": config.model_dump(mode="json"),
+            "data_free": {"top1": 90.0, "kl": 0.1, "images": 2}, "choice": None, "selected": "trained",
+            "iterations": "eager", "seconds": 2.0, "versions": {}, "config": config.model_dump(mode="json"),
         }  # fmt: skip
         trained = config.method in ("gdfq", "finetune")
         choice = {name: torch.zeros_like(value) for name, value in model.state_dict().items()} if trained else None
@@ -63,8 +63,8 @@ def test_every_cell_and_seed_is_run_once_and_recorded(quantizer, tmp_path):
     finetuned, zeroq, ours = result["cells"]
     float_top1 = ours["summary"]["float"]
     assert zeroq["summary"]["top1"] == float_top1 > 50
-    assert (zeroq["summary"]["data_free_choice"], zeroq["summary"]["seconds"]) == (None, 2)
-    assert finetuned["summary"]["data_free_choice"] < float_top1  # the weights there are zeros
+    assert (zeroq["summary"]["choice"], zeroq["summary"]["seconds"]) == (None, 2)
+    assert finetuned["summary"]["choice"] < float_top1  # the weights there are zeros
     assert [result["seed"] for result in ours["results"]] == [3, 5]
     record = json.loads(next((tmp_path / "cells").glob("*gdfq*seed3.json")).read_text())
     assert record["config"]["run"]["seed"] == 3

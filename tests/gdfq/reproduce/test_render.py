@@ -8,7 +8,7 @@ from gdfq.reproduce.tables import CIFAR10, CIFAR100, Cell, Published
 
 def record(quantized, float_top1=94.0, choice=None, seconds=10.0):
     top1 = {"float": float_top1, "quantized": quantized}
-    return {"top1": top1 | ({} if choice is None else {"data_free_choice": choice}), "seconds": seconds}
+    return {"top1": top1 | ({} if choice is None else {"choice": choice}), "seconds": seconds}
 
 
 def entry(row, published, ours, network="a", bits=4):
@@ -23,10 +23,10 @@ def entry(row, published, ours, network="a", bits=4):
 def test_summary():
     found = render.summary([record(90, seconds=10, choice=91), record(92, seconds=20, choice=90)])
     assert found == {
-        "top1": 91, "spread": pytest.approx(2**0.5), "float": 94, "gap": 3, "data_free_choice": 90.5, "seconds": 15,
+        "top1": 91, "spread": pytest.approx(2**0.5), "float": 94, "gap": 3, "choice": 90.5, "seconds": 15,
     }  # fmt: skip
     single = render.summary([record(90)])
-    assert (single["spread"], single["data_free_choice"]) == (None, None)
+    assert (single["spread"], single["choice"]) == (None, None)
     assert render.summary([]) is None
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gdfq.run_folder import read_run
+from gdfq.run.folder import read_run
 
 SHORT = [
     f"--set={setting}"

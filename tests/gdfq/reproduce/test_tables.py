@@ -83,7 +83,7 @@ def test_every_cell_has_a_recipe_of_its_own(name, is_offline):
     for cell, config in zip(cells, configs, strict=True):
         quantizer = config.quantizer
         assert (config.method, quantizer.weight_bits, quantizer.activation_bits) == (cell.method, cell.bits, cell.bits)
-        assert quantizer.placement == "paper"
+        assert quantizer.target == "paper"
         assert not config.schedule.compare_with_calibration
     of_one_network = [(cell.network, config.model_dump_json()) for cell, config in zip(cells, configs, strict=True)]
     assert len(set(of_one_network)) == len(cells)

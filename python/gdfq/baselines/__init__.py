@@ -1,1 +1,0 @@
-"""Methods that GDFQ is compared with, behind the same interface (`gdfq.quantize` with another `method`)."""

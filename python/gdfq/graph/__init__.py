@@ -1,0 +1,21 @@
+"""The user's model as a graph, and its two rewritings: the teacher and the quantized model."""
+
+from gdfq.graph.capture import CapturedModel, capture
+from gdfq.graph.quantize import build_quantized
+from gdfq.graph.query import QuantizedLayer, quantized_layers, quantizer_of
+from gdfq.graph.summary import Summary, size_in_bytes
+from gdfq.graph.teacher import BatchNormStatistics, Teacher, build_teacher
+
+__all__ = [
+    "BatchNormStatistics",
+    "CapturedModel",
+    "QuantizedLayer",
+    "Summary",
+    "Teacher",
+    "build_quantized",
+    "build_teacher",
+    "capture",
+    "quantized_layers",
+    "quantizer_of",
+    "size_in_bytes",
+]

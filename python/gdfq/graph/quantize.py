@@ -1,0 +1,236 @@
+"""Rewrite the captured model into the quantized one, Q: quantizers where the target has them, bits by layer."""
+
+import copy
+import operator
+from fnmatch import fnmatchcase
+
+from torch import fx, nn
+
+from gdfq.config import LayerBits, QuantizerConfig
+from gdfq.errors import GdfqError
+from gdfq.graph.capture import CapturedModel
+from gdfq.graph.nodes import (
+    WEIGHTED,
+    activation_name,
+    batch_norm_act,
+    computes_in_float,
+    is_image,
+    name_of,
+    op_of,
+    preserves_values,
+    quantized_inputs,
+)
+from gdfq.graph.summary import ActivationEntry, FloatEntry, Summary, WeightEntry
+from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize
+from gdfq.observers import LearnedStep
+from gdfq.registry import TARGETS
+from gdfq.target import Target
+
+_NOT_QUANTIZED = {
+    "conv_transpose": "transposed convolution: Eq. 6 per output channel is not defined for its weight layout",
+    "matmul": "matrix product outside a linear layer",
+    "addmm": "matrix product outside a linear layer",
+    "bmm": "matrix product outside a linear layer",
+    "batch_norm": "BatchNorm without running statistics",
+    "group_norm": "normalization by the input's own statistics",
+    "layer_norm": "normalization by the input's own statistics",
+    "instance_norm": "normalization by the input's own statistics",
+}
+_AS_SET = "the setting 'quantizer.layers' says so"
+
+
+def build_quantized(captured: CapturedModel, config: QuantizerConfig) -> tuple[fx.GraphModule, Summary]:
+    """Rewrite the captured model into Q: quantizers where the target has them, ranges not observed yet.
+
+    The parameters are a copy that takes gradients. New modules are `weight_quantizers.*`, `activation_quantizers.*` and
+    `batch_norms.*`; only what they store (the activation ranges) enters the state dict, everything else in it has its
+    old name.
+
+    Returns:
+        the model, an ordinary module `(N, C, H, W) -> (N, classes)`, and the summary of what was done.
+
+    Raises:
+        GdfqError: a pattern of `quantizer.layers` fits no layer.
+    """
+    return _Rewriter(copy.deepcopy(captured.module), config).run()
+
+
+class _Rewriter:
+    """One pass over a captured graph that turns it into a quantized one."""
+
+    def __init__(self, module: fx.GraphModule, config: QuantizerConfig) -> None:
+        self.module = module
+        self.graph = module.graph
+        self.config = config
+        self.target: Target = TARGETS[config.target]
+        self.summary = Summary()
+        self.on_grid: set[fx.Node] = set()
+        self.of_layer = _bits_by_layer(self.graph, config)
+        module.weight_quantizers = nn.ModuleDict()
+        module.activation_quantizers = nn.ModuleDict()
+        module.batch_norms = nn.ModuleDict()
+
+    def run(self) -> tuple[fx.GraphModule, Summary]:
+        wanted = self._values_to_quantize()
+        for node in list(self.graph.nodes):
+            bits = wanted.get(node)
+            result = self._rewrite_batch_norm(node, bits) if node.target is batch_norm_act else node
+            if bits and result not in self.on_grid and not self._keeps_grid(result):
+                self._quantize_value(result, bits)
+            elif self._keeps_grid(result):
+                self.on_grid.add(result)
+        self._account_for_float()
+        self._quantize_weights()
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        self.module.recompile()
+        for parameter in self.module.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        return self.module, self.summary
+
+    # --- activations ---
+
+    def _values_to_quantize(self) -> dict[fx.Node, int]:
+        """The activations that the target quantizes, and their bits."""
+        nodes = list(self.graph.nodes)
+        if self.target.activations == "relu_outputs":
+            values = [
+                node
+                for node in nodes
+                if activation_name(node) or (node.target is batch_norm_act and node.args[-1] != "none")
+            ]
+        else:
+            values = [source for node in nodes for source in quantized_inputs(node)]
+        bits = {value: self._bits_of_value(value) for value in dict.fromkeys(values)}
+        return {value: number for value, number in bits.items() if number is not None}
+
+    def _bits_of_value(self, value: fx.Node) -> int | None:
+        """The most that a reader of the value, or of values picked from it, wants; None where all want float."""
+        default = self.config.input_bits if is_image(value) else self.config.activation_bits
+        wanted = [self.of_layer.get(reader) for reader in _readers(value)]
+        numbers = [default if bits is None else bits.activations for bits in wanted] or [default]
+        return max((number for number in numbers if number != "float"), default=None)
+
+    def _keeps_grid(self, node: fx.Node) -> bool:
+        return preserves_values(node) and node.all_input_nodes[0] in self.on_grid
+
+    def _rewrite_batch_norm(self, node: fx.Node, bits: int | None) -> fx.Node:
+        *tensors, eps, act = node.args
+        name = node.meta.get("name") or name_of(node)
+        new: nn.Module = BatchNormAct(eps, act)
+        container = "batch_norms"
+        if bits:
+            new = BatchNormActFakeQuantize(new, self._new_quantizer(bits))
+            container = "activation_quantizers"
+        with self.graph.inserting_before(node):
+            result = self._call(container, name, new, tuple(tensors))
+        result.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
+        self.graph.erase_node(node)
+        if bits:
+            self._record(result, "batch_norm" if act == "none" else f"batch_norm, {act}", bits)
+        return result
+
+    def _quantize_value(self, node: fx.Node, bits: int) -> None:
+        quantizer = self._new_quantizer(bits)
+        with self.graph.inserting_after(node):
+            result = self._call("activation_quantizers", name_of(node), quantizer, (node,))
+        result.meta = dict(node.meta)
+        node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
+        self._record(result, "", bits)
+
+    def _new_quantizer(self, bits: int) -> FakeQuantize:
+        observer = LearnedStep() if self.config.observer == "learned_step" else None
+        return FakeQuantize(bits, self.config.straight_through, observer)
+
+    def _call(self, container: str, name: str, module: nn.Module, args: tuple) -> fx.Node:
+        modules = self.module.get_submodule(container)
+        base = name.replace(".", "_")
+        key = next(k for k in (base if i == 0 else f"{base}_{i}" for i in range(len(modules) + 1)) if k not in modules)
+        modules[key] = module
+        return self.graph.call_module(f"{container}.{key}", args)
+
+    def _record(self, result: fx.Node, fused: str, bits: int) -> None:
+        self.on_grid.add(result)
+        self.summary.activations.append(ActivationEntry(str(result.target).split(".", 1)[1], bits, fused))
+
+    # --- what stays float ---
+
+    def _account_for_float(self) -> None:
+        """Name every input of a quantized layer or residual add, every weight, and every operator, that stays float."""
+        for node in self.graph.nodes:
+            bits = self.of_layer.get(node)
+            for source in quantized_inputs(node):
+                if source not in self.on_grid:
+                    what = "image" if is_image(source) else "activation"
+                    as_set = bits is not None and bits.activations == "float"
+                    reason = _AS_SET if as_set else f"target '{self.target.name}' quantizes ReLU and ReLU6 only"
+                    self._stays_float(node, f"input {what} of {op_of(node)}", reason)
+            if bits is not None and bits.weights == "float":
+                self._stays_float(node, f"weight of {op_of(node)}", _AS_SET)
+            if computes_in_float(node):
+                op = op_of(node)
+                reason = next(
+                    (why for key, why in _NOT_QUANTIZED.items() if key in op), "computed in float between quantizers"
+                )
+                self._stays_float(node, op, reason)
+
+    def _stays_float(self, node: fx.Node, op: str, reason: str) -> None:
+        self.summary.stayed_float.append(FloatEntry(name_of(node), op, reason))
+
+    # --- weights ---
+
+    def _quantize_weights(self) -> None:
+        """All parameters that are weights in one call at the top; weights that the graph computes, where they arise."""
+        bits_of: dict[fx.Node, int] = {}
+        entries = []
+        for node in self.graph.nodes:
+            if node.target in WEIGHTED:
+                bits = self.of_layer[node].weights if node in self.of_layer else self.config.weight_bits
+                if bits != "float":
+                    bits_of.setdefault(node.args[1], bits)
+                    entries.append(WeightEntry(name_of(node), op_of(node), bits_of[node.args[1]]))
+        self.summary.weights.extend(dict.fromkeys(entries))  # a layer that is called twice is one layer
+        stored = [weight for weight in bits_of if weight.op == "get_attr"]
+        groups = {"stored": stored} if stored else {}
+        groups |= {weight.name: [weight] for weight in bits_of if weight.op != "get_attr"}
+        order = list(self.graph.nodes)
+        for name, group in groups.items():
+            module = WeightFakeQuantize([bits_of[weight] for weight in group], self.config.straight_through)
+            with self.graph.inserting_after(max(group, key=order.index)):
+                quantized = self._call("weight_quantizers", name, module, (group,))
+            for index, weight in reversed(list(enumerate(group))):
+                with self.graph.inserting_after(quantized):
+                    item = self.graph.call_function(operator.getitem, (quantized, index))
+                for user in [user for user in weight.users if self._has_quantized_weight(user)]:
+                    user.update_arg(1, item)
+
+    def _has_quantized_weight(self, node: fx.Node) -> bool:
+        return node.target in WEIGHTED and (node not in self.of_layer or self.of_layer[node].weights != "float")
+
+
+def _bits_by_layer(graph: fx.Graph, config: QuantizerConfig) -> dict[fx.Node, LayerBits]:
+    """What `quantizer.layers` and the target say of single layers: where several patterns fit, the last one."""
+    layers = [node for node in graph.nodes if node.target in WEIGHTED]
+    ends = {"<first>": layers[:1], "<last>": layers[-1:]}
+    found: dict[fx.Node, LayerBits] = {}
+    for patterns, all_known in ((TARGETS[config.target].layers, False), (config.layers, True)):
+        for pattern, bits in patterns.items():
+            fitting = ends.get(pattern) or [node for node in layers if fnmatchcase(name_of(node), pattern)]
+            if not fitting and all_known:
+                names = list(dict.fromkeys(name_of(node) for node in layers))
+                shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+                raise GdfqError(f"setting 'quantizer.layers': '{pattern}' fits no layer; there are: {shown}")
+            found |= dict.fromkeys(fitting, bits)
+    return found
+
+
+def _readers(value: fx.Node) -> list[fx.Node]:
+    """The layers and residual adds that read `value`, or what is only picked from it."""
+    readers = []
+    for user in value.users:
+        if value in quantized_inputs(user):
+            readers.append(user)
+        elif preserves_values(user) and user.all_input_nodes[0] is value:
+            readers += _readers(user)
+    return readers

@@ -1,0 +1,55 @@
+"""Questions to the graph of a quantized model: which layer has which weight, bias and quantizer."""
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from gdfq.graph.nodes import WEIGHTED
+from gdfq.nn import BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A convolution or linear layer of Q whose quantized weight is a stored parameter.
+
+    Attributes:
+        node: where Q's graph calls it.
+        weight, bias: names of its parameters; `bias` is None where it has none.
+        groups: of the convolution; 1 for a linear layer.
+        quantizer: what quantizes its weight, together with others.
+        index: which of them it is.
+    """
+
+    node: fx.Node
+    weight: str
+    bias: str | None
+    groups: int
+    quantizer: WeightFakeQuantize
+    index: int
+
+    @property
+    def bits(self) -> int:
+        return self.quantizer.bits[self.index]
+
+
+def quantized_layers(student: fx.GraphModule) -> list[QuantizedLayer]:
+    """The layers of Q, from `build_quantized`, in the order of the forward pass; those are left out whose weight the
+    graph computes, or stays float."""
+    layers = []
+    for node in student.graph.nodes:
+        if node.target not in WEIGHTED or node.args[1].op == "get_attr":
+            continue
+        call, index = node.args[1].args  # the item that the call of a weight quantizer gives for this layer
+        quantizer = student.get_submodule(call.target) if call.op == "call_module" else None
+        if isinstance(quantizer, WeightFakeQuantize) and call.args[0][index].op == "get_attr":
+            weight, bias = call.args[0][index], node.args[2] if len(node.args) > 2 else None
+            groups = node.args[6] if len(node.args) > 6 else 1
+            layers.append(QuantizedLayer(node, weight.target, bias and str(bias.target), groups, quantizer, index))
+    return layers
+
+
+def quantizer_of(student: fx.GraphModule, node: fx.Node) -> FakeQuantize | None:
+    """The quantizer that `node` of Q's graph calls, alone or in one pass with a BN."""
+    module = student.get_submodule(node.target) if node.op == "call_module" else None
+    module = module.quantizer if isinstance(module, BatchNormActFakeQuantize) else module
+    return module if isinstance(module, FakeQuantize) else None

@@ -1,0 +1,115 @@
+"""The teacher: the captured model, frozen, able to say what a loss wants to know of its inside."""
+
+import copy
+import math
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, fx, nn
+
+import gdfq_ext
+from gdfq.graph.capture import CapturedModel
+from gdfq.graph.nodes import batch_norm_act
+
+
+class BatchNormStatistics(NamedTuple):
+    """Of the input of every BN layer, `(C_l,)` float32 each: the arguments of `gdfq_ext.bns_loss` (Eq. 5).
+
+    Attributes:
+        means, variances: over the batch, the variance biased, with gradients to the images.
+        running_means, running_vars: what the model remembers of its training.
+    """
+
+    means: list[Tensor]
+    variances: list[Tensor]
+    running_means: list[Tensor]
+    running_vars: list[Tensor]
+
+
+class Reader:
+    """A forward pass of the teacher that gives the logits, and what is read by name.
+
+    Args:
+        module: gives the logits and a value for each name.
+        names: of `READINGS`.
+    """
+
+    def __init__(self, module: fx.GraphModule, names: tuple[str, ...]) -> None:
+        self.module = module
+        self.names = names
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        logits, values = self.module(x)
+        return logits, {name: READINGS[name](value) for name, value in zip(self.names, values, strict=True)}
+
+
+class Teacher(nn.Module):
+    """The full-precision model P, frozen, in eval mode. `teacher(x)` gives logits `(N, classes)`.
+
+    Args:
+        module: the captured model, every BN of which also gives the moments of its input, in the same pass.
+        readings: what can be read in a forward pass, as nodes of its graph: see `READINGS`.
+    """
+
+    def __init__(self, module: fx.GraphModule, readings: dict[str, Any]) -> None:
+        super().__init__()
+        self.module = module.requires_grad_(False)
+        self._readings = readings
+        self._rewritten: dict[tuple[str, ...], fx.GraphModule] = {}
+
+    def reader(self, names: Iterable[str]) -> Reader:
+        """A forward pass that gives the logits and what `names` of `READINGS` stand for, with gradients to images."""
+        names = tuple(sorted(set(names)))
+        if names not in self._rewritten:
+            self._rewritten[names] = self._rewrite(names)
+        return Reader(self._rewritten[names], names)
+
+    def read(self, x: Tensor, names: Iterable[str]) -> tuple[Tensor, dict[str, Any]]:
+        return self.reader(names)(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reader(())(x)[0]
+
+    def _rewrite(self, names: tuple[str, ...]) -> fx.GraphModule:
+        """The graph with what is wanted as its second output; all share the parameters."""
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        logits = graph.graph_copy(self.module.graph, copied)
+        wanted = tuple(self._readings[name] for name in names)
+        graph.output((logits, fx.node.map_arg(wanted, copied.__getitem__)))
+        graph.set_codegen(fx.graph.CodeGen())
+        graph.lint()
+        return fx.GraphModule(self.module, graph)
+
+
+# What a term of a loss can declare to read, and what becomes of the nodes' values.
+READINGS: dict[str, Callable[[Any], Any]] = {
+    "statistics": lambda values: BatchNormStatistics(*values),  # of the input of every BN layer
+    "features": lambda value: value,  # the last activation (N, C, ...) that has a spatial dimension
+}
+
+
+def build_teacher(captured: CapturedModel) -> Teacher:
+    """Rewrite the captured model so that every BN also gives the moments of its input, in the same pass."""
+    module = copy.deepcopy(captured.module)
+    graph = module.graph
+    statistics = BatchNormStatistics([], [], [], [])
+    features = None
+    for node in list(graph.nodes):
+        if node.target is batch_norm_act:
+            *tensors, eps, act = node.args
+            with graph.inserting_before(node):
+                fused = graph.call_function(gdfq_ext.batch_norm_act_moments, tuple(tensors), {"eps": eps, "act": act})
+                y, mean, var = (graph.call_function(operator.getitem, (fused, i)) for i in range(3))
+            y.meta = dict(node.meta)
+            node.replace_all_uses_with(y)
+            graph.erase_node(node)
+            for values, value in zip(statistics, (mean, var, *tensors[1:3]), strict=True):
+                values.append(value)
+            node = y
+        if node.op != "get_attr" and math.prod(getattr(node.meta.get("val"), "shape", ())[2:]) > 1:
+            features = node
+    graph.lint()
+    module.recompile()
+    return Teacher(module, {"statistics": tuple(statistics), "features": features})

@@ -1,0 +1,74 @@
+"""ZeroQ's images (Cai et al., CVPR 2020): optimized from noise until the BN statistics fit; no labels."""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from tqdm import trange
+
+import gdfq_ext
+from gdfq.config import Config, Section
+from gdfq.graph import CapturedModel, Teacher
+from gdfq.images.bank import Bank
+from gdfq.registry import SECTIONS, SOURCES
+
+
+class ZeroqConfig(Section):
+    """ZeroQ: images optimized from noise until the BN statistics fit."""
+
+    iterations: int = Field(500, ge=1)
+    images: int = Field(64, ge=2)
+    learning_rate: float = Field(0.5, gt=0, description="of Adam, lowered on a plateau")
+
+
+def zeroq(
+    teacher: Teacher, captured: CapturedModel, config: Config, device: torch.device, progress: bool = False
+) -> Bank:
+    """A bank of images that are inverted when they are first asked for."""
+    shape, own = captured.image_shape, config.zeroq  # type: ignore[attr-defined]
+    return Bank(teacher, shape, config, device, lambda seed: invert(teacher, shape, own, seed, device, progress))
+
+
+@torch.enable_grad()  # images may be made when a calibration asks for them, which itself needs no gradients
+def invert(
+    teacher: Teacher,
+    shape: tuple[int, int, int],
+    config: ZeroqConfig,
+    seed: int,
+    device: torch.device,
+    progress: bool = False,
+) -> Tensor:
+    """Images `(config.images, *shape)` that minimise, over the image itself and all BN inputs l,
+
+        sum_l |mean_l - mu_l|^2 + |std_l - sigma_l|^2        (ZeroQ, Eq. 3; per channel means of the squares)
+
+    with mu, sigma the running statistics, and 0, 1 for the image, which is in normalised pixels.
+    """
+    random = torch.Generator(device).manual_seed(seed)
+    images = torch.randn(config.images, *shape, generator=random, device=device)
+    images = images.contiguous(memory_format=torch.channels_last).requires_grad_(True)
+    optimizer = torch.optim.Adam([images], config.learning_rate)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, min_lr=1e-4, patience=100)
+    zero, one = torch.zeros(shape[0], device=device), torch.ones(shape[0], device=device)
+    for _ in trange(config.iterations, disable=not progress, desc="ZeroQ images", unit="it", dynamic_ncols=True):
+        layers = teacher.read(images, ("statistics",))[1]["statistics"]
+        image_variance, image_mean = torch.var_mean(images, (0, 2, 3), correction=0)
+        loss = gdfq_ext.bns_loss(
+            [image_mean, *layers.means],
+            [_std(variance) for variance in (image_variance, *layers.variances)],
+            [zero, *layers.running_means],
+            [one, *(_std(variance) for variance in layers.running_vars)],
+            reduction="mean",
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step(loss.detach())
+    return images.detach()
+
+
+def _std(variance: Tensor) -> Tensor:
+    return (variance + 1e-6).sqrt()
+
+
+SOURCES["zeroq"] = zeroq
+SECTIONS["zeroq"] = ZeroqConfig

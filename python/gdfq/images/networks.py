@@ -1,0 +1,128 @@
+"""The networks of the paper's two generators: noise and a label in, an image of that class out (Eq. 2, 3).
+
+Images leave through a BatchNorm without parameters, so that every channel is about N(0, 1): the space of normalised
+pixels that the model was trained in. There is therefore nothing to know about the user's normalisation.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gdfq_ext
+from gdfq.config import GeneratorConfig
+
+
+class ConditionalBatchNorm(nn.Module):
+    """BatchNorm whose gamma and beta are looked up by label (categorical conditional BN), and LeakyReLU behind it.
+
+    Args:
+        channels: C.
+        num_classes: rows of the two tables, `(num_classes, C)`; gamma starts at one, beta at zero. With one class it is
+            the ordinary BN.
+        eps, momentum: as in BatchNorm.
+        negative_slope: of LeakyReLU; 1 for no activation.
+    """
+
+    def __init__(
+        self, channels: int, num_classes: int, eps: float = 1e-5, momentum: float = 0.1, negative_slope: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(num_classes, channels))
+        self.beta = nn.Parameter(torch.zeros(num_classes, channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.eps = eps
+        self.momentum = momentum
+        self.negative_slope = negative_slope
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        if self.training:
+            return gdfq_ext.conditional_batch_norm_act(
+                x, self.gamma, self.beta, labels, self.running_mean, self.running_var,
+                momentum=self.momentum, eps=self.eps, negative_slope=self.negative_slope,
+            )  # fmt: skip
+        gamma, beta = (F.embedding(labels, table)[:, :, None, None] for table in (self.gamma, self.beta))
+        x = F.batch_norm(x, self.running_mean, self.running_var, eps=self.eps)
+        return F.leaky_relu(torch.addcmul(beta, x, gamma), self.negative_slope)
+
+    def extra_repr(self) -> str:
+        classes, channels = self.gamma.shape
+        return f"{channels}, num_classes={classes}, eps={self.eps}, negative_slope={self.negative_slope}"
+
+
+class UpsampledConvolution(nn.Conv2d):
+    """Nearest up-sampling by 2 and a 3x3 convolution with padding 1, computed in one go.
+
+    Every output pixel sees 2 x 2 pixels of the small grid, each through the sum of the weights that fall on it. So the
+    pair is a transposed convolution of stride 2 whose 4x4 kernel holds these sums: 4/9 of the arithmetic, forward and
+    backward, and no large copy of the input. Equal to the pair up to rounding; the parameters are the 3x3 ones.
+
+    Args:
+        in_channels, out_channels: as in `nn.Conv2d`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(self.weight, (1, 1, 1, 1))
+        rows = padded[:, :, :-1] + padded[:, :, 1:]
+        sums = rows[:, :, :, :-1] + rows[:, :, :, 1:]
+        return F.conv_transpose2d(x, sums.flip(2, 3).transpose(0, 1), self.bias, stride=2, padding=1)
+
+
+class Generator(nn.Module):
+    """Linear -> BN -> Up2 -> Conv 128 -> BN -> LeakyReLU -> Up2 -> Conv 64 -> BN -> LeakyReLU -> Conv -> Tanh -> BN.
+
+    `generator(noise, labels)`: noise `(N, latent_size)` float32, labels `(N,)` int64, gives `(N, channels, height,
+    width)` float32. Its state does not depend on the batch.
+
+    Args:
+        image_shape: `(channels, height, width)`, any size: the grid starts at a quarter, rounded up, and is cropped.
+        num_classes: labels are below it.
+        config: `architecture` is `embedding` (the noise is multiplied by an embedding of the label; the paper's for
+            CIFAR) or `conditional` (the BNs are conditional on the label; the paper's for ImageNet).
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, config: GeneratorConfig) -> None:
+        super().__init__()
+        channels, self.height, self.width = image_shape
+        self.conditional = config.architecture == "conditional"
+        self.start = (math.ceil(self.height / 4), math.ceil(self.width / 4))
+
+        norm_classes, eps = num_classes if self.conditional else 1, config.batch_norm_eps
+
+        self.embedding = None if self.conditional else nn.Embedding(num_classes, config.latent_size)
+        self.linear = nn.Linear(config.latent_size, 128 * math.prod(self.start))
+        self.norm0 = ConditionalBatchNorm(128, norm_classes)
+        self.conv1 = UpsampledConvolution(128, 128)
+        self.norm1 = ConditionalBatchNorm(128, norm_classes, eps, negative_slope=0.2)
+        self.conv2 = UpsampledConvolution(128, 64)
+        self.norm2 = ConditionalBatchNorm(64, norm_classes, eps, negative_slope=0.2)
+        self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
+        self.to_pixels = nn.BatchNorm2d(channels, affine=False)
+
+    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
+        if self.embedding is not None:
+            noise = noise * self.embedding(labels)
+            labels = torch.zeros_like(labels)  # to the BNs all are of one class
+        return self.decode(noise, labels)
+
+    def decode(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """All behind the embedding: `(N, latent_size)` and the rows `(N,)` of the BNs' tables, to images."""
+        x = self.linear(noise).view(len(noise), 128, *self.start)
+        x = x.contiguous(memory_format=_memory_format(self.conv1))
+        x = self.norm0(x, labels)
+        x = self.norm1(self.conv1(x), labels)
+        x = self.norm2(self.conv2(x), labels)
+        x = torch.tanh(self.conv3(x)[:, :, : self.height, : self.width])
+        return self.to_pixels(x)
+
+
+def _memory_format(convolution: nn.Conv2d) -> torch.memory_format:
+    """The layout that the convolution's weight is in, so that `.to(memory_format=...)` decides for the images too."""
+    weight = convolution.weight
+    channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format

@@ -1,0 +1,40 @@
+"""Images of N(0, 1) noise: what is left where nothing better is known."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gdfq.config import Config
+from gdfq.graph import CapturedModel, Teacher
+from gdfq.images.source import ImageSource
+from gdfq.registry import SOURCES
+
+
+class GaussianImages(ImageSource):
+    """N(0, 1) noise, labeled by P."""
+
+    def images(self, count: int) -> tuple[Tensor, None]:
+        noise = torch.randn(count, *self.shape, generator=self.random.generator, device=self.device)
+        return self.transform(noise), None
+
+    def held_out(self) -> Iterator[Tensor]:
+        size, count = self.config.schedule.batch_size, self.config.run.held_out_images
+        for images in gaussian_images(self.shape, count, size, self.config.run.seed + 1, self.device):
+            yield self.transform(images)
+
+
+def gaussian_images(
+    shape: tuple[int, int, int], count: int, batch_size: int, seed: int, device: torch.device
+) -> Iterator[Tensor]:
+    """`count` images of N(0, 1) noise in batches `(N, *shape)`."""
+    random = torch.Generator(device).manual_seed(seed)
+    for start in range(0, count, batch_size):
+        yield torch.randn(min(batch_size, count - start), *shape, generator=random, device=device)
+
+
+def gaussian(teacher: Teacher, captured: CapturedModel, config: Config, device: torch.device) -> GaussianImages:
+    return GaussianImages(teacher, captured.image_shape, config, device)
+
+
+SOURCES["gaussian"] = gaussian

@@ -1,0 +1,6 @@
+"""The methods, one file each. All register themselves."""
+
+from gdfq.methods import calibration, clipping, dfq, finetune, gdfq  # noqa: F401
+from gdfq.methods.method import Data, Method, Outcome, Task
+
+__all__ = ["Data", "Method", "Outcome", "Task"]

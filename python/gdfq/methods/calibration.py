@@ -1,0 +1,66 @@
+"""Methods without training: what they do with images, and which ones; and plain calibration."""
+
+import time
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from gdfq.calibrate import calibrate
+from gdfq.config import Config
+from gdfq.images import ImageSource
+from gdfq.images.inversion import zeroq
+from gdfq.images.noise import gaussian
+from gdfq.images.real import calibration_batches
+from gdfq.methods.method import Data, Method, Outcome, Task
+from gdfq.methods.training import train
+from gdfq.registry import SOURCES
+
+
+def calibrating(
+    apply: Callable[[Task, Iterable[Tensor]], None], source: str | None = None
+) -> Callable[[Task], Outcome]:
+    """A method that does `apply(task, batches)` with calibration images.
+
+    Args:
+        source: of the images; None: the user's, or made as the setting `calibration.images` says.
+    """
+
+    def run(task: Task) -> Outcome:
+        start = time.monotonic()
+        if source is None and task.calibrate_on is not None:
+            images = gaussian(task.teacher, task.captured, task.config, task.device)
+            batches = calibration_batches(task.calibrate_on, task.captured.image_shape, task.config, task.device)
+        else:
+            images = _images(task, source or task.config.calibration.images)
+            batches = images.calibration()
+        apply(task, batches)
+        return Outcome(images.held_out(), time.monotonic() - start)
+
+    return run
+
+
+def _images(task: Task, name: str) -> ImageSource:
+    """Those of a source that has learned what it learns before Q is trained."""
+    if name == "zeroq":
+        return zeroq(task.teacher, task.captured, task.config, task.device, task.progress)
+    source = SOURCES[name](task.teacher, task.captured, task.config, task.device)
+    if source.learns:
+        train(task, source, warm_up_only(task.config))
+    return source
+
+
+def warm_up_only(config: Config) -> Config:
+    """The configuration of a run that ends where Q would first be stepped."""
+    schedule = config.schedule.model_copy(update={"epochs": config.schedule.warmup_epochs})
+    return config.model_copy(update={"schedule": schedule})
+
+
+def _calibrate(task: Task, batches: Iterable[Tensor]) -> None:
+    calibrate(task.student, batches)
+
+
+ZEROQ = Method(
+    "zeroq", "no training; ranges from images optimized until the BN statistics fit", calibrating(_calibrate, "zeroq")
+)
+MINMAX = Method("minmax", "no training; ranges from Gaussian noise", calibrating(_calibrate, "gaussian"))
+CALIBRATED = Method("calibrated", "no training; ranges from calibration images", calibrating(_calibrate), Data.IMAGES)

@@ -1,0 +1,96 @@
+"""What a method is, what it is given and what it leaves behind."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gdfq.config import Config
+from gdfq.evaluate import Agreement
+from gdfq.graph import CapturedModel, Teacher
+from gdfq.registry import METHODS
+
+
+class Data(Enum):
+    """Real data that a method takes."""
+
+    NONE = "nothing"
+    IMAGES = "images, or made ones"
+    LABELED = "labeled images"
+
+
+@dataclass
+class Task:
+    """What a method is given; it calibrates or trains the student in place.
+
+    Attributes:
+        captured: what teacher and student were built from.
+        folder: of the run, or None: then nothing is written.
+        resume: go on from the folder's checkpoint.
+        progress: show bars.
+        calibrate_on, train_on: data sets of the user's, or None.
+    """
+
+    captured: CapturedModel
+    teacher: Teacher
+    student: fx.GraphModule
+    config: Config
+    device: torch.device
+    folder: Path | None
+    resume: bool
+    progress: bool
+    calibrate_on: Any
+    train_on: Any
+
+
+@dataclass
+class Outcome:
+    """What a method leaves behind besides the student.
+
+    Attributes:
+        held_out: images for the data-free figures.
+        seconds: that it took.
+        generator: G, where one was trained.
+        selected: `trained` or `calibrated`.
+        choice: the epoch that the data-free criterion would choose, and its figures.
+        choice_state: the student's state then.
+        iterations: how they were carried out.
+    """
+
+    held_out: Iterable[Tensor]
+    seconds: float
+    generator: nn.Module | None = None
+    selected: str = "calibrated"
+    choice: tuple[int, Agreement] | None = None
+    choice_state: dict[str, Tensor] | None = None
+    iterations: str = "eager"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to quantize. Making one makes it known to the setting `method`.
+
+    A section of settings of its own is added to `gdfq.registry.SECTIONS`.
+
+    Attributes:
+        name: of the method.
+        help: what it does, half a line.
+        run: does it.
+        data: real data that it takes.
+        trains: whether it trains Q, by the section `schedule`.
+        prepare: changes the captured model before the student is built of it.
+    """
+
+    name: str
+    help: str
+    run: Callable[[Task], Outcome]
+    data: Data = Data.NONE
+    trains: bool = False
+    prepare: Callable[[CapturedModel], CapturedModel] = lambda captured: captured
+
+    def __post_init__(self) -> None:
+        METHODS[self.name] = self

@@ -1,0 +1,38 @@
+"""What methods that train have in common."""
+
+import hashlib
+from typing import Any
+
+import torch
+
+from gdfq.config import Config
+from gdfq.graph import CapturedModel
+from gdfq.images import ImageSource
+from gdfq.methods.method import Task
+from gdfq.run.training_run import TrainingRun
+from gdfq.train.trainer import Trainer
+
+
+def train(task: Task, source: ImageSource, config: Config) -> tuple[Trainer, float]:
+    """Train to the end, resumed where the task says so; returns the trainer and the seconds that it took."""
+    trainer = Trainer(task.teacher, task.student, source, config)
+    run = TrainingRun(trainer, task.folder, identity(task.captured, config))
+    if task.resume:
+        run.resume()
+    run.train(task.progress)
+    return trainer, run.seconds
+
+
+def identity(captured: CapturedModel, config: Config) -> dict[str, Any]:
+    """What a checkpoint belongs to: the weights, and every setting that changes what is computed."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(captured.module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    identity: dict[str, Any] = {"weights": digest.hexdigest()[:16], "image_shape": list(captured.image_shape)}
+    settings = config.model_dump(mode="json")
+    run = {name: settings["run"][name] for name in ("seed", "precision", "held_out_images")}
+    for section, values in (settings | {"run": run}).items():
+        if section != "model" and isinstance(values, dict):
+            identity |= {f"{section}.{key}": value for key, value in values.items()}
+    return identity | {"method": config.method}

@@ -1,0 +1,250 @@
+"""Modules of quantized networks: quantizers, and BatchNorm with what follows it.
+
+They hold what quantization adds (ranges as buffers) and nothing of the user's: weights, biases and BN statistics stay
+where the user's model has them and are passed in by the graph.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gdfq_ext
+from gdfq.observers import LearnedStep, MovingAverage, Observer
+
+
+class WeightFakeQuantize(nn.Module):
+    """Quantizes the weights of several layers in one call, per output channel.
+
+    A weight's range is taken anew in every forward pass (Eq. 6), until `store` gives it a step, a zero point and a
+    rounding of its own: what methods that choose these need, and what leaves the package.
+
+    Args:
+        bits: of every weight, 2 to 8.
+        straight_through: `identity` or `clipped` (see `gdfq_ext.fake_quantize`).
+    """
+
+    def __init__(self, bits: list[int], straight_through: str = "identity") -> None:
+        super().__init__()
+        self.bits = bits
+        self.straight_through = straight_through
+        self.stored = nn.ModuleDict()
+
+    def store(self, index: int, step: Tensor, zero_point: Tensor, rounding: Tensor | None = None) -> None:
+        """From now on the weight of this index is quantized by what is given, see `StoredQuantizer`."""
+        self.stored[str(index)] = StoredQuantizer(self.bits[index], self.straight_through, step, zero_point, rounding)
+
+    def forward(self, weights: list[Tensor]) -> list[Tensor]:
+        anew = [index for index in range(len(weights)) if str(index) not in self.stored]
+        if len(anew) == len(weights):
+            return self._anew(weights, self.bits)
+        result = {int(index): quantizer(weights[int(index)]) for index, quantizer in self.stored.items()}
+        if anew:
+            quantized = self._anew([weights[index] for index in anew], [self.bits[index] for index in anew])
+            result |= dict(zip(anew, quantized, strict=True))
+        return [result[index] for index in range(len(weights))]
+
+    def _anew(self, weights: list[Tensor], bits: list[int]) -> list[Tensor]:
+        return gdfq_ext.fake_quantize_weights(weights, bits, ste=self.straight_through)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, straight_through={self.straight_through!r}"
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Weights that were stored when the state was saved are stored again."""
+        for key in [key for key in state_dict if key.startswith(f"{prefix}stored.") and key.endswith(".step")]:
+            of_weight = key.removesuffix("step")
+            step, zero_point = state_dict[key], state_dict[f"{of_weight}zero_point"]
+            index = int(of_weight.removeprefix(f"{prefix}stored.").removesuffix("."))
+            self.store(index, step, zero_point, state_dict.get(f"{of_weight}rounding"))
+            device = next(iter(state_dict.values())).device
+            self.stored[str(index)].to(device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class StoredQuantizer(nn.Module):
+    """Quantizes a weight per output channel with a given step, zero point and rounding:
+
+        q = clamp(r(w / step) + zero_point, 0, 2^k - 1)      y = (q - zero_point) * step
+
+    Args:
+        bits: k, 2 to 8.
+        straight_through: `identity` or `clipped`: whether the gradient passes where q was clamped.
+        step, zero_point: `(channels,)` float32; the zero point holds integers.
+        rounding: integers of the weight's shape, r(x) = floor(x) + rounding; None: to the nearest, half to even.
+    """
+
+    def __init__(
+        self, bits: int, straight_through: str, step: Tensor, zero_point: Tensor, rounding: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.bits = bits
+        self.straight_through = straight_through
+        self.register_buffer("step", step.detach().clone().float())
+        self.register_buffer("zero_point", zero_point.detach().clone().float())
+        self.register_buffer("rounding", None if rounding is None else rounding.detach().clone().to(torch.int8))
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """q of the weight, `(channels, ...)`, as float32."""
+        return self._levels(weight).clamp(0, 2**self.bits - 1)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        levels = self._levels(weight)
+        codes = levels.clamp(0, 2**self.bits - 1)
+        quantized = (codes - self._per_channel(self.zero_point, weight)) * self._per_channel(self.step, weight)
+        through = weight if self.straight_through == "identity" else torch.where(levels == codes, weight, quantized)
+        return through + (quantized - through).detach()
+
+    def _levels(self, weight: Tensor) -> Tensor:
+        in_steps = weight.detach() / self._per_channel(self.step, weight)
+        rounded = in_steps.round() if self.rounding is None else in_steps.floor() + self.rounding
+        return rounded + self._per_channel(self.zero_point, weight)
+
+    @staticmethod
+    def _per_channel(values: Tensor, weight: Tensor) -> Tensor:
+        return values.view(-1, *[1] * (weight.dim() - 1))
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, straight_through={self.straight_through!r}"
+
+
+class FakeQuantize(nn.Module):
+    """Quantizes one activation tensor: Eq. 6 per tensor, with a range that an observer finds and that is then fixed.
+
+    The range is NaN until it has been observed, so that a model that was never calibrated gives NaN and not noise.
+
+    Args:
+        bits: 2 to 8.
+        straight_through: `identity` or `clipped` (see `gdfq_ext.fake_quantize`).
+        observer: where the range comes from, see `gdfq.observers`; default: a moving average.
+
+    Attributes:
+        observing: while true, the observer sees every input first.
+        range: `(2,)` float32, the lower and the upper end.
+    """
+
+    def __init__(self, bits: int, straight_through: str = "identity", observer: Observer | None = None) -> None:
+        super().__init__()
+        self.bits = bits
+        self.straight_through = straight_through
+        self.observer = observer or MovingAverage()
+        self.observing = False
+        self.register_buffer("range", torch.full((2,), torch.nan))
+
+    def reset(self) -> None:
+        """Forget the range, as if nothing had been observed."""
+        self.range.fill_(torch.nan)
+        self.observer.reset()
+
+    def observe(self, x: Tensor) -> None:
+        self.observer.observe(x.detach(), self.range)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observing:
+            self.observe(x)
+            if not self.observer.quantizes:
+                return x
+        if isinstance(self.observer, LearnedStep):
+            return self.observer.quantize(x, self.range, self.bits)
+        return gdfq_ext.fake_quantize(x, self.range[0], self.range[1], self.bits, ste=self.straight_through)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, straight_through={self.straight_through!r}"
+
+
+class BatchNormAct(nn.Module):
+    """BatchNorm and the activation behind it, on statistics and parameters that the graph passes in.
+
+    Args:
+        eps: of the BN.
+        act: `none`, `relu` or `relu6`.
+        momentum: of the running statistics, used only while they are not frozen.
+
+    Attributes:
+        frozen: true is "fixed BNS" of the paper: the running statistics are used and do not move. False normalises by
+            the batch's own statistics and moves the running ones (the ablation of Table 4).
+    """
+
+    def __init__(self, eps: float, act: str, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.eps = eps
+        self.act = act
+        self.momentum = momentum
+        self.frozen = True
+
+    def forward(
+        self, x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        x = F.batch_norm(x, running_mean, running_var, weight, bias, not self.frozen, self.momentum, self.eps)
+        return _ACTIVATIONS[self.act](x)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}, act={self.act!r}"
+
+
+class BatchNormActFakeQuantize(nn.Module):
+    """BatchNorm, activation and quantizer: one fused pass once the range is fixed.
+
+    Args:
+        batch_norm_act: what stands before the quantizer.
+        quantizer: what quantizes its result.
+    """
+
+    def __init__(self, batch_norm_act: BatchNormAct, quantizer: FakeQuantize) -> None:
+        super().__init__()
+        self.batch_norm_act = batch_norm_act
+        self.quantizer = quantizer
+
+    def forward(
+        self, x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        bn, quantizer = self.batch_norm_act, self.quantizer
+        if quantizer.observing or not bn.frozen or isinstance(quantizer.observer, LearnedStep):
+            return quantizer(bn(x, running_mean, running_var, weight, bias))
+        return gdfq_ext.batch_norm_act_fake_quantize(
+            x, running_mean, running_var, weight, bias, quantizer.range[0], quantizer.range[1], quantizer.bits,
+            eps=bn.eps, act=bn.act, ste=quantizer.straight_through,
+        )  # fmt: skip
+
+
+_ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "relu6": F.relu6}
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
+    """All activation quantizers of `model` by name, in the order of the forward pass."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantize)}
+
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[None]:
+    """Inside the block every forward pass of `model` moves the activation ranges."""
+    quantizers = activation_quantizers(model).values()
+    for quantizer in quantizers:
+        quantizer.observing = True
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.observing = False
+
+
+@contextmanager
+def moving_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside the block no BN of `model` is frozen (`BatchNormAct.frozen`): the opposite of the paper's "fixed BNS"."""
+    layers = [module for module in model.modules() if isinstance(module, BatchNormAct)]
+    for layer in layers:
+        layer.frozen = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.frozen = True
+
+
+def to_channels_last(model: nn.Module) -> None:
+    """What `Module.to(memory_format=...)` does, which refuses a model that has 5-D weights (Conv3d) beside 4-D ones."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)

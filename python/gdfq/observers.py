@@ -1,0 +1,146 @@
+"""Where an activation quantizer's range comes from: a moving average, a histogram, or training.
+
+An observer is handed every input while the quantizer is observing, and the range `(2,)` float32 to write.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+import gdfq_ext
+from gdfq.clip_values import Rule
+
+BINS = 2048  # on either side of zero
+
+
+class Observer(nn.Module):
+    """What finds a range.
+
+    Attributes:
+        passes: how often it has to see all calibration images before the range is there.
+        quantizes: whether the quantizer does its work meanwhile, or lets its input through.
+    """
+
+    passes = 1
+    quantizes = True
+
+    def observe(self, x: Tensor, range: Tensor) -> None:
+        """Look at an input; write the range as far as it is known."""
+        raise NotImplementedError
+
+    def end_pass(self, range: Tensor, bits: int) -> None:
+        """All calibration images have been seen once more."""
+
+    def reset(self) -> None:
+        """Forget all."""
+
+
+class MovingAverage(Observer):
+    """The moving average (0.9, bias corrected) of every batch's minimum and maximum (GDFQ's).
+
+    Attributes:
+        state: `(3,)` float32, see `gdfq_ext.observe_range`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("state", torch.zeros(3))
+
+    def observe(self, x: Tensor, range: Tensor) -> None:
+        range.copy_(gdfq_ext.observe_range(x, self.state))
+
+    def reset(self) -> None:
+        self.state.zero_()
+
+
+class Histogram(Observer):
+    """Clip values chosen from a histogram over all calibration images, with nothing quantized meanwhile.
+
+    The first pass finds minimum and maximum, the second fills 4096 bins around zero.
+
+    Args:
+        rule: of `gdfq.clip_values`; None: the minimum and the maximum.
+    """
+
+    passes = 2
+    quantizes = False
+
+    def __init__(self, rule: Rule | None) -> None:
+        super().__init__()
+        self.rule = rule
+        self.reset()
+
+    def reset(self) -> None:
+        self.bounds: Tensor | None = None
+        self.reach: float | None = None  # known after the first pass
+        self.counts: Tensor | int = 0
+
+    def observe(self, x: Tensor, range: Tensor) -> None:
+        if self.reach is None:
+            low, high = x.aminmax()
+            if self.bounds is not None:
+                low, high = torch.minimum(self.bounds[0], low), torch.maximum(self.bounds[1], high)
+            self.bounds = torch.stack([low, high])
+        elif self.rule is not None:
+            self.counts = self.counts + torch.histc(x.float(), 2 * BINS, -self.reach, self.reach).double()
+
+    def end_pass(self, range: Tensor, bits: int) -> None:
+        assert self.bounds is not None
+        range.copy_(self.bounds)
+        if self.reach is None:
+            self.reach = max(self.bounds.abs().max().item(), 1e-30)
+        elif self.rule is not None:
+            lower, upper = self.rule(*self.values_and_counts(), bits)
+            range.copy_(torch.cat([lower, upper]).clamp(*self.bounds))
+
+    def values_and_counts(self) -> tuple[Tensor, Tensor]:
+        """The histogram: centers of the bins that hold something and how much, `(1, bins)` float32 each."""
+        assert self.reach is not None
+        assert isinstance(self.counts, Tensor)
+        centers = (torch.arange(2 * BINS, device=self.counts.device) + 0.5) * (self.reach / BINS) - self.reach
+        present = self.counts > 0
+        return centers[present][None].float(), self.counts[present][None].float()
+
+
+class LearnedStep(Observer):
+    """The step is a parameter that training moves (LSQ, Esser et al., ICLR 2020); the zero point stays.
+
+        y = (clamp(round(x / step) + zero_point, 0, 2^k - 1) - zero_point) * step
+
+    Its gradient is straight-through, scaled by 1 / sqrt(numel * (2^k - 1)). It begins at the range that has been
+    observed by its moving average.
+
+    Attributes:
+        step: `()` float32, NaN until `begin`.
+        zero_point: `()` float32, an integer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moving_average = MovingAverage()
+        self.step = nn.Parameter(torch.tensor(torch.nan))
+        self.register_buffer("zero_point", torch.tensor(0.0))
+
+    def observe(self, x: Tensor, range: Tensor) -> None:
+        self.moving_average.observe(x, range)
+
+    @torch.no_grad()
+    def end_pass(self, range: Tensor, bits: int) -> None:
+        step = (range[1] - range[0]).clamp_min(1e-8) / (2**bits - 1)
+        self.step.copy_(step)
+        self.zero_point.copy_(-torch.round(range[0] / step))
+
+    def reset(self) -> None:
+        self.moving_average.reset()
+
+    def quantize(self, x: Tensor, range: Tensor, bits: int) -> Tensor:
+        """`x` quantized, with gradients to it and to the step. `range` takes what the step makes of it."""
+        top = 2**bits - 1
+        scale = 1 / math.sqrt(x.numel() * top)
+        step = self.step * scale + (self.step - self.step * scale).detach()
+        level = (x.float() / step + self.zero_point).clamp(0, top)
+        code = level + (level.round() - level).detach()
+        with torch.no_grad():
+            range.copy_(torch.stack([-self.zero_point, top - self.zero_point]) * self.step)
+        return ((code - self.zero_point) * step).to(x.dtype)

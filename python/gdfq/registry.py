@@ -1,0 +1,33 @@
+"""What the settings choose by name. The files that define a thing add it here when they are imported."""
+
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+
+class Registry(dict[str, Value]):
+    """Name -> what it stands for.
+
+    Args:
+        settings: those whose value, or whose keys, are names of it.
+    """
+
+    def __init__(self, *settings: str) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def unknown(self, value: str | dict[str, Any]) -> list[str]:
+        """The names in a setting's value that stand for nothing."""
+        return [name for name in ([value] if isinstance(value, str) else value) if name not in self]
+
+
+METHODS: Registry[Any] = Registry("method")  # gdfq.methods
+TARGETS: Registry[Any] = Registry("quantizer.target")  # gdfq.target
+SOURCES: Registry[Any] = Registry("images.source")  # gdfq.images
+TRANSFORMS: Registry[Any] = Registry("images.transforms")  # gdfq.images.transforms
+OPTIMIZERS: Registry[Any] = Registry("student.optimizer")  # gdfq.train.optimizer
+TERMS: Registry[Any] = Registry("generator.terms", "student.terms")  # gdfq.train.objective
+ALL = (METHODS, TARGETS, SOURCES, TRANSFORMS, OPTIMIZERS, TERMS)
+
+# Sections of the settings, by name, besides those of `gdfq.config`.
+SECTIONS: dict[str, Any] = {}

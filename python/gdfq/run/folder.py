@@ -1,0 +1,90 @@
+"""The folder of a run: what is in it, what it may be opened for, and how a quantized model is stored and read back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gdfq.config import Config, QuantizerConfig
+from gdfq.errors import GdfqError
+from gdfq.graph import build_quantized, capture
+from gdfq.nn import BatchNormAct
+from gdfq.run.files import load_tensors, save_tensors, write_text
+from gdfq.run.report import versions
+
+CONFIG = "config.toml"
+SOURCE = "source.json"  # where model, weights and data came from; written by the command line
+VERSIONS = "versions.json"
+CHECKPOINT = "checkpoint.safetensors"
+LOG = "log.jsonl"
+EVENTS = "tensorboard"
+MODEL = "model.safetensors"
+GENERATOR = "generator.safetensors"
+PICTURE = "images.png"
+REPORT = "report.json"
+
+
+def open_run(
+    folder: Path, config: Config, device: torch.device, resume: bool, source: dict[str, Any] | None = None
+) -> None:
+    """Make the folder, and write down what is about to run.
+
+    Raises:
+        GdfqError: it cannot be written, or it holds a run that is not to be resumed.
+    """
+    if not resume and any((folder / name).exists() for name in (CONFIG, CHECKPOINT, MODEL)):
+        raise GdfqError(f"{folder} already holds a run: resume it (gdfq quantize --resume {folder}), or choose another")
+    for unfinished in folder.glob(".*.tmp"):  # of a write that was killed, see `write_atomically`
+        unfinished.unlink()
+    if source is not None:
+        write_text(folder / SOURCE, json.dumps(source, indent=2) + "\n")
+    write_text(folder / VERSIONS, json.dumps(versions(device), indent=2) + "\n")
+    write_text(folder / CONFIG, config.to_toml())
+
+
+def read_run(folder: Path) -> tuple[Config, dict[str, Any]]:
+    """Configuration and source of a run that the command line started.
+
+    Raises:
+        GdfqError: `folder` is not one.
+    """
+    missing = [name for name in (CONFIG, SOURCE) if not (folder / name).is_file()]
+    if missing:
+        raise GdfqError(f"{folder} is not the folder of a run of `gdfq quantize`: it has no {' and no '.join(missing)}")
+    return Config.load(folder / CONFIG), json.loads((folder / SOURCE).read_text())
+
+
+def save_quantized(
+    path: str | Path, model: nn.Module, config: QuantizerConfig, image_shape: tuple[int, int, int]
+) -> None:
+    """Store Q as safetensors: weights in float as trained, ranges, and how it is quantized; see `load_quantized`."""
+    activations = {name: module.act for name, module in model.named_modules() if isinstance(module, BatchNormAct)}
+    about = {
+        "quantizer": config.model_dump_json(),
+        "image_shape": json.dumps(image_shape),
+        "activations": json.dumps(activations),  # DFQ replaces some of the architecture's
+    }
+    save_tensors(path, model.state_dict(), about)
+
+
+def load_quantized(path: str | Path, model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
+    """Read a stored Q. `model` is the float model's architecture; its weights are not used and not changed.
+
+    Raises:
+        GdfqError: the file is broken, not a quantized model, or of another architecture.
+    """
+    tensors, metadata = load_tensors(path)
+    if "quantizer" not in metadata:
+        raise GdfqError(f"{path} is a safetensors file, but not a quantized model written by this package")
+    channels, *size = json.loads(metadata["image_shape"])
+    captured = capture(model, tuple(size), channels, device)
+    student, _ = build_quantized(captured, QuantizerConfig.model_validate_json(metadata["quantizer"]))
+    try:
+        student.load_state_dict(tensors)
+        for name, act in json.loads(metadata.get("activations", "{}")).items():
+            student.get_submodule(name).act = act
+    except (RuntimeError, AttributeError) as error:
+        raise GdfqError(f"{path} does not fit this architecture: {error}") from None
+    return student

@@ -1,0 +1,129 @@
+"""What a run has to say for itself: figures, the summary of what was quantized, versions; as text, JSON, picture."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import gdfq_ext
+from gdfq.config import Config
+from gdfq.evaluate import Agreement
+from gdfq.graph import Summary
+from gdfq.run.pictures import new_figure, save_figure
+
+
+@dataclass
+class Report:
+    """Figures of one run.
+
+    Attributes:
+        config: what the run was told.
+        summary: what was quantized and what stayed float, and why.
+        data_free: Q against P on held-out synthetic images, after the last epoch.
+        choice: the epoch that the agreement on those images would have chosen, and its figures; None without
+            training.
+        float_bytes, quantized_bytes: size of the parameters before and after.
+        seconds: wall time of the quantization.
+        selected: `trained`, or `calibrated`: by a method without training, or by `gdfq` where plain calibration was
+            better by the data-free criterion.
+        iterations: `eager`, `graph`, or why they were eager though a graph was asked for (see `gdfq.train.cuda_graph`).
+        top1: on real data that the user gave, percent: `float`, `quantized` and, where there is a data-free choice,
+            `choice`. Nothing was chosen by it.
+        versions: of Python, torch and this package, and the device.
+    """
+
+    config: Config
+    summary: Summary
+    data_free: Agreement
+    float_bytes: int
+    quantized_bytes: int
+    seconds: float
+    choice: tuple[int, Agreement] | None = None
+    selected: str = "trained"
+    iterations: str = "eager"
+    top1: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+
+    def to_dict(self) -> dict:
+        """Nested dicts, lists, numbers and text, fit for JSON."""
+        result = {name: value for name, value in vars(self).items() if name not in ("config", "summary")}
+        result["data_free"] = asdict(self.data_free)
+        if self.choice is not None:
+            epoch, figures = self.choice
+            result["choice"] = {"epoch": epoch, **asdict(figures)}
+        return {"config": self.config.model_dump(mode="json"), **result, "summary": self.summary.to_dict()}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def __str__(self) -> str:
+        quantizer = self.config.quantizer
+        lines = [
+            f"method       {self.config.method}, W{quantizer.weight_bits}A{quantizer.activation_bits}, "
+            f"target '{quantizer.target}', {self.seconds:.0f} s on {self.versions['device']}",
+            str(self.summary),
+            f"size         {self.float_bytes / 1e6:.2f} MB in float32, {self.quantized_bytes / 1e6:.2f} MB packed",
+            f"data-free    {_figures(self.data_free)} ({self.data_free.images} held-out synthetic images)",
+        ]
+        if self.iterations != "eager":
+            lines.insert(1, f"iterations   {self.iterations}")
+        if self.selected == "calibrated" and self.config.method == "gdfq":
+            lines.append("             plain calibration was better than training by this criterion, and was kept")
+        if self.choice is not None:
+            epoch, figures = self.choice
+            lines.append(f"             the criterion would have chosen epoch {epoch}: {_figures(figures)}")
+        if self.top1:
+            names = {"float": "float", "quantized": "quantized", "choice": "at the criterion's choice"}
+            lines.append(
+                "top-1        " + ", ".join(f"{names[name]} {value:.2f}%" for name, value in self.top1.items())
+            )
+        return "\n".join(lines)
+
+
+def _figures(figures: Agreement) -> str:
+    return f"Q agrees with P on {figures.top1:.1f}%, KL {figures.kl:.4f}"
+
+
+def versions(device: torch.device | str = "cpu") -> dict[str, str]:
+    """What a result depends on besides the configuration."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    try:
+        own = metadata.version("gdfq")
+    except metadata.PackageNotFoundError:
+        own = "source tree"
+    return {
+        "gdfq": own,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": name,
+        "kernels": gdfq_ext.backend_report().cause,
+    }
+
+
+def save_picture(path: str | Path, rows: list[Tensor], names: list[str]) -> None:
+    """A PNG with one row of images per class.
+
+    Args:
+        rows: per class images `(n, C, H, W)` in any range; each is stretched to its own minimum and maximum.
+        names: one per row.
+    """
+    columns = max(len(row) for row in rows)
+    figure = new_figure(figsize=(columns * 0.7 + 1.5, len(rows) * 0.75))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, name, line in zip(rows, names, axes, strict=True):
+        for axis in line:
+            axis.axis("off")
+        for axis, image in zip(line, row.cpu().float(), strict=False):
+            low, high = image.min(), image.max()
+            pixels = ((image - low) / (high - low).clamp_min(1e-6)).permute(1, 2, 0).numpy()
+            axis.imshow(pixels[..., 0] if pixels.shape[2] == 1 else pixels[..., :3], cmap="gray", vmin=0, vmax=1)
+        line[0].text(-0.3, 0.5, name, ha="right", va="center", transform=line[0].transAxes)
+    figure.subplots_adjust(
+        left=1.5 / (columns * 0.7 + 1.5), right=0.99, top=0.99, bottom=0.01, wspace=0.05, hspace=0.08
+    )
+    save_figure(figure, path)
