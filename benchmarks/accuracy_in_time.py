@@ -25,7 +25,6 @@ from torch.utils.data import Subset
 from benchmarks.step_providers import trainer_of
 from benchmarks.step_worker import synchronize
 from gdfq import run_folder
-from gdfq.bench.provenance import describe, provenance
 from gdfq.checkpoint import load_checkpoint
 from gdfq.config import Config
 from gdfq.data import LabelledImages, load_dataset
@@ -33,6 +32,7 @@ from gdfq.evaluate import evaluate
 from gdfq.files import load_tensors, write_text
 from gdfq.graph import build_quantized, build_teacher, capture
 from gdfq.models import load_model
+from gdfq.provenance import describe, provenance
 
 RECIPE = "examples/cifar10_short.toml"
 # How the carried network's training images were normalised.

@@ -16,12 +16,12 @@ from pytorchcv.models.resnet_cifar import CIFARResNet
 from torch import nn
 
 from benchmarks import step
+from benchmarks.ops.output import save_measured
 from benchmarks.step_providers import Task
-from gdfq.bench.output import save_measured
-from gdfq.bench.provenance import describe, provenance
 from gdfq.errors import GdfqError
 from gdfq.files import write_text
 from gdfq.pictures import new_figure
+from gdfq.provenance import describe, provenance
 
 DEPTHS = (20, 56, 110)
 CLASSES = (10, 100, 1000, 10000)

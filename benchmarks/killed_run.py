@@ -21,8 +21,8 @@ from torch import nn
 from benchmarks.accuracy_in_time import last_entry
 from benchmarks.step_providers import new_model, new_task
 from gdfq import run_folder
-from gdfq.bench.provenance import describe, provenance
 from gdfq.files import load_tensors, write_text
+from gdfq.provenance import describe, provenance
 
 EPOCHS = 4  # one of ranges, one of warm-up, two of training
 # Resumed runs end bit for bit the same where PyTorch's libraries compute the same each time, which they do if asked to.

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from gdfq.bench.provenance import describe, provenance
 from gdfq.calibrate import calibrate, gaussian_images
 from gdfq.config import Config
 from gdfq.errors import GdfqError
 from gdfq.files import write_text
 from gdfq.graph import build_quantized, build_teacher, capture
+from gdfq.provenance import describe, provenance
 from gdfq.trainer import Trainer
 
 MB = 1e6

@@ -33,10 +33,10 @@ from benchmarks.step_providers import (
     task_of,
 )
 from benchmarks.step_table import table
-from gdfq.bench.provenance import provenance
 from gdfq.errors import GdfqError
 from gdfq.files import write_text
 from gdfq.models import parse_model_args
+from gdfq.provenance import provenance
 
 # Before a turn: threads of the previous worker's OpenMP keep spinning for some milliseconds after its last region.
 PAUSE = 0.05

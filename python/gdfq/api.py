@@ -33,7 +33,8 @@ from gdfq.generator import Generator, images_per_class
 from gdfq.graph import Account, CapturedModel, Teacher, build_quantized, build_teacher, capture, size_in_bytes
 from gdfq.models import check_finite
 from gdfq.precision import products_in_tf32
-from gdfq.report import Report, save_picture, versions
+from gdfq.provenance import versions
+from gdfq.report import Report, save_picture
 from gdfq.trainer import Trainer
 from gdfq.training_run import TrainingRun
 

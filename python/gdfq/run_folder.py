@@ -12,7 +12,7 @@ from gdfq.errors import GdfqError
 from gdfq.files import load_tensors, save_tensors, write_text
 from gdfq.graph import build_quantized, capture
 from gdfq.modules import BatchNormAct
-from gdfq.report import versions
+from gdfq.provenance import versions
 
 CONFIG = "config.toml"
 SOURCE = "source.json"  # where model, weights and data came from; written by the command line

@@ -28,7 +28,7 @@ from gdfq.generator import LatentSampler
 from gdfq.graph import Teacher, build_teacher, capture
 from gdfq.losses import generator_loss
 from gdfq.pictures import new_figure, save_figure
-from gdfq.report import versions
+from gdfq.provenance import versions
 from gdfq.reproduce.scale import check_scale, scaled
 
 if TYPE_CHECKING:
