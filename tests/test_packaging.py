@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import gdfq
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ("csrc", "gdfq_ext", "python", "setup.py", "pyproject.toml", "README.md", "LICENSE", "constraints.txt")
 USE = """
@@ -52,6 +54,7 @@ def test_wheel_in_an_empty_environment(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("gdfq_ext/_C.") for name in names)
     assert {"gdfq/demo/fashion_mnist_resnet20.safetensors", "gdfq/presets/cifar.toml"} <= set(names)
+    assert {"gdfq/py.typed", "gdfq_ext/py.typed", f"gdfq-{gdfq.__version__}.dist-info/METADATA"} <= set(names)
     assert any(name.endswith("LICENSE.fashion-mnist") for name in names)
     assert not [name for name in names if name.startswith(("tests", "csrc", "benchmarks"))]
     venv.create(tmp_path / "venv", with_pip=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import gdfq
 import gdfq_ext
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +22,7 @@ def versions(device: torch.device | str = "cpu") -> dict[str, str]:
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     return {
-        "gdfq": installed("gdfq") or "source tree",
+        "gdfq": gdfq.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": name,
