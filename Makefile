@@ -1,6 +1,6 @@
 # make demo    quantize the built-in network and print what each method reaches
 # make test    run every test
-# make lint    check the style of the Python code
+# make lint    check style and types of the Python code
 # make clean   remove what was built and measured; .venv stays
 #
 # Each sets up what it needs in .venv, once. PY=python3 uses that Python's environment as it is instead: nothing is
@@ -38,6 +38,8 @@ test: $(DEVELOPMENT) $(BUILT)
 
 lint: $(DEVELOPMENT)
 	$(INTERPRETER) -m ruff check .
+	$(INTERPRETER) -m ruff format --check .
+	$(INTERPRETER) -m mypy
 
 .venv/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -61,4 +63,4 @@ check-development:
 
 clean:
 	rm -rf build dist demo-output reproduce-output *.egg-info python/*.egg-info gdfq_ext/*.so
-	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

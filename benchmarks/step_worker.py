@@ -3,6 +3,8 @@
     run N -> {"seconds": S}    N iterations, timed together, the device finished
     memory -> {"peak_mb": M}   highest memory since the warm-up: the process's, or on a GPU what torch allocated
     profile -> {...}           what `benchmarks.parts.measure` gives
+
+Answers are JSON, a line each.
 """
 
 import json

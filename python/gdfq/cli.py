@@ -277,9 +277,7 @@ def _source(model: str, weights: Path | None, model_args: list[str] | None) -> d
     return {"model": model, "weights": weights and str(weights.absolute()), "model_args": model_args or []}
 
 
-def _data_source(
-    data: str | None, kind: str | None, data_args: list[str] | None, purpose: str = ""
-) -> dict[str, Any]:
+def _data_source(data: str | None, kind: str | None, data_args: list[str] | None, purpose: str = "") -> dict[str, Any]:
     folder = data and (str(Path(data).absolute()) if Path(data).exists() else data)
     return {f"{purpose}data": folder, f"{purpose}data_kind": kind, f"{purpose}data_args": data_args or []}
 

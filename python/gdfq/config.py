@@ -8,6 +8,7 @@ A preset or file may begin with `extends = "NAME"`. The names of the paper's sym
 import json
 import tomllib
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -214,7 +215,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), value.strip()
 
 
-def _preset_folder():
+def _preset_folder() -> Traversable:
     return resources.files("gdfq.presets")
 
 
@@ -251,7 +252,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _known(path: tuple) -> str:
-    section: type[BaseModel] = Config
+    section: Any = Config
     for name in path:
         section = section.model_fields[name].annotation
     return "are: " + ", ".join(section.model_fields)

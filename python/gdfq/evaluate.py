@@ -63,9 +63,7 @@ def evaluate(
         model.to(device)
     parameter = next((value for value in model.parameters() if value.is_floating_point()), torch.empty(0))
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    loader = DataLoader(
-        dataset, batch_size=batch_size, num_workers=workers, pin_memory=parameter.device.type == "cuda"
-    )
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=parameter.device.type == "cuda")
     start = time.perf_counter()
     top1 = top5 = 0
     with _eval_mode(model), torch.inference_mode():
