@@ -1,6 +1,6 @@
 # make demo    quantize the built-in network and print what each method reaches
 # make test    run every test; make test-reference: without the native kernels
-# make lint    check style and types of the Python code
+# make lint    check style and types of the code
 # make docs    build the pages of docs/ and the API into build/site
 # make clean   remove what was built and measured; .venv stays
 #
@@ -31,6 +31,9 @@ INSTALL := .venv/bin/python -m pip install --disable-pip-version-check --constra
 # The package itself goes in without compiling: $(BUILT) compiles in place, and only what changed.
 INSTALL_PACKAGE := GDFQ_BUILD=off $(INSTALL) --no-build-isolation --editable
 
+# The wheel's, in the version that constraints.txt pins.
+CLANG_FORMAT := $(INTERPRETER) -c 'import clang_format; clang_format.clang_format()'
+
 .PHONY: demo test test-reference lint docs clean check-runtime check-development check-documentation
 
 demo: $(RUNTIME) $(BUILT)
@@ -46,6 +49,7 @@ lint: $(DEVELOPMENT)
 	$(INTERPRETER) -m ruff check .
 	$(INTERPRETER) -m ruff format --check .
 	$(INTERPRETER) -m mypy
+	$(CLANG_FORMAT) --dry-run -Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 docs: $(DOCUMENTATION)
 	$(INTERPRETER) -m mkdocs build --strict
