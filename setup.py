@@ -13,11 +13,11 @@ for which GPUs, as torch reads it ("9.0", "8.0;9.0+PTX", "Hopper"); unless given
 import json
 import os
 import platform
+import re
 import runpy
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -175,7 +175,8 @@ def system_includes(directories: list[str]) -> list[str]:
 
 
 def project_version() -> str:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    """The one in the package, which need not be importable yet."""
+    return re.search(r'^__version__ = "(.+)"$', (ROOT / "python/gdfq/__init__.py").read_text(), re.MULTILINE)[1]
 
 
 def quoted(text: str) -> str:

@@ -1,6 +1,6 @@
 """Say what this Python environment lacks to build and run gdfq, and how to install it without touching its torch.
 
-    python .ci/missing_requirements.py [--development]
+    python .ci/missing_requirements.py [EXTRA]...
 
 Exit code 0 when nothing is missing, 1 otherwise.
 """
@@ -20,8 +20,8 @@ def main() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     required = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
-    if "--development" in sys.argv[1:]:
-        required += project["project"]["optional-dependencies"]["dev"]
+    for extra in sys.argv[1:]:
+        required += project["project"]["optional-dependencies"][extra]
     missing = [requirement for requirement in dict.fromkeys(required) if not satisfied(requirement)]
     if not missing:
         return

@@ -24,12 +24,12 @@ from torch.utils.data import Subset
 
 from benchmarks.step_providers import trainer_of
 from benchmarks.step_worker import synchronize
-from gdfq.bench.provenance import describe, provenance
 from gdfq.config import Config
 from gdfq.data import LabelledImages, load_dataset
 from gdfq.evaluate import evaluate
 from gdfq.graph import build_quantized, build_teacher, capture
 from gdfq.models import load_model
+from gdfq.provenance import describe, provenance
 from gdfq.run import folder as run_folder
 from gdfq.run.checkpoint import load_checkpoint
 from gdfq.run.files import load_tensors, write_text

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from gdfq.bench.operations import DTYPES, LAYOUTS, OPERATIONS, Problem
+from benchmarks.ops.operations import DTYPES, LAYOUTS, OPERATIONS, Problem
 
 SHAPES = [(3, 5, 7, 9), (2, 8, 4, 4), (33, 3, 1, 1)]
 

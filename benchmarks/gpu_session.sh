@@ -160,7 +160,7 @@ fi
 environment() {
     nvidia-smi || echo "no nvidia-smi"
     nvcc --version || echo "no nvcc"
-    "$PYTHON" -c 'import json, torch; from gdfq.bench.provenance import provenance
+    "$PYTHON" -c 'import json, torch; from gdfq.provenance import provenance
 print(json.dumps(provenance(torch.get_num_threads()), indent=1))'
     "$PYTHON" -m pip list --format=freeze
 }
@@ -205,7 +205,7 @@ first() {
     try gpu-tests 55 env OMP_NUM_THREADS=2 "${pytest[@]}" -n "$workers" --maxschedchunk 1 \
         tests/gpu/test_training.py tests/gpu/test_gpu.py
     try zero-numerators 20 "$PYTHON" -m benchmarks.zero_numerators "${zero[@]}" --out "$results/zero-numerators.json"
-    try ops 75 "$PYTHON" -m gdfq.cli bench --layout channels_last "${ops[@]}" --out "$results/ops"
+    try ops 75 "$PYTHON" -m benchmarks.ops --layout channels_last "${ops[@]}" --out "$results/ops"
     try resnet20 80 "${suite[@]}" --networks resnet20 "${resnet20[@]}" --providers "${rows20[@]}" \
         --out "$results/resnet20"
     try resnet18 100 "${suite[@]}" --networks resnet18 "${resnet18[@]}" --providers "${rows18[@]}" \

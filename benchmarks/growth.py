@@ -16,10 +16,10 @@ from pytorchcv.models.resnet_cifar import CIFARResNet
 from torch import nn
 
 from benchmarks import step
+from benchmarks.ops.output import save_measured
 from benchmarks.step_providers import Task
-from gdfq.bench.output import save_measured
-from gdfq.bench.provenance import describe, provenance
 from gdfq.errors import GdfqError
+from gdfq.provenance import describe, provenance
 from gdfq.run.files import write_text
 from gdfq.run.pictures import new_figure
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks.accuracy_in_time import last_entry
 from benchmarks.step_providers import new_model, new_task
-from gdfq.bench.provenance import describe, provenance
+from gdfq.provenance import describe, provenance
 from gdfq.run import folder as run_folder
 from gdfq.run.files import load_tensors, write_text
 

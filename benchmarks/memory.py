@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gdfq.bench.provenance import describe, provenance
 from gdfq.calibrate import calibrate
 from gdfq.config import Config
 from gdfq.errors import GdfqError
 from gdfq.graph import build_quantized, build_teacher, capture
 from gdfq.images.generator import generator
 from gdfq.images.noise import gaussian_images
+from gdfq.provenance import describe, provenance
 from gdfq.run.files import write_text
 from gdfq.train.trainer import Trainer
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdfq.bench.operations import SeparateQuantizer
+from benchmarks.ops.operations import SeparateQuantizer
 from gdfq.images.networks import ConditionalBatchNorm, UpsampledConvolution
 from gdfq.nn import BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize
 

@@ -33,9 +33,9 @@ from benchmarks.step_providers import (
     task_of,
 )
 from benchmarks.step_table import table
-from gdfq.bench.provenance import provenance
 from gdfq.errors import GdfqError
 from gdfq.models import parse_model_args
+from gdfq.provenance import provenance
 from gdfq.run.files import write_text
 
 # Before a turn: threads of the previous worker's OpenMP keep spinning for some milliseconds after its last region.

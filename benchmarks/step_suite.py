@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import step, step_table
+from benchmarks.ops.output import save_measured
 from benchmarks.step_providers import Task, new_task
-from gdfq.bench.output import save_measured
-from gdfq.bench.provenance import describe, provenance
 from gdfq.errors import GdfqError
+from gdfq.provenance import describe, provenance
 from gdfq.run.files import write_text
 from gdfq.run.pictures import new_figure
 

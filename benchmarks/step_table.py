@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.parts import PARTS
-from gdfq.bench.provenance import describe
+from gdfq.provenance import describe
 
 
 def table(result: dict[str, Any]) -> str:

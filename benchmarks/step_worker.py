@@ -1,8 +1,10 @@
 """One provider in a process of its own, for `step.py`: runs iterations when told to, one command a line on stdin.
 
-run N -> {"seconds": S}    N iterations, timed together, the device finished
-memory -> {"peak_mb": M}   highest memory since the warm-up: the process's, or on a GPU what torch allocated
-profile -> {...}           what `benchmarks.parts.measure` gives
+    run N -> {"seconds": S}    N iterations, timed together, the device finished
+    memory -> {"peak_mb": M}   highest memory since the warm-up: the process's, or on a GPU what torch allocated
+    profile -> {...}           what `benchmarks.parts.measure` gives
+
+Answers are JSON, a line each.
 """
 
 import json

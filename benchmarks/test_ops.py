@@ -1,11 +1,11 @@
-"""Time of each operation by provider, shape, layout and direction with pytest-benchmark; `gdfq bench` says more."""
+"""Time of each operation by provider, shape, layout and direction with pytest-benchmark; `benchmarks.ops` says more."""
 
 import pytest
 import torch
 
 import gdfq_ext
-from gdfq.bench import peers
-from gdfq.bench.operations import LAYOUTS, OPERATIONS, Problem
+from benchmarks.ops import peers
+from benchmarks.ops.operations import LAYOUTS, OPERATIONS, Problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {

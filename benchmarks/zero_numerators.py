@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 import gdfq_ext
-from gdfq.bench.measure import COPY, checked_device, median, ratio, turns
-from gdfq.bench.operations import DTYPES, LAYOUTS
-from gdfq.bench.provenance import describe, provenance
-from gdfq.bench.shapes import LAYERS, Shape
-from gdfq.bench.timing import clock_for
+from benchmarks.ops.measure import COPY, checked_device, median, ratio, turns
+from benchmarks.ops.operations import DTYPES, LAYOUTS
+from benchmarks.ops.shapes import LAYERS, Shape
+from benchmarks.ops.timing import clock_for
 from gdfq.errors import GdfqError
+from gdfq.provenance import describe, provenance
 from gdfq.run.files import write_text
 
 BITS = 4

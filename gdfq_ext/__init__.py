@@ -53,7 +53,7 @@ def build_info() -> dict:
     """How the compiled library was built: compiler, flags, torch, CUDA architectures; empty where there is none."""
     stamp = _loaded.stamp
     try:
-        from . import _build_info
+        from . import _build_info  # type: ignore[attr-defined]
     except ImportError:  # it is bound to one version of Python, the library to none
         return stamp
     info = {name: value for name, value in vars(_build_info).items() if not name.startswith("_")}

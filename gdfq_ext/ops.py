@@ -10,7 +10,7 @@ label out of range. With GDFQ_CHECK=1 in the environment they are read, and what
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
@@ -410,7 +410,7 @@ def _check_bits(bits: int) -> None:
         raise ValueError(f"bits is {bits!r}; allowed is an integer from 2 to 8")
 
 
-def _check_choice(name: str, value: str, allowed) -> None:
+def _check_choice(name: str, value: str, allowed: Collection[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
 

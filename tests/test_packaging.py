@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import gdfq
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ("csrc", "gdfq_ext", "python", "setup.py", "pyproject.toml", "README.md", "LICENSE", "constraints.txt")
 USE = """
@@ -38,10 +40,13 @@ def _build_wheel(tmp_path: Path, build: str) -> Path:
     return wheel
 
 
+def _environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith(("PYTHONPATH", "GDFQ_"))}
+
+
 def _use(python: Path, folder: Path, expected: str) -> str:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHONPATH", "GDFQ_"))}
     code = USE.replace("EXPECTED", repr(expected))
-    done = subprocess.run([python, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run([python, "-c", code], cwd=folder, env=_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -52,6 +57,7 @@ def test_wheel_in_an_empty_environment(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("gdfq_ext/_C.") for name in names)
     assert {"gdfq/demo/fashion_mnist_resnet20.safetensors", "gdfq/presets/cifar.toml"} <= set(names)
+    assert {"gdfq/py.typed", "gdfq_ext/py.typed", f"gdfq-{gdfq.__version__}.dist-info/METADATA"} <= set(names)
     assert any(name.endswith("LICENSE.fashion-mnist") for name in names)
     assert not [name for name in names if name.startswith(("tests", "csrc", "benchmarks"))]
     venv.create(tmp_path / "venv", with_pip=True)
@@ -59,7 +65,8 @@ def test_wheel_in_an_empty_environment(tmp_path):
     install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", ROOT / "constraints.txt"]
     subprocess.run([*install, "torch", wheel], check=True)
     assert str(tmp_path / "venv") in _use(python, tmp_path, "native")
-    doctor = subprocess.run([python.with_name("gdfq"), "doctor"], cwd=tmp_path, capture_output=True, text=True)
+    command = [python.with_name("gdfq"), "doctor"]
+    doctor = subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True, text=True)
     assert doctor.returncode == 0, doctor.stderr
     assert "native" in doctor.stdout
 

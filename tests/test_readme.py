@@ -46,9 +46,7 @@ def test_python_example(environment, tmp_path):
 
 @pytest.mark.slow
 def test_commands(environment, tmp_path):
-    done = subprocess.run(
-        ["bash", "-euc", block("sh")], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run(["bash", "-euc", block("sh")], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for words in ("top-1", "written      runs/trial", "10000 images", torch.__version__):
         assert words in done.stdout

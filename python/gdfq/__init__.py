@@ -1,11 +1,15 @@
 """Data-free quantization of CNNs: a trained network in, a low-bit network out, no data.
 
-result = gdfq.quantize(model)
-print(result.report)
+    result = gdfq.quantize(model)
+    print(result.report)
+
+`quantize` says what it takes, `Config` which settings there are.
 """
 
 import sys
 from pathlib import Path
+
+__version__ = "0.1.0"
 
 try:
     import gdfq_ext  # noqa: F401
@@ -29,6 +33,7 @@ __all__ = [
     "GdfqError",
     "Result",
     "Stopped",
+    "__version__",
     "evaluate",
     "load_model",
     "load_quantized",

@@ -18,10 +18,11 @@ from gdfq.images.networks import Generator
 from gdfq.methods import Data, Method, Outcome, Task
 from gdfq.models import check_finite
 from gdfq.precision import products_in_tf32
+from gdfq.provenance import versions
 from gdfq.registry import METHODS
 from gdfq.run import folder as run_folder
 from gdfq.run.files import save_tensors, write_text
-from gdfq.run.report import Report, save_picture, versions
+from gdfq.run.report import Report, save_picture
 
 
 @dataclass

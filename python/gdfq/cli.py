@@ -1,4 +1,4 @@
-"""The command line: `gdfq quantize`, `gdfq evaluate`, `gdfq reproduce`, `gdfq bench`, `gdfq doctor`."""
+"""The command line: `gdfq quantize`, `gdfq evaluate`, `gdfq reproduce`, `gdfq doctor`."""
 
 import json
 import sys
@@ -264,55 +264,10 @@ def reproduce(
 
 
 @app.command()
-def bench(
-    out: Annotated[
-        Path | None, typer.Option(help="folder for results.json, results.csv, results.txt and two pictures")
-    ] = None,
-    op: Annotated[list[str] | None, typer.Option(help="an operation of gdfq_ext; may be repeated")] = None,
-    provider: Annotated[
-        list[str] | None,
-        typer.Option(help="released, eager, compile, brevitas, torchao, modelopt or ours; may be repeated"),
-    ] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="fp32 or bf16; may be repeated")] = None,
-    layout: Annotated[list[str] | None, typer.Option(help="nchw or channels_last; may be repeated")] = None,
-    layer: Annotated[list[str] | None, typer.Option(help="for example resnet18-64x56; may be repeated")] = None,
-    mb: Annotated[list[float] | None, typer.Option(help="megabytes of the activation; may be repeated")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
-    rounds: Annotated[int | None, typer.Option(help="turns of every provider; default 15, on a GPU 30")] = None,
-    minutes: Annotated[float | None, typer.Option(help="begin no case later than this")] = None,
-    full: Annotated[bool, typer.Option("--full", help="all layers, sizes, types and layouts")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Time every operation of gdfq_ext against PyTorch, torch.compile and other libraries.
-
-    Example: gdfq bench --op fake_quantize --layout channels_last --out bench
-    """
-    from tqdm import tqdm
-
-    from gdfq.bench import measure, output
-
-    run = measure.Run(
-        measure.plan(
-            device=device, operations=op or (), providers=provider or (), dtypes=dtype or (), layouts=layout or (),
-            layers=layer or (), megabytes=mb or (), rounds=rounds, minutes=minutes, full=full,
-        )
-    )  # fmt: skip
-    for _ in tqdm(run.measure(), total=len(measure.items(run.plan)), disable=as_json or not sys.stderr.isatty()):
-        if out is not None:
-            output.write(run.to_dict(), out)
-    result = run.to_dict()
-    typer.echo(json.dumps(result) if as_json else output.table(result))
-    if out is not None:
-        output.draw(result, out)
-    if run.failed:
-        _exit(f"gdfq: {len(run.failed)} cases failed, the first: {run.failed[0]}", 1)
-
-
-@app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Say what this installation can do: versions, devices, and which kernels every op uses and why."""
     import gdfq_ext
-    from gdfq.run.report import versions
+    from gdfq.provenance import versions
 
     build = gdfq_ext.build_info()
     backends = gdfq_ext.backend_report()

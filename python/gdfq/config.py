@@ -10,6 +10,7 @@ import json
 import operator
 import tomllib
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -263,7 +264,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), value.strip()
 
 
-def _preset_folder():
+def _preset_folder() -> Traversable:
     return resources.files("gdfq.presets")
 
 

@@ -6,11 +6,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from gdfq.errors import GdfqError
 from gdfq.precision import products_in_tf32
@@ -69,9 +68,7 @@ def evaluate(
     start = time.perf_counter()
     top1 = top5 = 0
     with _eval_mode(model), torch.inference_mode():
-        for images, labels in track(
-            _batches(loader), "evaluating", len(loader), console=Console(stderr=True), disable=not progress
-        ):
+        for images, labels in tqdm(_batches(loader), "evaluating", len(loader), disable=not progress):
             images = images.to(parameter.device, parameter.dtype, non_blocking=True, memory_format=memory_format)
             logits = _checked_logits(_forward(model, images), labels, num_classes)
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.to(logits.device)[:, None]

@@ -14,11 +14,9 @@ from json import loads
 from pathlib import Path
 
 import pytest
-import typer
 
 from benchmarks import accuracy_in_time, killed_run, step_suite, zero_numerators
-from gdfq.bench import measure
-from gdfq.cli import app
+from benchmarks.ops import __main__ as ops
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks/gpu_session.sh"
@@ -130,28 +128,24 @@ def test_commands_are_what_the_tools_take(machine, visit, call):
     for command in machine.commands:
         module, arguments = command.module, command.arguments[2:]
         if module.startswith("benchmarks.") and module != "benchmarks.every_op_once":
-            tools = {tool.__name__: tool for tool in (accuracy_in_time, killed_run, step_suite, zero_numerators)}
-            tools[module].parse(arguments)
+            tools = {tool.__name__: tool.parse for tool in (accuracy_in_time, killed_run, step_suite, zero_numerators)}
+            tools["benchmarks.ops"] = lambda arguments: ops.plan(ops.parse(arguments))  # which looks at names, too
+            tools[module](arguments)
         elif module == "benchmarks.every_op_once":
             assert arguments == ["cuda"]
-        elif module == "gdfq.cli":
-            assert arguments[0] == "bench"
-            given = typer.main.get_command(app).commands["bench"].make_context("bench", arguments[1:]).params
-            measure.plan(
-                device="cpu", providers=given["provider"], dtypes=given["dtype"], layouts=given["layout"],
-                layers=given["layer"], megabytes=given["mb"], minutes=given["minutes"],
-            )  # fmt: skip
         checked.append(module)
     wanted = {
-        "first": ["pytest", "benchmarks.zero_numerators", "gdfq.cli", "benchmarks.step_suite", "benchmarks.step_suite"],
+        "first": [
+            "pytest", "benchmarks.zero_numerators", "benchmarks.ops", "benchmarks.step_suite", "benchmarks.step_suite",
+        ],
         "second": ["benchmarks.accuracy_in_time", "benchmarks.killed_run", "pytest", "benchmarks.every_op_once"],
-    }[call]
+    }[call]  # fmt: skip
     assert [module for module in checked if module not in ("pip", "setup.py", "-c")] == wanted
 
 
 def test_first_call_measures_what_was_asked(machine):
     machine.session("first")
-    (ops,) = machine.command("gdfq.cli")
+    (ops,) = machine.command("benchmarks.ops")
     assert ops.arguments[ops.arguments.index("--layout") + 1] == "channels_last"
     small, large = (step_suite.parse(command.arguments[2:]) for command in machine.command("benchmarks.step_suite"))
     assert (small.networks, small.batch, small.bits) == (["resnet20"], 200, 8)
@@ -238,7 +232,7 @@ def test_a_build_that_does_not_load_counts_as_failed(machine):
 
 
 def test_a_stage_that_fails_stops_none_that_follow(machine):
-    machine.python_then('[[ $2 == gdfq.cli ]] && { echo "no figures"; exit 3; }; exit 0')
+    machine.python_then('[[ $2 == benchmarks.ops ]] && { echo "no figures"; exit 3; }; exit 0')
     code, output = machine.session("first")
     assert code == 1
     assert "ops: failed with code 3" in output
@@ -310,7 +304,7 @@ def test_a_session_that_is_ended_leaves_what_it_had(machine, number):
     files = machine.shipped("first")
     assert files["results/zero-numerators.log"] == b"half of it\n"
     assert b"stopped by a signal" in files["results/summary.txt"]
-    assert len(machine.command("gdfq.cli")) == 0
+    assert len(machine.command("benchmarks.ops")) == 0
 
 
 def test_failures_are_said_when_they_happen(tmp_path):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import step, step_suite
-from gdfq.bench.provenance import provenance
+from gdfq.provenance import provenance
 
 
 def result(task, plan, milliseconds):

@@ -213,9 +213,7 @@ class Tester:
             raise RuntimeError(f"the tests fail before any bug is planted: {self.failed}")
         return json.dumps(touched)
 
-    def _try(
-        self, bug: Bug, library: Path, operators: set[str], items: list[pytest.Item]
-    ) -> dict[str, str]:
+    def _try(self, bug: Bug, library: Path, operators: set[str], items: list[pytest.Item]) -> dict[str, str]:
         """What the tests say that touch one of the operators."""
         items = [item for item in items if operators & set(self.touched.get(item.nodeid, operators))]
         # The most telling first: the plain order of threads, and where an integer is narrow, large tensors.

@@ -94,9 +94,7 @@ TENSORS = {
     "rows of vectors": ((2**28 + 4096, 8), (slice(-64, None),)),
     "many rows": ((BEYOND + 2**22, 2), (slice(-64, None),)),
 }
-CASES = pytest.mark.parametrize(
-    ("name", "offset"), [*((name, 0) for name in TENSORS), ("planes", 1), ("one plane", 1)]
-)
+CASES = pytest.mark.parametrize(("name", "offset"), [*((name, 0) for name in TENSORS), ("planes", 1), ("one plane", 1)])
 
 
 class Parts:

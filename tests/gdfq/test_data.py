@@ -183,9 +183,7 @@ def test_cifar_python_version(tmp_path, dump, names, key, classes):
     assert dataset.labels.tolist() == labels
     # A row is 1024 red, then 1024 green, then 1024 blue values, each row by row.
     expected = np.stack([data[2, channel * 1024 : (channel + 1) * 1024].reshape(32, 32) for channel in range(3)])
-    torch.testing.assert_close(
-        dataset[2][0], normalised(expected, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-    )
+    torch.testing.assert_close(dataset[2][0], normalised(expected, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
 
 
 def test_pickle_written_for_the_test_is_what_numpy_writes():

@@ -228,7 +228,8 @@ def test_a_library_that_this_torch_cannot_load_names_both_versions(checkout):
 
 
 @needs_compiler
-def test_build_information_is_that_of_the_loaded_library(package):
+def test_build_information_is_that_of_the_loaded_library(package, monkeypatch):
+    monkeypatch.setenv("GDFQ_EXT", "auto")
     (package.parent / "csrc").mkdir()
     build(package)
     (package / "_build_info.py").write_text("torch_version, compiler = '2.13.0', 'of another build'")

@@ -25,10 +25,10 @@ from gdfq.graph import Teacher, build_teacher, capture
 from gdfq.images.generator import GeneratorImages
 from gdfq.images.inversion import ZeroqConfig, invert
 from gdfq.images.noise import gaussian_images
+from gdfq.provenance import versions
 from gdfq.reproduce.scale import check_scale, scaled
 from gdfq.run.files import write_text
 from gdfq.run.pictures import new_figure, save_figure
-from gdfq.run.report import versions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,11 +18,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from gdfq.api import Result, device_named, quantize
-from gdfq.bench.provenance import provenance
 from gdfq.config import Config
 from gdfq.errors import GdfqError
 from gdfq.evaluate import evaluate
 from gdfq.methods import Data
+from gdfq.provenance import provenance
 from gdfq.registry import METHODS
 from gdfq.reproduce import render
 from gdfq.reproduce.recipe import owned_settings, recipe

@@ -11,8 +11,8 @@ from gdfq.config import Config, QuantizerConfig
 from gdfq.errors import GdfqError
 from gdfq.graph import build_quantized, capture
 from gdfq.nn import BatchNormAct
+from gdfq.provenance import versions
 from gdfq.run.files import load_tensors, save_tensors, write_text
-from gdfq.run.report import versions
 
 CONFIG = "config.toml"
 SOURCE = "source.json"  # where model, weights and data came from; written by the command line

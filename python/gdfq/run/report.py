@@ -1,18 +1,15 @@
 """What a run has to say for itself: figures, the summary of what was quantized, versions; as text, JSON, picture."""
 
 import json
-import platform
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-import gdfq_ext
 from gdfq.config import Config
 from gdfq.evaluate import Agreement
 from gdfq.graph import Summary
+from gdfq.provenance import versions
 from gdfq.run.pictures import new_figure, save_figure
 
 
@@ -46,7 +43,7 @@ class Report:
     selected: str = "trained"
     iterations: str = "eager"
     top1: dict[str, float] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=lambda: versions())
+    versions: dict[str, str] = field(default_factory=versions)
 
     def to_dict(self) -> dict:
         """Nested dicts, lists, numbers and text, fit for JSON."""
@@ -86,23 +83,6 @@ class Report:
 
 def _figures(figures: Agreement) -> str:
     return f"Q agrees with P on {figures.top1:.1f}%, KL {figures.kl:.4f}"
-
-
-def versions(device: torch.device | str = "cpu") -> dict[str, str]:
-    """What a result depends on besides the configuration."""
-    device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    try:
-        own = metadata.version("gdfq")
-    except metadata.PackageNotFoundError:
-        own = "source tree"
-    return {
-        "gdfq": own,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": name,
-        "kernels": gdfq_ext.backend_report().cause,
-    }
 
 
 def save_picture(path: str | Path, rows: list[Tensor], names: list[str]) -> None:

@@ -51,7 +51,7 @@ def test_torch_2_11_has_what_the_binding_takes(path, installed):
     ],
 )
 def test_what_came_later_is_found(line, name, installed):
-    assert lacking(f"// {line}\n{line}\nstd::puts(\"{name}\");", installed) == {name}
+    assert lacking(f'// {line}\n{line}\nstd::puts("{name}");', installed) == {name}
 
 
 def test_the_list_has_what_the_binding_lives_on():

@@ -1,4 +1,4 @@
-"""What a figure was measured on: machine, threads, versions, commit. Without these it is not a result."""
+"""What a run or a figure depends on: versions, machine, threads, commit. Without these it is not a result."""
 
 import os
 import platform
@@ -10,13 +10,30 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[3]
+import gdfq
+import gdfq_ext
+
+ROOT = Path(__file__).resolve().parents[2]
 PEERS = ("triton", "brevitas", "torchao", "nvidia-modelopt")
+
+
+def versions(device: torch.device | str = "cpu") -> dict[str, str]:
+    """What a result depends on besides the configuration."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return {
+        "gdfq": gdfq.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": name,
+        "kernels": gdfq_ext.backend_report().cause,
+    }
 
 
 def provenance(threads: int) -> dict[str, Any]:
     """Everything that a reader needs in order to judge a figure or to measure it again, as JSON values."""
     on_gpu = torch.cuda.is_available()
+    known = versions()
     return {
         "machine": {
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
@@ -26,9 +43,8 @@ def provenance(threads: int) -> dict[str, Any]:
             "load_average": list(os.getloadavg()),
         },
         "threads": threads,
-        "torch": torch.__version__,
+        **{name: known[name] for name in ("gdfq", "torch", "python")},
         "cuda": torch.version.cuda if on_gpu else None,
-        "python": platform.python_version(),
         "peers": {name: version for name in PEERS if (version := installed(name))},
         "gdfq_commit": commit(),
         "command": command(),

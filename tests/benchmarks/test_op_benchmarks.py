@@ -1,4 +1,4 @@
-"""`gdfq bench`: the providers compute the same, the files are written, and a wrong argument gives one clear message."""
+"""`benchmarks.ops`: the providers compute the same, the files are written, a wrong argument gives one clear message."""
 
 import csv
 import json
@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gdfq_ext
+from benchmarks.ops import __main__ as ops
+from benchmarks.ops import measure, output, peers, shapes, timing
+from benchmarks.ops.operations import DTYPES, LAYOUTS, OPERATIONS, Case, Problem, SeparateQuantizer, disagreement
 from benchmarks.step_providers import Gdfq, new_task
-from gdfq.bench import measure, output, peers, shapes, timing
-from gdfq.bench.operations import DTYPES, LAYOUTS, OPERATIONS, Case, Problem, SeparateQuantizer, disagreement
-from gdfq.bench.provenance import provenance
+from gdfq.provenance import provenance
 
 LIBRARIES = tuple(name for name in peers.LIBRARIES if peers.why_missing(name) is None)
 CASES = [
@@ -27,11 +28,23 @@ CASES = [
 FLOAT32_ONLY = {("eager", "fake_quantize_weight"), ("eager", "fake_quantize_weights")}
 
 
+@pytest.fixture
+def bench(capsys):
+    """Run the command in this process: `bench(*arguments)` gives exit code, standard output, standard error."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        code = ops.main(list(map(str, arguments)))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
 @pytest.mark.parametrize(("operation", "dtype", "layout"), CASES)
 def test_every_provider_agrees_with_ours(operation, dtype, layout, monkeypatch):
     # What torch.compile gives for these functions is its own tests' business, and takes minutes.
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
-    monkeypatch.setattr("gdfq.bench.operations.RESNET18_WEIGHTS", [(8, 4, 3), (6, 8, 1)])
+    monkeypatch.setattr("benchmarks.ops.operations.RESNET18_WEIGHTS", [(8, 4, 3), (6, 8, 1)])
     case = OPERATIONS[operation].build(Problem((3, 8, 7, 5), DTYPES[dtype], LAYOUTS[layout], libraries=LIBRARIES))
     assert {"compile", "ours"} < set(case.providers)
     for provider in case.providers:
@@ -75,10 +88,10 @@ def test_a_disagreement_is_found():
     assert disagreement(quantized, "wrong") is not None
 
 
-def test_table_json_csv_and_pictures(gdfq, tmp_path):
-    arguments = ["bench", "--device", "cpu", "--op", "fake_quantize", "--op", "observe_range", "--provider", "released"]
+def test_table_json_csv_and_pictures(bench, tmp_path):
+    arguments = ["--device", "cpu", "--op", "fake_quantize", "--op", "observe_range", "--provider", "released"]
     arguments += ["--provider", "eager", "--provider", "ours", "--mb", "0.05", "--rounds", "2", "--out", tmp_path]
-    code, out, err = gdfq(*arguments)
+    code, out, err = bench(*arguments)
     assert (code, err) == (0, "")
     for words in ("fake_quantize", "observe_range", "resnet20-16x32 0.05 MB", "best peer", torch.__version__):
         assert words in out
@@ -96,7 +109,7 @@ def test_table_json_csv_and_pictures(gdfq, tmp_path):
     for picture in ("speedup.png", "bandwidth.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
-    code, out, _ = gdfq(*arguments[:-2], "--json")
+    code, out, _ = bench(*arguments[:-2], "--json")
     assert code == 0
     assert json.loads(out)["plan"]["rounds"] == 2
 
@@ -115,19 +128,18 @@ def test_table_json_csv_and_pictures(gdfq, tmp_path):
         (["--device", "cuda:99"], "--device cuda:99 is not there"),
     ],
 )
-def test_wrong_arguments(gdfq, arguments, words):
-    code, out, err = gdfq("bench", *arguments)
+def test_wrong_arguments(bench, arguments, words):
+    code, out, err = bench(*arguments)
     assert (code, out) == (2, "")
-    assert err.startswith("gdfq: ")
     assert words in err
     assert len(err.splitlines()) == 1
 
 
-def test_a_missing_library_is_left_out_with_the_reason(gdfq, monkeypatch):
+def test_a_missing_library_is_left_out_with_the_reason(bench, monkeypatch):
     monkeypatch.setitem(peers.LIBRARIES, "brevitas", "no_such_module")
     peers.why_missing.cache_clear()
-    code, out, _ = gdfq(
-        "bench", "--device", "cpu", "--op", "observe_range", "--mb", "0.01", "--rounds", "1", "--provider", "brevitas",
+    code, out, _ = bench(
+        "--device", "cpu", "--op", "observe_range", "--mb", "0.01", "--rounds", "1", "--provider", "brevitas",
         "--provider", "ours",
     )  # fmt: skip
     peers.why_missing.cache_clear()
@@ -135,17 +147,17 @@ def test_a_missing_library_is_left_out_with_the_reason(gdfq, monkeypatch):
     assert "left out: brevitas: ModuleNotFoundError: No module named 'no_such_module'" in out
 
 
-def test_a_failing_operation_is_named_and_the_others_are_measured(gdfq, monkeypatch):
+def test_a_failing_operation_is_named_and_the_others_are_measured(bench, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no kernel image\nmore")
 
     monkeypatch.setattr(gdfq_ext, "observe_range", broken)
     arguments = ["--device", "cpu", "--mb", "0.01", "--rounds", "1", "--provider", "ours"]
-    code, out, err = gdfq("bench", *arguments, "--op", "observe_range", "--op", "fake_quantize")
+    code, out, err = bench(*arguments, "--op", "observe_range", "--op", "fake_quantize")
     assert code == 1
     assert "fake_quantize" in out
     assert "failed: observe_range, resnet20-16x32 0.01 MB, fp32, nchw: RuntimeError: no kernel image\n" in out
-    assert err.startswith("gdfq: 1 cases failed, the first: observe_range")
+    assert err.startswith("1 cases failed, the first: observe_range")
 
 
 def test_a_run_stops_when_its_time_is_up():

@@ -11,8 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gdfq.bench.operations import DIRECTIONS, PROVIDERS
-from gdfq.bench.provenance import describe
+from benchmarks.ops.operations import DIRECTIONS, PROVIDERS
+from gdfq.provenance import describe
 from gdfq.run.files import write_text
 from gdfq.run.pictures import new_figure, save_figure
 
@@ -198,7 +198,7 @@ def draw(result: dict[str, Any], folder: Path) -> None:
 
 
 def save_measured(figure: "Figure", path: Path, title: str, facts: dict[str, Any]) -> None:
-    """Write the figure as PNG, with its title and what it was measured on (see `gdfq.bench.provenance`)."""
+    """Write the figure as PNG, with its title and what it was measured on (see `gdfq.provenance`)."""
     subtitle = describe(facts).replace("\n", "; ")
     figure.suptitle(f"{title}\n{subtitle}", fontsize=8)
     figure.tight_layout()

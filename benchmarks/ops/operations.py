@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import gdfq_ext
-from gdfq.bench import peers
-from gdfq.bench.peers import Affine
-from gdfq.bench.shapes import RESNET18_BATCH_NORMS, RESNET18_WEIGHTS
+from benchmarks.ops import peers
+from benchmarks.ops.peers import Affine
+from benchmarks.ops.shapes import RESNET18_BATCH_NORMS, RESNET18_WEIGHTS
 
 PROVIDERS = ("released", "eager", "compile", *peers.LIBRARIES, "ours")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

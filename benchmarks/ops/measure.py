@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 import gdfq_ext
-from gdfq.bench import peers
-from gdfq.bench.operations import DTYPES, LAYOUTS, OPERATIONS, PROVIDERS, Case, Problem, disagreement
-from gdfq.bench.peers import first_line
-from gdfq.bench.provenance import provenance
-from gdfq.bench.shapes import LAYERS, Shape, default_shapes
-from gdfq.bench.timing import Clock, clock_for, warm_up
+from benchmarks.ops import peers
+from benchmarks.ops.operations import DTYPES, LAYOUTS, OPERATIONS, PROVIDERS, Case, Problem, disagreement
+from benchmarks.ops.peers import first_line
+from benchmarks.ops.shapes import LAYERS, Shape, default_shapes
+from benchmarks.ops.timing import Clock, clock_for, warm_up
 from gdfq.errors import GdfqError
+from gdfq.provenance import provenance
 
 CACHES = ("cold", "warm")
 # How fast the memory is: a copy of the largest operand, timed in the same rounds.
