@@ -38,6 +38,8 @@ def calibrate(
     finally:
         for quantizer, before in own.items():
             quantizer.observer = before
+    if observer is not None:
+        end_pass(student)  # their own observers go on from the range that another has found
 
 
 def end_pass(student: nn.Module) -> None:

@@ -12,7 +12,7 @@ import tomllib
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
@@ -198,6 +198,10 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     run: RunConfig = RunConfig()
+
+    if TYPE_CHECKING:  # sections that others have added
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @classmethod
     def load(cls, preset: str | Path | None = None, overrides: dict[str, Any] | None = None) -> "Config":

@@ -146,7 +146,7 @@ class FakeQuantize(nn.Module):
             self.observe(x)
             if not self.observer.quantizes:
                 return x
-        if isinstance(self.observer, LearnedStep):
+        elif isinstance(self.observer, LearnedStep):
             return self.observer.quantize(x, self.range, self.bits)
         return gdfq_ext.fake_quantize(x, self.range[0], self.range[1], self.bits, ste=self.straight_through)
 

@@ -1,4 +1,4 @@
-"""Stored weight quantizers: Eq. 6's own step gives Eq. 6's codes, rounding changes them as said, files bring them back."""
+"""Stored weight quantizers: Eq. 6's step gives Eq. 6's codes, rounding changes them as said, files bring them back."""
 
 import numpy as np
 import pytest

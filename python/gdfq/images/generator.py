@@ -63,7 +63,7 @@ class GeneratorImages(ImageSource):
             lr=learning_rate,
         )
         if config.run.compile:
-            self._forward = torch.compile(self._forward, dynamic=False)  # type: ignore[method-assign]
+            self._forward = torch.compile(self._forward, dynamic=False)
         self.epoch = 0
         self.stopped = False
 

@@ -24,7 +24,7 @@ def zeroq(
     teacher: Teacher, captured: CapturedModel, config: Config, device: torch.device, progress: bool = False
 ) -> Bank:
     """A bank of images that are inverted when they are first asked for."""
-    shape, own = captured.image_shape, config.zeroq  # type: ignore[attr-defined]
+    shape, own = captured.image_shape, config.zeroq
     return Bank(teacher, shape, config, device, lambda seed: invert(teacher, shape, own, seed, device, progress))
 
 

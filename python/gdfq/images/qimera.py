@@ -39,7 +39,7 @@ class QimeraImages(GeneratorImages):
 
     def latents(self, count: int, random: RandomState) -> Latents:
         settings = {"generator": random.generator, "device": self.device}
-        own: QimeraConfig = self.config.qimera  # type: ignore[attr-defined]
+        own: QimeraConfig = self.config.qimera
         number = own.labels or max(2, self.num_classes // 4)
         noise = torch.randn(count, self.config.generator.latent_size, **settings)
         labels = torch.randint(self.num_classes, (count, number), **settings)

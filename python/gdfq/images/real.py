@@ -67,7 +67,7 @@ class RealImages(ImageSource):
         self.dataset = dataset
         self.num_classes = num_classes
         self.drawn = 0
-        self._order = functools.lru_cache(maxsize=1)(self._order)  # type: ignore[method-assign]
+        self._order = functools.lru_cache(maxsize=1)(self._order)
 
     @torch.no_grad()
     def draw(self, count: int) -> Batch:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.special import ndtr
 
 import gdfq_ext
-from gdfq.calibrate import calibrate, check_ranges
+from gdfq.calibrate import calibrate, end_pass
 from gdfq.graph import CapturedModel, QuantizedLayer, quantized_layers, quantizer_of
 from gdfq.graph.nodes import activation_name, aten, batch_norm_act
 from gdfq.methods.calibration import calibrating
@@ -239,7 +239,7 @@ def take_ranges(student: fx.GraphModule) -> None:
         quantizer = quantizer_of(student, node)
         if quantizer is not None:
             quantizer.range.copy_(torch.stack([statistics.lower.min(), statistics.upper.max()]))
-    check_ranges(student)
+    end_pass(student)
 
 
 # --- bias correction ---------------------------------------------------------------------------------------------

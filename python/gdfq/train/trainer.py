@@ -65,7 +65,7 @@ class Trainer:
         obstacle = source.obstacle or getattr(self.optimizer, "obstacle", None)
         self.runner = IterationRunner(config.run.cuda_graph, self.device, source.random, obstacle)
         if config.run.compile:
-            self._forward = torch.compile(self._forward, dynamic=False)  # type: ignore[method-assign]
+            self._forward = torch.compile(self._forward, dynamic=False)
         self.iteration = 0
         self.choice: tuple[int, Agreement] | None = None
         self.choice_state: dict[str, Tensor] = {}
