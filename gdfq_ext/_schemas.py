@@ -82,13 +82,16 @@ SCHEMAS = {
     # The C_l may differ; all lists have the same length >= 1.
     "bns_loss": "(Tensor[] means, Tensor[] variances, Tensor[] running_means, Tensor[] running_vars, bool mean) "
     "-> (Tensor, Tensor)",
-    # (loss, cross_entropy, kl, gradient). student = z_Q, teacher = z_P: (B, C) float32; labels: (B,) int64.
-    # cross_entropy = mean over B of -log softmax(z_Q)[label]; kl = sum softmax(z_P / T) * (log softmax(z_P / T) -
-    # log softmax(z_Q / T)) divided by B * C, or by B (batchmean True); loss = cross_entropy_weight * cross_entropy +
-    # distillation_weight * T^2 * kl; all () float32. gradient: (B, C) float32, d loss / d z_Q.
+    # (loss, cross_entropy, kl, gradient). student = z_Q, teacher = z_P: (B, C) float32. targets: labels (B,) int64, or
+    # a share for each class (B, C) float32. sample_weight: (B,) float32, 1 without.
+    # cross_entropy = mean over B of sample_weight * -log softmax(z_Q)[label], or sample_weight * -sum_c targets_c *
+    # log softmax(z_Q)_c with 0 log 0 = 0; kl = sum softmax(z_P / T) * (log softmax(z_P / T) - log softmax(z_Q / T))
+    # divided by B * C, or by B (batchmean True); loss = cross_entropy_weight * cross_entropy + distillation_weight *
+    # T^2 * kl; all () float32. gradient: (B, C) float32, d loss / d z_Q.
     # A label outside 0..C-1 makes cross_entropy, loss and that row's gradient NaN. B = 0: NaN losses, empty gradient.
-    "distillation_loss": "(Tensor student_logits, Tensor teacher_logits, Tensor labels, float temperature, "
-    "float cross_entropy_weight, float distillation_weight, bool batchmean) -> (Tensor, Tensor, Tensor, Tensor)",
+    "distillation_loss": "(Tensor student_logits, Tensor teacher_logits, Tensor targets, Tensor? sample_weight, "
+    "float temperature, float cross_entropy_weight, float distillation_weight, bool batchmean) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     # (y, mean, inv_std, new_running_mean, new_running_var). x: (N, C, *spatial), n = numel / C > 1; weight, bias:
     # (classes, C) float32, contiguous; labels: (N,) int64. mean and inv_std = 1 / sqrt(biased variance + eps) of the
     # batch, (C,) float32; z = weight[label] * (x - mean) * inv_std + bias[label]; y = z where z >= 0, else slope * z; a
@@ -180,7 +183,7 @@ def _(means, variances, running_means, running_vars, mean):
 
 
 @_fake("distillation_loss")
-def _(student_logits, teacher_logits, labels, temperature, cross_entropy_weight, distillation_weight, batchmean):
+def _(student_logits, teacher_logits, targets, sample_weight, temperature, *weights):
     loss, cross_entropy, kl = (student_logits.new_empty(()) for _ in range(3))
     return loss, cross_entropy, kl, torch.empty_like(student_logits, memory_format=torch.contiguous_format)
 

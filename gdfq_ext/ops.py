@@ -272,53 +272,62 @@ def bns_loss(
 
 
 def distillation_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor,
-    *, temperature: float = 20.0, cross_entropy_weight: float = 1.0, distillation_weight: float = 1.0,
-    reduction: Literal["mean", "batchmean"] = "mean",
+    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor,
+    *, sample_weight: Tensor | None = None, temperature: float = 20.0, cross_entropy_weight: float = 1.0,
+    distillation_weight: float = 1.0, reduction: Literal["mean", "batchmean"] = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The student's loss (Eq. 10): cross-entropy and knowledge distillation with z_Q = student, z_P = teacher.
 
-        loss = cross_entropy_weight * CE(z_Q, labels) + distillation_weight * T^2 * KL(softmax(z_P/T) || softmax(z_Q/T))
+        loss = cross_entropy_weight * CE + distillation_weight * T^2 * KL(softmax(z_P/T) || softmax(z_Q/T))
+        CE = 1/B sum_n sample_weight_n * -log softmax(z_Q,n)[targets_n]
+          or 1/B sum_n sample_weight_n * -sum_c targets_nc * log softmax(z_Q,n)_c
 
     computed in float32. The gradient goes to `student_logits` only.
 
     Args:
         student_logits: `(B, C)`, floating.
         teacher_logits: `(B, C)`, floating.
-        labels: `(B,)` int64, each in 0..C-1; another value makes the loss NaN (checking it would wait for the device).
+        targets: labels, `(B,)` int64, each in 0..C-1 (another value makes the loss NaN; checking it would wait for the
+            device), or soft ones, `(B, C)` floating, as a rule probabilities.
+        sample_weight: `(B,)`, floating: weight of each image's cross-entropy; KL has none. None for 1.
         temperature: T, above 0.
         cross_entropy_weight, distillation_weight: weights of the two parts.
         reduction: KL is divided by B*C ("mean", as the published numbers were made) or by B ("batchmean").
 
     Returns:
-        loss, cross_entropy, kl: float32 scalars. The last two are for logging, unweighted, KL without T^2, and take no
-        gradient. NaN for an empty batch.
+        loss, cross_entropy, kl: float32 scalars. The last two are for logging, without the weights of the parts, KL
+        without T^2, and take no gradient. NaN for an empty batch.
 
     Raises:
-        TypeError: logits are not floating, or labels not int64.
+        TypeError: logits or `sample_weight` are not floating, or `targets` neither floating nor int64.
         ValueError: shapes or devices do not fit, `temperature` is not positive, or `reduction` is not known.
     """
     _check_choice("reduction", reduction, ("mean", "batchmean"))
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; allowed is a number above 0")
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        if not logits.is_floating_point():
-            raise TypeError(f"{name} is {logits.dtype}; allowed is a floating type")
+        _check_floating(name, logits)
         if logits.dim() != 2 or logits.shape != student_logits.shape or logits.shape[1] == 0:
             raise ValueError(
                 f"{name} has shape {tuple(logits.shape)}, student_logits {tuple(student_logits.shape)}; "
                 "both must be the same (B, C), C >= 1"
             )
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels is {labels.dtype}; allowed is torch.int64")
-    if labels.shape != student_logits.shape[:1]:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}; allowed is {tuple(student_logits.shape[:1])}")
+    batch, classes = student_logits.shape
     _check_device("teacher_logits", teacher_logits, student_logits)
-    _check_device("labels", labels, student_logits)
-    _check_labels(labels, student_logits.shape[1])
+    _check_device("targets", targets, student_logits)
+    if targets.is_floating_point():
+        _check_shape("targets", targets, (batch, classes))
+        targets = targets.detach().float()
+    else:
+        _check_labels("targets", targets, batch, classes, " or a floating type")
+    if sample_weight is not None:
+        _check_floating("sample_weight", sample_weight)
+        _check_shape("sample_weight", sample_weight, (batch,))
+        _check_device("sample_weight", sample_weight, student_logits)
+        sample_weight = sample_weight.detach().float().contiguous()
     loss, cross_entropy, kl, _ = _ops.distillation_loss(
-        student_logits.float().contiguous(), teacher_logits.detach().float().contiguous(), labels.contiguous(),
-        temperature, cross_entropy_weight, distillation_weight, reduction == "batchmean",
+        student_logits.float().contiguous(), teacher_logits.detach().float().contiguous(), targets.contiguous(),
+        sample_weight, temperature, cross_entropy_weight, distillation_weight, reduction == "batchmean",
     )  # fmt: skip
     return loss, cross_entropy, kl
 
@@ -360,10 +369,7 @@ def conditional_batch_norm_act(
     for name, table in (("weight", weight), ("bias", bias)):
         if table.dim() != 2 or table.shape != weight.shape or table.shape[1:] != channels:
             raise ValueError(f"{name} has shape {tuple(table.shape)}; weight and bias must be (classes, {x.shape[1]})")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels is {labels.dtype}; allowed is torch.int64")
-    if labels.shape != x.shape[:1]:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}; allowed is {tuple(x.shape[:1])}")
+    _check_labels("labels", labels, x.shape[0], weight.shape[0])
     for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
         if tensor.shape != channels or not tensor.is_contiguous():
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is a contiguous {channels}")
@@ -373,7 +379,6 @@ def conditional_batch_norm_act(
             raise TypeError(f"{name} is {tensor.dtype}; allowed is float32")
         _check_device(name, tensor, x)
     _check_device("labels", labels, x)
-    _check_labels(labels, weight.shape[0])
     tables = weight.contiguous(), bias.contiguous(), labels.contiguous()
     y, _, _, new_mean, new_var = _ops.conditional_batch_norm_act(
         _dense(x), *tables, running_mean, running_var, momentum, eps, negative_slope
@@ -455,12 +460,25 @@ def _range(lower: Tensor, upper: Tensor, count: int, x: Tensor) -> tuple[Tensor,
     return lower, upper
 
 
-def _check_labels(labels: Tensor, classes: int) -> None:
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} is {tensor.dtype}; allowed is a floating type")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is {shape}")
+
+
+def _check_labels(name: str, labels: Tensor, count: int, classes: int, other_types: str = "") -> None:
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{name} is {labels.dtype}; allowed is torch.int64{other_types}")
+    _check_shape(name, labels, (count,))
     if _CHECK_VALUES:
         wrong = (labels < 0) | (labels >= classes)
         if wrong.any():
             index = int(wrong.nonzero()[0])
-            raise ValueError(f"labels[{index}] is {labels[index].item()}; allowed is 0 to {classes - 1}")
+            raise ValueError(f"{name}[{index}] is {labels[index].item()}; allowed is 0 to {classes - 1}")
 
 
 def _batch_norm_parameters(
@@ -479,11 +497,13 @@ def _statistics(name: str, tensors: list[Tensor], means: list[Tensor]) -> list[T
     """One statistic of all layers as float32, checked against the batch means."""
     if len(tensors) != len(means):
         raise ValueError(f"{name} has {len(tensors)} layers and means has {len(means)}; give one tensor per layer")
-    device = means[0].device
-    for index, (tensor, mean) in enumerate(zip(tensors, means, strict=True)):
-        if tensor.shape != mean.shape or tensor.dim() != 1 or tensor.numel() == 0:
-            shapes = f"{tuple(tensor.shape)}, means[{index}] {tuple(mean.shape)}"
-            raise ValueError(f"{name}[{index}] has shape {shapes}; all must be (C,) with one C >= 1 per layer")
-        if tensor.device != device:
+    # Whole lists are compared, and looked through only where they differ: there are many layers, and little to compute.
+    if tensors is means or [t.shape for t in tensors] != [mean.shape for mean in means]:
+        for index, (tensor, mean) in enumerate(zip(tensors, means, strict=True)):
+            if tensor.shape != mean.shape or tensor.dim() != 1 or tensor.numel() == 0:
+                shapes = f"{tuple(tensor.shape)}, means[{index}] {tuple(mean.shape)}"
+                raise ValueError(f"{name}[{index}] has shape {shapes}; all must be (C,) with one C >= 1 per layer")
+    if {t.device for t in tensors} != {means[0].device}:
+        for index, tensor in enumerate(tensors):
             _check_device(f"{name}[{index}]", tensor, means[0])
     return [t if t.dtype == torch.float32 and t.is_contiguous() else t.float().contiguous() for t in tensors]

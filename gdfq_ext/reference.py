@@ -119,14 +119,24 @@ def bns_loss(
 
 
 def distillation_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor,
+    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, sample_weight: Tensor | None,
     temperature: float, cross_entropy_weight: float, distillation_weight: float, batchmean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, classes = student_logits.shape
-    valid = (labels >= 0) & (labels < classes)
-    index = torch.where(valid, labels, 0).unsqueeze(1)
     log_q = student_logits.log_softmax(1)
-    cross_entropy = torch.where(valid, -log_q.gather(1, index).squeeze(1), torch.nan).mean()
+    if targets.dtype == torch.int64:
+        valid = (targets >= 0) & (targets < classes)
+        index = torch.where(valid, targets, 0).unsqueeze(1)
+        terms = torch.where(valid, -log_q.gather(1, index).squeeze(1), torch.nan)
+        gradient = log_q.exp().scatter_add_(1, index, torch.full_like(log_q[:, :1], -1.0))
+        gradient = torch.where(valid.unsqueeze(1), gradient, torch.nan)
+    else:
+        terms = -torch.where(targets == 0, 0, targets * log_q).sum(1)
+        gradient = log_q.exp().mul_(targets.sum(1, keepdim=True)).sub_(targets)
+    if sample_weight is not None:
+        terms = terms * sample_weight
+        gradient.mul_(sample_weight.unsqueeze(1))
+    cross_entropy = terms.mean()
 
     log_soft_q = (student_logits / temperature).log_softmax(1)
     log_soft_p = (teacher_logits / temperature).log_softmax(1)
@@ -135,10 +145,9 @@ def distillation_loss(
     kl = (soft_p * (log_soft_p - log_soft_q)).sum() / count
     loss = cross_entropy_weight * cross_entropy + (distillation_weight * temperature**2) * kl
 
-    gradient = log_q.exp().scatter_add_(1, index, torch.full_like(log_q[:, :1], -1.0))
     gradient.mul_(cross_entropy_weight / max(batch, 1))
     gradient.add_(log_soft_q.exp_().sub_(soft_p), alpha=distillation_weight * temperature / max(count, 1))
-    return loss, cross_entropy, kl, torch.where(valid.unsqueeze(1), gradient, torch.nan)
+    return loss, cross_entropy, kl, gradient
 
 
 def conditional_batch_norm_act(

@@ -8,7 +8,14 @@
 #include <tuple>
 #include <vector>
 
-#include "../kernels/normalization.h"
+#include "../kernels/batch_norm_act_fake_quantize.h"
+#include "../kernels/batch_norm_act_moments.h"
+#include "../kernels/bns_loss.h"
+#include "../kernels/conditional_batch_norm_act.h"
+#include "../kernels/distillation_loss.h"
+#include "../kernels/fake_quantize.h"
+#include "../kernels/fake_quantize_weight.h"
+#include "../kernels/observe_range.h"
 #include "tensors.h"
 
 namespace gdfq::binding {
@@ -231,7 +238,7 @@ std::tuple<Tensor, Tensor> bns_loss(const std::vector<Tensor>& means, const std:
   STD_TORCH_CHECK(count > 0 && variances.size() == count && running_means.size() == count &&
                       running_vars.size() == count,
                   "means, variances, running_means and running_vars must have one tensor for each layer, at least one");
-  std::vector<typename Where::LayerStatistics> layers;
+  std::vector<LayerStatistics> layers;
   std::int64_t channels = 0;
   for (std::size_t i = 0; i < count; ++i) {
     const std::int64_t length = means[i].numel();
@@ -250,24 +257,30 @@ std::tuple<Tensor, Tensor> bns_loss(const std::vector<Tensor>& means, const std:
 
 template <class Where>
 std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(const Tensor& student_logits, const Tensor& teacher_logits,
-                                                             const Tensor& labels, double temperature,
-                                                             double cross_entropy_weight, double distillation_weight,
-                                                             bool batchmean) {
+                                                             const Tensor& targets,
+                                                             const std::optional<Tensor>& sample_weight,
+                                                             double temperature, double cross_entropy_weight,
+                                                             double distillation_weight, bool batchmean) {
   STD_TORCH_CHECK(student_logits.dim() == 2, "student_logits has ", student_logits.dim(), " dimensions instead of 2");
   const std::int64_t batch = student_logits.size(0);
   const std::int64_t classes = student_logits.size(1);
   const float* student = parameter("student_logits", student_logits, batch * classes, student_logits);
   const float* teacher = parameter("teacher_logits", teacher_logits, batch * classes, student_logits);
-  const std::int64_t* label = checked_labels(labels, batch, student_logits);
-  const typename Where::DistillationWeights weights{static_cast<float>(temperature),
-                                                    static_cast<float>(cross_entropy_weight),
-                                                    static_cast<float>(distillation_weight), batchmean};
+  Targets goal{};
+  if (targets.scalar_type() == ScalarType::Long) {
+    goal.labels = checked_labels(targets, batch, student_logits);
+  } else {
+    goal.shares = parameter("targets", targets, batch * classes, student_logits);
+  }
+  goal.sample_weight = parameter("sample_weight", sample_weight, batch, student_logits);
+  const DistillationWeights weights{static_cast<float>(temperature), static_cast<float>(cross_entropy_weight),
+                                    static_cast<float>(distillation_weight), batchmean};
   Tensor loss = empty_scalar(student_logits);
   Tensor cross_entropy = empty_scalar(student_logits);
   Tensor kl = empty_scalar(student_logits);
   Tensor gradient = empty_in_format(student_logits, MemoryFormat::Contiguous);
   Where where(student_logits);
-  distillation_loss(student, teacher, label, batch, classes, weights, floats(loss), floats(cross_entropy), floats(kl),
+  distillation_loss(student, teacher, goal, batch, classes, weights, floats(loss), floats(cross_entropy), floats(kl),
                     floats(gradient), where.device());
   return {loss, cross_entropy, kl, gradient};
 }
@@ -337,7 +350,7 @@ std::tuple<Tensor, Tensor, Tensor> conditional_batch_norm_act_backward(const Ten
   return {grad_x, grad_weight, grad_bias};
 }
 
-// Registers the operators whose kernels all devices have.
+// Registers the operators of a device.
 template <class Where>
 void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("fake_quantize", TORCH_BOX(&fake_quantize<Where>));
@@ -352,11 +365,6 @@ void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("batch_norm_act_moments_backward", TORCH_BOX(&batch_norm_act_moments_backward<Where>));
   library.impl("conditional_batch_norm_act", TORCH_BOX(&conditional_batch_norm_act<Where>));
   library.impl("conditional_batch_norm_act_backward", TORCH_BOX(&conditional_batch_norm_act_backward<Where>));
-}
-
-// Registers those that pay on a GPU only, where it is launches that they save.
-template <class Where>
-void register_gpu_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("bns_loss", TORCH_BOX(&bns_loss<Where>));
   library.impl("distillation_loss", TORCH_BOX(&distillation_loss<Where>));
 }

@@ -1,6 +1,6 @@
 // Eq. 6 for weights: each output channel between its own minimum and maximum, all layers in one parallel loop.
 // Bytes per element (float32): 8 where a channel fits the cache, which it does in every common network.
-#include "fake_quantize_weight.h"
+#include "../kernels/fake_quantize_weight.h"
 
 #include <algorithm>
 

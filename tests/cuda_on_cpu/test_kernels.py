@@ -185,7 +185,7 @@ def test_labels_that_are_no_class():
     i = Inputs(torch.float32, torch.contiguous_format)
     labels = torch.tensor([2, -1, 3, 2**32])  # the last is 0 in 32 bits
     tables, statistics = [torch.randn(3, 2) for _ in range(2)], [i.channel(2) for _ in range(2)]
-    compare(OPS, "distillation_loss", (i.x(4, 3), i.x(4, 3), labels, 4.0, 1.0, 1.0, True))
+    compare(OPS, "distillation_loss", (i.x(4, 3), i.x(4, 3), labels, None, 4.0, 1.0, 1.0, True))
     compare(OPS, "conditional_batch_norm_act", (i.x(4, 2, 5), *tables, labels, *statistics, 0.1, 1e-5, 0.2))
     compare(OPS, "conditional_batch_norm_act_backward", (i.x(4, 2, 5), i.x(4, 2, 5), *tables, labels, *statistics, 0.2))
 
@@ -213,7 +213,8 @@ def test_a_table_of_one_row_that_no_sample_has():
 
 def test_no_images():
     i = Inputs(torch.float32, torch.contiguous_format)
-    compare(OPS, "distillation_loss", (i.x(0, 3), i.x(0, 3), torch.zeros(0, dtype=torch.int64), 4.0, 1.0, 1.0, True))
+    for targets in (torch.zeros(0, dtype=torch.int64), i.x(0, 3)):
+        compare(OPS, "distillation_loss", (i.x(0, 3), i.x(0, 3), targets, i.channel(0), 4.0, 1.0, 1.0, True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -241,12 +242,18 @@ def test_distillation_loss_against_float64(batch, classes):
     g = torch.Generator().manual_seed(classes)
     student, teacher = (torch.randn(batch, classes, generator=g) * 3 for _ in range(2))
     labels = torch.randint(classes, (batch,), generator=g)
-    for batchmean in (True, False):
-        loss, cross_entropy, kl, gradient = OPS.distillation_loss(student, teacher, labels, 4.0, 0.5, 2.0, batchmean)
+    shares = torch.randn(batch, classes, generator=g).softmax(1) * 1.5  # F.cross_entropy takes any sum
+    sample_weight = torch.rand(batch, generator=g)
+    for targets, batchmean in itertools.product((labels, shares), (True, False)):
+        loss, cross_entropy, kl, gradient = OPS.distillation_loss(
+            student, teacher, targets, sample_weight, 4.0, 0.5, 2.0, batchmean
+        )
         leaf = student.double().requires_grad_()
         soft = torch.log_softmax(leaf / 4, 1), torch.log_softmax(teacher.double() / 4, 1)
         kl64 = torch.nn.functional.kl_div(*soft, log_target=True, reduction="batchmean" if batchmean else "mean")
-        cross_entropy64 = torch.nn.functional.cross_entropy(leaf, labels)
+        targets64 = targets if targets is labels else targets.double()
+        terms = torch.nn.functional.cross_entropy(leaf, targets64, reduction="none")
+        cross_entropy64 = (sample_weight * terms).mean()
         loss64 = 0.5 * cross_entropy64 + 2.0 * 16 * kl64
         (gradient64,) = torch.autograd.grad(loss64, leaf)
         for value, exact in ((loss, loss64), (cross_entropy, cross_entropy64), (kl, kl64), (gradient, gradient64)):
@@ -281,12 +288,12 @@ LAUNCHES = {
     # A block for each image, of as many warps as hold the classes, and one that adds.
     "32 classes": (
         "distillation_loss",
-        (activations(5, 32), activations(5, 32), torch.zeros(5, dtype=torch.int64), 4.0, 1.0, 1.0, True),
+        (activations(5, 32), activations(5, 32), torch.zeros(5, dtype=torch.int64), None, 4.0, 1.0, 1.0, True),
         (2, 6, 5 * 32 + 256),
     ),
     "33 classes": (
         "distillation_loss",
-        (activations(5, 33), activations(5, 33), torch.zeros(5, dtype=torch.int64), 4.0, 1.0, 1.0, True),
+        (activations(5, 33), activations(5, 33), torch.zeros(5, dtype=torch.int64), None, 4.0, 1.0, 1.0, True),
         (2, 6, 5 * 64 + 256),
     ),
 }

@@ -96,16 +96,16 @@ def bns_loss(i):
 
 
 def distillation_loss(i):
-    for batchmean in (True, False):
-        yield (
-            torch.randn(4, 5, requires_grad=True),
-            torch.randn(4, 5),
-            torch.tensor([0, 4, 1, 2]),
-            20.0,
-            1.0,
-            0.5,
-            batchmean,
-        )
+    labels, shares, weight = torch.tensor([0, 4, 1, 2]), torch.rand(4, 5, generator=i.generator), i.channel(4)
+    shares[1, 3] = 0
+    for targets, sample_weight, batchmean in [
+        (labels, None, True),
+        (labels, weight, False),
+        (shares, None, False),
+        (shares, weight, True),
+    ]:
+        logits = [torch.randn(4, 5, generator=i.generator) for _ in range(2)]
+        yield logits[0].requires_grad_(), logits[1], targets, sample_weight, 20.0, 1.0, 0.5, batchmean
 
 
 def conditional_batch_norm_act(i):
