@@ -169,6 +169,10 @@ def _distillation_backward(ctx, grad_loss: Tensor, *_grads):
 _register("distillation_loss", _distillation_setup, _distillation_backward)
 
 
+# No gradient: without this, autograd would look at every argument of every call.
+library.impl("observe_range", torch.library.fallthrough_kernel, "Autograd")
+
+
 # The generator's batch normalisation: x is saved with the batch's statistics, z is computed again.
 
 

@@ -146,7 +146,7 @@ def observe_range(x: Tensor, state: Tensor, momentum: float = 0.9) -> Tensor:
     _check_device("state", state, x)
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum is {momentum}; allowed is 0 <= momentum < 1")
-    return _ops.observe_range(_dense(x.detach()), state, momentum)
+    return _ops.observe_range(_dense(x.detach() if x.requires_grad else x), state, momentum)
 
 
 def range_of(state: Tensor) -> Tensor:
