@@ -53,6 +53,12 @@ SCHEMAS = {
     "fake_quantize_weight": "(Tensor weight, int bits) -> Tensor",
     # The same for all layers in one call: weights may differ in shape and type; bits has one value per weight.
     "fake_quantize_weights": "(Tensor[] weights, int[] bits) -> Tensor[]",
+    # (len(weights), K) int64: of each weight w, how many elements have another code in w - (kappa * learning_rate) * d
+    # than in w, for each kappa. A code is clamp(round(scale * x - zero), ...) with the ranges of w, those of
+    # fake_quantize_weight; each operation rounded on its own; NaN is another code than any. weights and directions are
+    # float32, alike in shape and layout; learning_rate: one element; kappas: (K,), K from 1 to 16.
+    "count_changed_codes": "(Tensor[] weights, Tensor[] directions, int[] bits, Tensor learning_rate, Tensor kappas) "
+    "-> Tensor",
     # state, (3,) float32, updated in place: [raw average of min, raw average of max, accumulated weight];
     # average = m * average + (1 - m) * new, weight = m * weight + (1 - m), with (float)m and (float)(1.0 - m), no FMA.
     # Returns the new (2,) float32 [state[0] / state[2], state[1] / state[2]]. NaN in x makes both averages NaN.
@@ -150,6 +156,11 @@ def _(weight, bits):
 @_fake("fake_quantize_weights")
 def _(weights, bits):
     return [empty_dense_like(weight) for weight in weights]
+
+
+@_fake("count_changed_codes")
+def _(weights, directions, bits, learning_rate, kappas):
+    return kappas.new_empty((len(weights), kappas.numel()), dtype=torch.int64)
 
 
 @_fake("observe_range")

@@ -170,7 +170,9 @@ _register("distillation_loss", _distillation_setup, _distillation_backward)
 
 
 # No gradient: without this, autograd would look at every argument of every call.
-library.impl("observe_range", torch.library.fallthrough_kernel, "Autograd")
+
+for _name in ("count_changed_codes", "observe_range"):
+    library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 # The generator's batch normalisation: x is saved with the batch's statistics, z is computed again.

@@ -108,9 +108,7 @@ def fake_quantize_weights(
             `weights`.
     """
     weights = list(weights)
-    bits = [bits] * len(weights) if isinstance(bits, int) else list(bits)
-    if len(bits) != len(weights):
-        raise ValueError(f"bits has {len(bits)} values for {len(weights)} weights; give one number, or one per weight")
+    bits = _bits_of_each(bits, weights)
     if ste == "clipped":
         return [fake_quantize_weight(weight, b, ste=ste) for weight, b in zip(weights, bits, strict=True)]
     _check_choice("ste", ste, ("identity", "clipped"))
@@ -121,6 +119,55 @@ def fake_quantize_weights(
     if not weights:
         return []
     return _ops.fake_quantize_weights([_dense(weight) for weight in weights], bits)
+
+
+def count_changed_codes(
+    weights: Sequence[Tensor], directions: Sequence[Tensor], bits: int | Sequence[int], learning_rate: Tensor,
+    kappas: Tensor,
+) -> Tensor:  # fmt: skip
+    """How many integer codes of every weight a step would change, for several sizes of the step.
+
+        code(w) = clamp(round(scale * w - zero), -2^(k-1), 2^(k-1) - 1)        (Eq. 6, as `fake_quantize_weight`)
+        count of kappa = number of elements where code(w - kappa * learning_rate * d) != code(w)
+
+    with the ranges of w, from before the step, in both: what AIT (CVPR 2022) chooses the size of its steps by. In
+    float32, each operation rounded on its own. Where a channel or its step is not finite, NaN counts as changed.
+
+    Args:
+        weights: w, `(out_channels, ...)` float32 each, on one device.
+        directions: d, float32, one for each weight and of its shape.
+        bits: k, 2..8; one value for all, or one per weight.
+        learning_rate: one element, floating; on the device, where it is read.
+        kappas: `(K,)`, floating, K from 1 to 16.
+
+    Returns:
+        `(len(weights), K)` int64. No gradient, and nothing waits for the device.
+
+    Raises:
+        TypeError: a weight or a direction is not float32, or another tensor not floating.
+        ValueError: lengths, shapes, devices or `bits` do not fit.
+    """
+    weights, directions = list(weights), list(directions)
+    bits = _bits_of_each(bits, weights)
+    if len(directions) != len(weights):
+        raise ValueError(f"directions has {len(directions)} tensors for {len(weights)} weights; give one for each")
+    _check_floating("learning_rate", learning_rate)
+    _check_floating("kappas", kappas)
+    if kappas.dim() != 1 or not 1 <= kappas.numel() <= 16:
+        raise ValueError(f"kappas has shape {tuple(kappas.shape)}; allowed is (K,), K from 1 to 16")
+    for index, (weight, direction, weight_bits) in enumerate(zip(weights, directions, bits, strict=True)):
+        for name, tensor in ((f"weights[{index}]", weight), (f"directions[{index}]", direction)):
+            if tensor.dtype != torch.float32:
+                raise TypeError(f"{name} is {tensor.dtype}; allowed is float32")
+            _check_device(name, tensor, kappas)
+        _check_weight(f"weights[{index}]", weight)
+        _check_shape(f"directions[{index}]", direction, tuple(weight.shape))
+        _check_bits(weight_bits)
+    weights = [_dense(weight.detach()) for weight in weights]
+    pairs = zip(directions, weights, strict=True)
+    directions = [direction.detach().contiguous(memory_format=dense_format(weight)) for direction, weight in pairs]
+    learning_rate = _parameter("learning_rate", learning_rate.detach(), 1, kappas)
+    return _ops.count_changed_codes(weights, directions, bits, learning_rate, kappas.detach().float().contiguous())
 
 
 def observe_range(x: Tensor, state: Tensor, momentum: float = 0.9) -> Tensor:
@@ -413,6 +460,13 @@ def _check_channels(x: Tensor) -> None:
 def _check_bits(bits: int) -> None:
     if not isinstance(bits, int) or not 2 <= bits <= 8:
         raise ValueError(f"bits is {bits!r}; allowed is an integer from 2 to 8")
+
+
+def _bits_of_each(bits: int | Sequence[int], weights: list[Tensor]) -> list[int]:
+    bits = [bits] * len(weights) if isinstance(bits, int) else list(bits)
+    if len(bits) != len(weights):
+        raise ValueError(f"bits has {len(bits)} values for {len(weights)} weights; give one number, or one per weight")
+    return bits
 
 
 def _check_choice(name: str, value: str, allowed) -> None:

@@ -40,6 +40,20 @@ def fake_quantize_weights(weights: list[Tensor], bits: list[int]) -> list[Tensor
     return [fake_quantize_weight(weight, weight_bits) for weight, weight_bits in zip(weights, bits, strict=True)]
 
 
+def count_changed_codes(
+    weights: list[Tensor], directions: list[Tensor], bits: list[int], learning_rate: Tensor, kappas: Tensor
+) -> Tensor:
+    sizes = kappas * learning_rate
+    counts = torch.zeros(len(weights), len(sizes), dtype=torch.int64, device=kappas.device)
+    for row, weight, direction, weight_bits in zip(counts, weights, directions, bits, strict=True):
+        if weight.numel() > 0:
+            quantizer = *_coefficients(weight, *channel_range(weight), weight_bits, 0), weight_bits
+            code = _code(weight, *quantizer)
+            changed = [(_code(weight - size * direction, *quantizer) != code).sum() for size in sizes]
+            row.copy_(torch.stack(changed))
+    return counts
+
+
 def channel_range(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Minimum and maximum of each `weight[c]`, (shape[0],) float32; NaN where the channel holds one."""
     lower, upper = weight.detach().float().reshape(weight.shape[0], -1).aminmax(dim=1)
@@ -220,7 +234,15 @@ def _level(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 def _dequantize(level: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """(clamp(level) + zero) / scale, computed in the memory of `level`."""
-    return level.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).add_(zero).div_(scale)
+    return _clamp(level, bits).add_(zero).div_(scale)
+
+
+def _clamp(level: Tensor, bits: int) -> Tensor:
+    return level.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _code(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    return _clamp(_level(x, scale, zero), bits)
 
 
 def _inside(level: Tensor, bits: int) -> Tensor:

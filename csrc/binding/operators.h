@@ -12,6 +12,7 @@
 #include "../kernels/batch_norm_act_moments.h"
 #include "../kernels/bns_loss.h"
 #include "../kernels/conditional_batch_norm_act.h"
+#include "../kernels/count_changed_codes.h"
 #include "../kernels/distillation_loss.h"
 #include "../kernels/fake_quantize.h"
 #include "../kernels/fake_quantize_weight.h"
@@ -147,6 +148,37 @@ std::vector<Tensor> fake_quantize_weights(const std::vector<Tensor>& weights, co
 template <class Where>
 Tensor fake_quantize_weight(const Tensor& weight, std::int64_t bits) {
   return fake_quantize_weights<Where>({weight}, {bits}).front();
+}
+
+template <class Where>
+Tensor count_changed_codes(const std::vector<Tensor>& weights, const std::vector<Tensor>& directions,
+                           const std::vector<std::int64_t>& bits, const Tensor& learning_rate, const Tensor& kappas) {
+  STD_TORCH_CHECK(weights.size() == directions.size() && weights.size() == bits.size(), "there are ", weights.size(),
+                  " weights, ", directions.size(), " directions and ", bits.size(), " bits; give one of each");
+  const std::int64_t count = kappas.numel();
+  STD_TORCH_CHECK(count >= 1 && count <= kMostKappas, "there are ", count, " kappas; 1 to ", kMostKappas,
+                  " are allowed");
+  std::vector<Tensor> dense;  // keeps copies alive
+  const auto floats_of = [&](const char* name, const Tensor& tensor, const Tensor& weight) {
+    dense.push_back(in_format(tensor, dense_format(weight)));
+    check_device(name, tensor, kappas);
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.numel() == weight.numel(), name,
+                    " must be float32, a direction as large as its weight");
+    return static_cast<const float*>(dense.back().const_data_ptr());
+  };
+  std::vector<WeightStep> steps;
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    STD_TORCH_CHECK(weights[i].dim() >= 1, "a weight has no dimensions; it needs its output channels first");
+    const std::int64_t channels = weights[i].size(0);
+    steps.push_back({floats_of("weights", weights[i], weights[i]), floats_of("directions", directions[i], weights[i]),
+                     channels, channels == 0 ? 0 : weights[i].numel() / channels, checked_bits(bits[i])});
+  }
+  Tensor counts = torch::stable::new_empty(kappas, {static_cast<std::int64_t>(weights.size()), count}, ScalarType::Long);
+  Where where(kappas);
+  count_changed_codes(steps, parameter("learning_rate", learning_rate, 1, kappas),
+                      parameter("kappas", kappas, count, kappas), static_cast<int>(count),
+                      static_cast<std::int64_t*>(counts.mutable_data_ptr()), where.device());
+  return counts;
 }
 
 template <class Where>
@@ -358,6 +390,7 @@ void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("fake_quantize_clipped_backward", TORCH_BOX(&fake_quantize_clipped_backward<Where>));
   library.impl("fake_quantize_weight", TORCH_BOX(&fake_quantize_weight<Where>));
   library.impl("fake_quantize_weights", TORCH_BOX(&fake_quantize_weights<Where>));
+  library.impl("count_changed_codes", TORCH_BOX(&count_changed_codes<Where>));
   library.impl("observe_range", TORCH_BOX(&observe_range<Where>));
   library.impl("batch_norm_act_fake_quantize", TORCH_BOX(&batch_norm_act_fake_quantize<Where>));
   library.impl("batch_norm_act_fake_quantize_backward", TORCH_BOX(&batch_norm_act_fake_quantize_backward<Where>));

@@ -148,6 +148,16 @@ def test_weights_about_as_long_as_a_warp_takes(dtype):
         compare(OPS, "fake_quantize_weights", ([i.x(19, length), i.x(3, 5)], [4, 8]))
 
 
+@pytest.mark.parametrize("offset", [0, 1, (0, 1), (1, 0)], ids=str)
+@pytest.mark.parametrize("kappas", [1, 9, 16])
+def test_changed_codes_of_short_and_long_channels(kappas, offset):
+    i = Inputs(torch.float32, torch.contiguous_format)
+    weights, directions = ([i.x(19, length) for length in (5, 36, 1023, 1024, 1025, 1032)] for _ in range(2))
+    weights[1][3, 4], directions[5][0, 0] = torch.nan, torch.inf
+    sizes = torch.tensor(1e-3), torch.tensor([2.0**k for k in range(kappas)])
+    compare(Placed(OPS, offset=offset), "count_changed_codes", (weights, directions, [2, 3, 4, 5, 6, 8], *sizes))
+
+
 def test_shares_are_joined_in_double():
     """A block's sums are integers that float32 holds, their sum over all blocks is not."""
     x = torch.full((1, 1, 1024, 1200), 62.0)
@@ -232,6 +242,9 @@ def test_many_layers_in_several_launches():
     g = torch.Generator().manual_seed(0)
     weights = [torch.randn(3 + k % 5, 1 + 37 * (k % 40), generator=g) for k in range(150)]
     compare(OPS, "fake_quantize_weights", (weights, [2 + k % 7 for k in range(150)]))
+    directions = [torch.randn(weight.shape, generator=g) for weight in weights]
+    bits, sizes = [2 + k % 7 for k in range(150)], (torch.tensor(0.01), torch.tensor([1.0, 8.0]))
+    compare(OPS, "count_changed_codes", (weights, directions, bits, *sizes))
     layers = [[torch.randn(1 + k % 300, generator=g) for k in range(150)] for _ in range(4)]
     for mean in (True, False):
         compare(OPS, "bns_loss", (*layers, mean))
@@ -264,6 +277,11 @@ def layers(*lengths):
     return [[torch.ones(length) for length in lengths] for _ in range(4)]
 
 
+def steps(*shapes):
+    tensors = [torch.ones(shape) for shape in shapes]
+    return tensors, tensors, [4] * len(shapes), torch.tensor(0.1), torch.ones(2)
+
+
 def activations(*shape, layout=torch.contiguous_format, dtype=torch.float32):
     return torch.ones(shape, dtype=dtype).contiguous(memory_format=layout)
 
@@ -282,6 +300,10 @@ LAUNCHES = {
     "long weights": ("fake_quantize_weights", ([activations(17, 1025)], [4]), (1, 17, 17 * 256)),
     "64 weights": ("fake_quantize_weights", ([activations(8, 2)] * 64, [4] * 64), (1, 64, 64 * 256)),
     "65 weights": ("fake_quantize_weights", ([activations(8, 2)] * 65, [4] * 65), (2, 65, 65 * 256)),
+    # Divided like those, and a block for each layer that adds.
+    "steps": ("count_changed_codes", steps((17, 1024), (17, 1025), (0, 3)), (2, 3 + 17 + 3, 23 * 256)),
+    "64 steps": ("count_changed_codes", steps(*[(8, 2)] * 64), (2, 128, 128 * 256)),
+    "65 steps": ("count_changed_codes", steps(*[(8, 2)] * 65), (4, 130, 130 * 256)),
     # A block for each layer, 64 in a launch, and a warp that adds.
     "64 layers": ("bns_loss", (*layers(*[3] * 64), True), (2, 65, 64 * 256 + 32)),
     "65 layers": ("bns_loss", (*layers(*[3] * 65), True), (3, 66, 65 * 256 + 32)),

@@ -72,6 +72,16 @@ def test_fake_quantize_weights():
     assert torch.equal(OPS.fake_quantize_weights([weight], [4])[0][-8:], reference.fake_quantize_weight(part, 4))
 
 
+def test_count_changed_codes():
+    weight, direction = (zeros(BEYOND // 1024 + 16, 1024, dtype=torch.float32) for _ in range(2))
+    parts = [tensor[-8:].copy_(random_like(tensor[-8:], seed)) for seed, tensor in enumerate((weight, direction))]
+    sizes = torch.tensor(0.01), torch.tensor([1.0, 4.0])
+    # What blocks that do not run leave is 0: the others' channels, all zeros, change nothing either.
+    counts = OPS.count_changed_codes([weight], [direction], [4], *sizes)
+    assert torch.equal(counts, reference.count_changed_codes(parts[:1], parts[1:], [4], *sizes))
+    assert counts.gt(0).all()
+
+
 def test_distillation_loss():
     classes = 2**20
     student, teacher = (zeros(BEYOND // classes + 1, classes, dtype=torch.float32) for _ in range(2))

@@ -49,6 +49,14 @@ def fake_quantize_weights(i):
     yield [i.x(4, 0), i.x(7, 2).requires_grad_()], [4, 3]
 
 
+def count_changed_codes(i):
+    def tensors():
+        return [i.x(4, 3, 3, 2), i.x(0, 5), i.x(7, 2)]
+
+    for kappas in ([1.0], [2.0**k for k in range(16)]):
+        yield tensors(), tensors(), [4, 3, 2], torch.tensor(0.01), torch.tensor(kappas)
+
+
 def observe_range(i):
     yield i.x(2, 3, 5, 4), torch.rand(3), 0.9
     yield i.x(0, 3), torch.rand(3), 0.9
@@ -127,6 +135,7 @@ CASES = {
     "fake_quantize_clipped_backward": fake_quantize_clipped_backward,
     "fake_quantize_weight": fake_quantize_weight,
     "fake_quantize_weights": fake_quantize_weights,
+    "count_changed_codes": count_changed_codes,
     "observe_range": observe_range,
     "batch_norm_act_fake_quantize": batch_norm_act_fake_quantize,
     "batch_norm_act_fake_quantize_backward": batch_norm_act_fake_quantize_backward,
@@ -138,13 +147,13 @@ CASES = {
     "conditional_batch_norm_act_backward": conditional_batch_norm_act_backward,
 }
 PLAIN = DTYPES[0], LAYOUTS[0]
-FLOAT32_ONLY = {"bns_loss", "distillation_loss"}
+FLOAT32_ONLY = {"bns_loss", "count_changed_codes", "distillation_loss"}
 COMBINATIONS = [
     (name, dtype, layout)
     for name in CASES
     for dtype in DTYPES
     for layout in LAYOUTS
-    if name not in FLOAT32_ONLY or (dtype, layout) == PLAIN
+    if name not in FLOAT32_ONLY or dtype == PLAIN[0]
 ]
 
 # Results that are sums over many elements, whose order of addition is free. All others must be equal bit for bit.
