@@ -21,7 +21,6 @@ from .ops import (
     fake_quantize_weight,
     fake_quantize_weights,
     observe_range,
-    range_of,
 )
 
 __all__ = [
@@ -39,7 +38,6 @@ __all__ = [
     "fake_quantize_weight",
     "fake_quantize_weights",
     "observe_range",
-    "range_of",
     "reference",
 ]
 

@@ -48,14 +48,13 @@ SCHEMAS = {
     "fake_quantize_clipped": "(Tensor x, Tensor lower, Tensor upper, int bits, int axis) -> (Tensor, Tensor)",
     # grad_x: grad_y where the bit is set, else +0. grad_y has the layout that x had.
     "fake_quantize_clipped_backward": "(Tensor grad_y, Tensor mask) -> Tensor",
-    # Ranges are the minimum and maximum of weight[c], NaN if any element is NaN. weight: 1-D or more.
-    # Channel c is the c-th of shape[0] equal, consecutive pieces of memory in both layouts.
-    "fake_quantize_weight": "(Tensor weight, int bits) -> Tensor",
-    # The same for all layers in one call: weights may differ in shape and type; bits has one value per weight.
+    # Weights may differ in shape, 1-D or more, and type; bits has one value per weight. Ranges are the minimum and the
+    # maximum of weight[c], NaN if any element is NaN. Channel c is the c-th of shape[0] equal, consecutive pieces of
+    # memory in both layouts.
     "fake_quantize_weights": "(Tensor[] weights, int[] bits) -> Tensor[]",
     # (len(weights), K) int64: of each weight w, how many elements have another code in w - (kappa * learning_rate) * d
     # than in w, for each kappa. A code is clamp(round(scale * x - zero), ...) with the ranges of w, those of
-    # fake_quantize_weight; each operation rounded on its own; NaN is another code than any. weights and directions are
+    # fake_quantize_weights; each operation rounded on its own; NaN is another code than any. weights and directions are
     # float32, alike in shape and layout; learning_rate: one element; kappas: (K,), K from 1 to 16.
     "count_changed_codes": "(Tensor[] weights, Tensor[] directions, int[] bits, Tensor learning_rate, Tensor kappas) "
     "-> Tensor",
@@ -146,11 +145,6 @@ def _(x, lower, upper, bits, axis):
 @_fake("fake_quantize_clipped_backward")
 def _(grad_y, mask):
     return empty_dense_like(grad_y)
-
-
-@_fake("fake_quantize_weight")
-def _(weight, bits):
-    return empty_dense_like(weight)
 
 
 @_fake("fake_quantize_weights")

@@ -34,16 +34,11 @@ def _fake_quantize_backward(ctx, grad_y: Tensor):
     return grad_y, None, None, None, None
 
 
-def _fake_quantize_weight_backward(ctx, grad_y: Tensor):
-    return grad_y, None
-
-
 def _fake_quantize_weights_backward(ctx, grads: list[Tensor]):
     return grads, None
 
 
 _register("fake_quantize", None, _fake_quantize_backward)
-_register("fake_quantize_weight", None, _fake_quantize_weight_backward)
 _register("fake_quantize_weights", None, _fake_quantize_weights_backward)
 
 

@@ -82,12 +82,7 @@ def fake_quantize_weight(weight: Tensor, bits: int, *, ste: StraightThrough = "i
     Raises:
         TypeError, ValueError: as `fake_quantize`; ValueError also for a 0-dimensional weight.
     """
-    _check_weight("weight", weight)
-    _check_bits(bits)
-    _check_choice("ste", ste, ("identity", "clipped"))
-    if ste == "clipped" and weight.numel() > 0:
-        return fake_quantize(weight, *channel_range(weight), bits, axis=0, ste=ste)
-    return _ops.fake_quantize_weight(_dense(weight), bits)
+    return fake_quantize_weights([weight], bits, ste=ste)[0]
 
 
 def fake_quantize_weights(
@@ -109,8 +104,6 @@ def fake_quantize_weights(
     """
     weights = list(weights)
     bits = _bits_of_each(bits, weights)
-    if ste == "clipped":
-        return [fake_quantize_weight(weight, b, ste=ste) for weight, b in zip(weights, bits, strict=True)]
     _check_choice("ste", ste, ("identity", "clipped"))
     for index, (weight, weight_bits) in enumerate(zip(weights, bits, strict=True)):
         _check_weight(f"weights[{index}]", weight)
@@ -118,6 +111,9 @@ def fake_quantize_weights(
         _check_bits(weight_bits)
     if not weights:
         return []
+    if ste == "clipped":
+        pairs = zip(weights, bits, strict=True)
+        return [fake_quantize(w, *channel_range(w), k, axis=0, ste=ste) if w.numel() else w.clone() for w, k in pairs]
     return _ops.fake_quantize_weights([_dense(weight) for weight in weights], bits)
 
 
@@ -194,17 +190,6 @@ def observe_range(x: Tensor, state: Tensor, momentum: float = 0.9) -> Tensor:
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum is {momentum}; allowed is 0 <= momentum < 1")
     return _ops.observe_range(_dense(x.detach() if x.requires_grad else x), state, momentum)
-
-
-def range_of(state: Tensor) -> Tensor:
-    """The range that `observe_range` last returned: `(2,)` float32 [lower, upper], NaN before the first observation.
-
-    Raises:
-        TypeError, ValueError: `state` is not as `observe_range` wants it.
-    """
-    _check_state(state)
-    state = state.detach()
-    return state[:2] / state[2]
 
 
 def batch_norm_act_fake_quantize(

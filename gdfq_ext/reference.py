@@ -29,15 +29,12 @@ def fake_quantize_clipped_backward(grad_y: Tensor, mask: Tensor) -> Tensor:
     return _from_memory_order(gradient, grad_y)
 
 
-def fake_quantize_weight(weight: Tensor, bits: int) -> Tensor:
-    if weight.numel() == 0:
-        return empty_dense_like(weight)
-    lower, upper = channel_range(weight)
-    return fake_quantize(weight, lower, upper, bits, axis=0)
-
-
 def fake_quantize_weights(weights: list[Tensor], bits: list[int]) -> list[Tensor]:
-    return [fake_quantize_weight(weight, weight_bits) for weight, weight_bits in zip(weights, bits, strict=True)]
+    pairs = zip(weights, bits, strict=True)
+    return [
+        fake_quantize(weight, *channel_range(weight), k, 0) if weight.numel() else empty_dense_like(weight)
+        for weight, k in pairs
+    ]
 
 
 def count_changed_codes(

@@ -146,11 +146,6 @@ std::vector<Tensor> fake_quantize_weights(const std::vector<Tensor>& weights, co
 }
 
 template <class Where>
-Tensor fake_quantize_weight(const Tensor& weight, std::int64_t bits) {
-  return fake_quantize_weights<Where>({weight}, {bits}).front();
-}
-
-template <class Where>
 Tensor count_changed_codes(const std::vector<Tensor>& weights, const std::vector<Tensor>& directions,
                            const std::vector<std::int64_t>& bits, const Tensor& learning_rate, const Tensor& kappas) {
   STD_TORCH_CHECK(weights.size() == directions.size() && weights.size() == bits.size(), "there are ", weights.size(),
@@ -388,7 +383,6 @@ void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("fake_quantize", TORCH_BOX(&fake_quantize<Where>));
   library.impl("fake_quantize_clipped", TORCH_BOX(&fake_quantize_clipped<Where>));
   library.impl("fake_quantize_clipped_backward", TORCH_BOX(&fake_quantize_clipped_backward<Where>));
-  library.impl("fake_quantize_weight", TORCH_BOX(&fake_quantize_weight<Where>));
   library.impl("fake_quantize_weights", TORCH_BOX(&fake_quantize_weights<Where>));
   library.impl("count_changed_codes", TORCH_BOX(&count_changed_codes<Where>));
   library.impl("observe_range", TORCH_BOX(&observe_range<Where>));

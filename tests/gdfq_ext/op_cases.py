@@ -38,14 +38,8 @@ def fake_quantize_clipped_backward(i):
         yield i.x(*shape), OPS.fake_quantize_clipped(x, i.lower, i.upper, 4, -1)[1]
 
 
-def fake_quantize_weight(i):
-    yield i.x(4, 3, 3, 2).requires_grad_(), 4
-    yield i.x(5).requires_grad_(), 2
-    yield i.x(0, 3, 3, 3), 8
-
-
 def fake_quantize_weights(i):
-    yield [i.x(4, 3, 3, 2).requires_grad_(), i.x(7, 2)], [4, 3]
+    yield [i.x(4, 3, 3, 2).requires_grad_(), i.x(7, 2), i.x(5)], [4, 3, 2]
     yield [i.x(4, 0), i.x(7, 2).requires_grad_()], [4, 3]
 
 
@@ -133,7 +127,6 @@ CASES = {
     "fake_quantize": fake_quantize,
     "fake_quantize_clipped": fake_quantize,
     "fake_quantize_clipped_backward": fake_quantize_clipped_backward,
-    "fake_quantize_weight": fake_quantize_weight,
     "fake_quantize_weights": fake_quantize_weights,
     "count_changed_codes": count_changed_codes,
     "observe_range": observe_range,

@@ -44,7 +44,7 @@ def test_native_quantizers_agree_level_by_level_over_threads(shape, dtype, layou
         "fake_quantize": (special, i.lower, i.upper, 4, -1),
         "fake_quantize_clipped": (special, lower, upper, 3, 1),
         "fake_quantize_clipped_backward": (x, torch.arange((x.numel() + 7) // 8).to(torch.uint8)),
-        "fake_quantize_weight": (x, 4),
+        "fake_quantize_weights": ([x], [4]),
         "observe_range": (x, torch.tensor([-0.1, 0.2, 0.3]), 0.9),
     }.items():
         compare(OPS, name, arguments)
