@@ -189,6 +189,7 @@ def test_a_change_compiles_itself_alone_and_the_loader_knows_the_library_again(t
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     csrc = tmp_path / "csrc"
+    (csrc / "kernels").mkdir(parents=True)
     for name in ("cpu/a", "binding/cpu"):
         (csrc / name).parent.mkdir(parents=True)
         (csrc / f"{name}.cpp").write_text(f"int {Path(name).name}() {{ return 1; }}\n")
