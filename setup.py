@@ -43,6 +43,14 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
+# In csrc, by the part of the build that compiles them; CMakeLists.txt takes the same folders.
+SOURCES = {
+    "kernels": "cpu/*.cpp",
+    "binding": "binding/cpu.cpp",
+    "cuda": "kernels/*.cu",
+    "cuda_binding": "binding/cuda.cpp",
+    "build_info": "binding/build_info.cpp",
+}
 WERROR = os.environ.get("GDFQ_WERROR") == "1"
 NVCC_FLAGS = ["-O3", "--std=c++17", "-Xcompiler=-fPIC,-ffp-contract=off,-fvisibility=hidden"]
 
@@ -134,9 +142,7 @@ def compiled_parts() -> Mapping:
 
 def sources(part: str) -> list[str]:
     """The source files of one part of the build, relative to the root as setuptools asks."""
-    lines = (ROOT / "csrc/sources.txt").read_text().splitlines()
-    entries = (line.split() for line in lines if line and not line.startswith("#"))
-    return [path for name, path in entries if name == part]
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(SOURCES[part]))
 
 
 def touch_changed_sources(directory: Path) -> None:

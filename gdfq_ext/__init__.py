@@ -15,12 +15,12 @@ from .ops import (
     batch_norm_act_moments,
     bns_loss,
     conditional_batch_norm_act,
+    count_changed_codes,
     distillation_loss,
     fake_quantize,
     fake_quantize_weight,
     fake_quantize_weights,
     observe_range,
-    range_of,
 )
 
 __all__ = [
@@ -32,12 +32,12 @@ __all__ = [
     "bns_loss",
     "build_info",
     "conditional_batch_norm_act",
+    "count_changed_codes",
     "distillation_loss",
     "fake_quantize",
     "fake_quantize_weight",
     "fake_quantize_weights",
     "observe_range",
-    "range_of",
     "reference",
 ]
 

@@ -66,7 +66,7 @@ def _find(directory: Path) -> list[Path]:
 
 def _misfit(library: Path, stamp: dict, csrc: Path) -> str | None:
     """In a checkout: why `library` is not what `csrc` makes. Contents are compared, as a copy has times of its own."""
-    if not (csrc / "sources.txt").exists():
+    if not (csrc / "kernels").exists():
         return None
     if stamp.get("sources") == sources_digest(csrc, with_cuda=bool(stamp.get("cuda_architectures"))):
         return None

@@ -48,11 +48,16 @@ SCHEMAS = {
     "fake_quantize_clipped": "(Tensor x, Tensor lower, Tensor upper, int bits, int axis) -> (Tensor, Tensor)",
     # grad_x: grad_y where the bit is set, else +0. grad_y has the layout that x had.
     "fake_quantize_clipped_backward": "(Tensor grad_y, Tensor mask) -> Tensor",
-    # Ranges are the minimum and maximum of weight[c], NaN if any element is NaN. weight: 1-D or more.
-    # Channel c is the c-th of shape[0] equal, consecutive pieces of memory in both layouts.
-    "fake_quantize_weight": "(Tensor weight, int bits) -> Tensor",
-    # The same for all layers in one call: weights may differ in shape and type; bits has one value per weight.
+    # Weights may differ in shape, 1-D or more, and type; bits has one value per weight. Ranges are the minimum and the
+    # maximum of weight[c], NaN if any element is NaN. Channel c is the c-th of shape[0] equal, consecutive pieces of
+    # memory in both layouts.
     "fake_quantize_weights": "(Tensor[] weights, int[] bits) -> Tensor[]",
+    # (len(weights), K) int64: of each weight w, how many elements have another code in w - (kappa * learning_rate) * d
+    # than in w, for each kappa. A code is clamp(round(scale * x - zero), ...) with the ranges of w, those of
+    # fake_quantize_weights; each operation rounded on its own; NaN is another code than any. weights and directions are
+    # float32, alike in shape and layout; learning_rate: one element; kappas: (K,), K from 1 to 16.
+    "count_changed_codes": "(Tensor[] weights, Tensor[] directions, int[] bits, Tensor learning_rate, Tensor kappas) "
+    "-> Tensor",
     # state, (3,) float32, updated in place: [raw average of min, raw average of max, accumulated weight];
     # average = m * average + (1 - m) * new, weight = m * weight + (1 - m), with (float)m and (float)(1.0 - m), no FMA.
     # Returns the new (2,) float32 [state[0] / state[2], state[1] / state[2]]. NaN in x makes both averages NaN.
@@ -82,13 +87,16 @@ SCHEMAS = {
     # The C_l may differ; all lists have the same length >= 1.
     "bns_loss": "(Tensor[] means, Tensor[] variances, Tensor[] running_means, Tensor[] running_vars, bool mean) "
     "-> (Tensor, Tensor)",
-    # (loss, cross_entropy, kl, gradient). student = z_Q, teacher = z_P: (B, C) float32; labels: (B,) int64.
-    # cross_entropy = mean over B of -log softmax(z_Q)[label]; kl = sum softmax(z_P / T) * (log softmax(z_P / T) -
-    # log softmax(z_Q / T)) divided by B * C, or by B (batchmean True); loss = cross_entropy_weight * cross_entropy +
-    # distillation_weight * T^2 * kl; all () float32. gradient: (B, C) float32, d loss / d z_Q.
+    # (loss, cross_entropy, kl, gradient). student = z_Q, teacher = z_P: (B, C) float32. targets: labels (B,) int64, or
+    # a share for each class (B, C) float32. sample_weight: (B,) float32, 1 without.
+    # cross_entropy = mean over B of sample_weight * -log softmax(z_Q)[label], or sample_weight * -sum_c targets_c *
+    # log softmax(z_Q)_c with 0 log 0 = 0; kl = sum softmax(z_P / T) * (log softmax(z_P / T) - log softmax(z_Q / T))
+    # divided by B * C, or by B (batchmean True); loss = cross_entropy_weight * cross_entropy + distillation_weight *
+    # T^2 * kl; all () float32. gradient: (B, C) float32, d loss / d z_Q.
     # A label outside 0..C-1 makes cross_entropy, loss and that row's gradient NaN. B = 0: NaN losses, empty gradient.
-    "distillation_loss": "(Tensor student_logits, Tensor teacher_logits, Tensor labels, float temperature, "
-    "float cross_entropy_weight, float distillation_weight, bool batchmean) -> (Tensor, Tensor, Tensor, Tensor)",
+    "distillation_loss": "(Tensor student_logits, Tensor teacher_logits, Tensor targets, Tensor? sample_weight, "
+    "float temperature, float cross_entropy_weight, float distillation_weight, bool batchmean) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     # (y, mean, inv_std, new_running_mean, new_running_var). x: (N, C, *spatial), n = numel / C > 1; weight, bias:
     # (classes, C) float32, contiguous; labels: (N,) int64. mean and inv_std = 1 / sqrt(biased variance + eps) of the
     # batch, (C,) float32; z = weight[label] * (x - mean) * inv_std + bias[label]; y = z where z >= 0, else slope * z; a
@@ -139,14 +147,14 @@ def _(grad_y, mask):
     return empty_dense_like(grad_y)
 
 
-@_fake("fake_quantize_weight")
-def _(weight, bits):
-    return empty_dense_like(weight)
-
-
 @_fake("fake_quantize_weights")
 def _(weights, bits):
     return [empty_dense_like(weight) for weight in weights]
+
+
+@_fake("count_changed_codes")
+def _(weights, directions, bits, learning_rate, kappas):
+    return kappas.new_empty((len(weights), kappas.numel()), dtype=torch.int64)
 
 
 @_fake("observe_range")
@@ -180,7 +188,7 @@ def _(means, variances, running_means, running_vars, mean):
 
 
 @_fake("distillation_loss")
-def _(student_logits, teacher_logits, labels, temperature, cross_entropy_weight, distillation_weight, batchmean):
+def _(student_logits, teacher_logits, targets, sample_weight, temperature, *weights):
     loss, cross_entropy, kl = (student_logits.new_empty(()) for _ in range(3))
     return loss, cross_entropy, kl, torch.empty_like(student_logits, memory_format=torch.contiguous_format)
 

@@ -15,7 +15,7 @@ TEXT = re.compile(MARK.encode() + rb"(\{[^\0]*\})\0")
 
 def sources_digest(csrc: Path, with_cuda: bool) -> str:
     """Digest of the files in `csrc` that go into a library, with CUDA kernels or without."""
-    suffixes = {".txt", ".h", ".cpp", *((".cu", ".cuh") if with_cuda else ())}
+    suffixes = {".h", ".cpp", *((".cu", ".cuh") if with_cuda else ())}
     digest = hashlib.sha256()
     for path in sorted(path for path in csrc.rglob("*.*") if path.suffix in suffixes):
         content = path.read_bytes()

@@ -34,16 +34,11 @@ def _fake_quantize_backward(ctx, grad_y: Tensor):
     return grad_y, None, None, None, None
 
 
-def _fake_quantize_weight_backward(ctx, grad_y: Tensor):
-    return grad_y, None
-
-
 def _fake_quantize_weights_backward(ctx, grads: list[Tensor]):
     return grads, None
 
 
 _register("fake_quantize", None, _fake_quantize_backward)
-_register("fake_quantize_weight", None, _fake_quantize_weight_backward)
 _register("fake_quantize_weights", None, _fake_quantize_weights_backward)
 
 
@@ -114,22 +109,44 @@ _register("batch_norm_act_moments", _moments_setup, _moments_backward)
 # Losses: the forward has the gradient for grad_loss = 1.
 
 
-def _bns_loss_setup(ctx, inputs, output):
-    _, gradient = output
-    ctx.mark_non_differentiable(gradient)
-    ctx.save_for_backward(gradient)
-    ctx.sizes = [layer.numel() for layer in inputs[0]]
+class _BnsLoss(torch.autograd.Function):
+    """By hand, as `register_autograd` takes lists apart in Python, which lasts longer than the loss itself."""
+
+    @staticmethod
+    def forward(ctx, running_means: list[Tensor], running_vars: list[Tensor], mean: bool, *statistics: Tensor):
+        layers = len(running_means)
+        loss, gradient = _bns_loss(statistics[:layers], statistics[layers:], running_means, running_vars, mean)
+        ctx.mark_non_differentiable(gradient)
+        ctx.save_for_backward(gradient)
+        ctx.set_materialize_grads(False)
+        ctx.sizes = [layer.numel() for layer in running_means]
+        return loss, gradient
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor, _grad_gradient):
+        return None, None, None, *_bns_loss_gradients(ctx, grad_loss)
 
 
 @_once
-def _bns_loss_backward(ctx, grad_loss: Tensor, _grad_gradient):
+def _bns_loss_gradients(ctx, grad_loss: Tensor):
     (gradient,) = ctx.saved_tensors
-    grads = list((gradient * grad_loss).split(ctx.sizes * 2))
-    layers = len(ctx.sizes)
-    return grads[:layers], grads[layers:], [None] * layers, [None] * layers, None
+    return (gradient * grad_loss).split_with_sizes(ctx.sizes * 2)
 
 
-_register("bns_loss", _bns_loss_setup, _bns_loss_backward)
+def _bns_loss(*arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.bns_loss.default(*arguments)
+
+
+def _bns_loss_autograd(
+    means: list[Tensor], variances: list[Tensor], running_means: list[Tensor], running_vars: list[Tensor], mean: bool
+):
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(means, variances):
+        return _BnsLoss.apply(running_means, running_vars, mean, *means, *variances)
+    return _bns_loss(means, variances, running_means, running_vars, mean)
+
+
+library.impl("bns_loss", _bns_loss_autograd, "Autograd")
 
 
 def _distillation_setup(ctx, inputs, output):
@@ -141,10 +158,16 @@ def _distillation_setup(ctx, inputs, output):
 @_once
 def _distillation_backward(ctx, grad_loss: Tensor, *_grads):
     (gradient,) = ctx.saved_tensors
-    return gradient * grad_loss, None, None, None, None, None, None
+    return gradient * grad_loss, None, None, None, None, None, None, None
 
 
 _register("distillation_loss", _distillation_setup, _distillation_backward)
+
+
+# No gradient: without this, autograd would look at every argument of every call.
+
+for _name in ("count_changed_codes", "observe_range"):
+    library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 # The generator's batch normalisation: x is saved with the batch's statistics, z is computed again.

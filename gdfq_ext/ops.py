@@ -82,12 +82,7 @@ def fake_quantize_weight(weight: Tensor, bits: int, *, ste: StraightThrough = "i
     Raises:
         TypeError, ValueError: as `fake_quantize`; ValueError also for a 0-dimensional weight.
     """
-    _check_weight("weight", weight)
-    _check_bits(bits)
-    _check_choice("ste", ste, ("identity", "clipped"))
-    if ste == "clipped" and weight.numel() > 0:
-        return fake_quantize(weight, *channel_range(weight), bits, axis=0, ste=ste)
-    return _ops.fake_quantize_weight(_dense(weight), bits)
+    return fake_quantize_weights([weight], bits, ste=ste)[0]
 
 
 def fake_quantize_weights(
@@ -108,11 +103,7 @@ def fake_quantize_weights(
             `weights`.
     """
     weights = list(weights)
-    bits = [bits] * len(weights) if isinstance(bits, int) else list(bits)
-    if len(bits) != len(weights):
-        raise ValueError(f"bits has {len(bits)} values for {len(weights)} weights; give one number, or one per weight")
-    if ste == "clipped":
-        return [fake_quantize_weight(weight, b, ste=ste) for weight, b in zip(weights, bits, strict=True)]
+    bits = _bits_of_each(bits, weights)
     _check_choice("ste", ste, ("identity", "clipped"))
     for index, (weight, weight_bits) in enumerate(zip(weights, bits, strict=True)):
         _check_weight(f"weights[{index}]", weight)
@@ -120,7 +111,59 @@ def fake_quantize_weights(
         _check_bits(weight_bits)
     if not weights:
         return []
+    if ste == "clipped":
+        pairs = zip(weights, bits, strict=True)
+        return [fake_quantize(w, *channel_range(w), k, axis=0, ste=ste) if w.numel() else w.clone() for w, k in pairs]
     return _ops.fake_quantize_weights([_dense(weight) for weight in weights], bits)
+
+
+def count_changed_codes(
+    weights: Sequence[Tensor], directions: Sequence[Tensor], bits: int | Sequence[int], learning_rate: Tensor,
+    kappas: Tensor,
+) -> Tensor:  # fmt: skip
+    """How many integer codes of every weight a step would change, for several sizes of the step.
+
+        code(w) = clamp(round(scale * w - zero), -2^(k-1), 2^(k-1) - 1)        (Eq. 6, as `fake_quantize_weight`)
+        count of kappa = number of elements where code(w - kappa * learning_rate * d) != code(w)
+
+    with the ranges of w, from before the step, in both: what AIT (CVPR 2022) chooses the size of its steps by. In
+    float32, each operation rounded on its own. Where a channel or its step is not finite, NaN counts as changed.
+
+    Args:
+        weights: w, `(out_channels, ...)` float32 each, on one device.
+        directions: d, float32, one for each weight and of its shape.
+        bits: k, 2..8; one value for all, or one per weight.
+        learning_rate: one element, floating; on the device, where it is read.
+        kappas: `(K,)`, floating, K from 1 to 16.
+
+    Returns:
+        `(len(weights), K)` int64. No gradient, and nothing waits for the device.
+
+    Raises:
+        TypeError: a weight or a direction is not float32, or another tensor not floating.
+        ValueError: lengths, shapes, devices or `bits` do not fit.
+    """
+    weights, directions = list(weights), list(directions)
+    bits = _bits_of_each(bits, weights)
+    if len(directions) != len(weights):
+        raise ValueError(f"directions has {len(directions)} tensors for {len(weights)} weights; give one for each")
+    _check_floating("learning_rate", learning_rate)
+    _check_floating("kappas", kappas)
+    if kappas.dim() != 1 or not 1 <= kappas.numel() <= 16:
+        raise ValueError(f"kappas has shape {tuple(kappas.shape)}; allowed is (K,), K from 1 to 16")
+    for index, (weight, direction, weight_bits) in enumerate(zip(weights, directions, bits, strict=True)):
+        for name, tensor in ((f"weights[{index}]", weight), (f"directions[{index}]", direction)):
+            if tensor.dtype != torch.float32:
+                raise TypeError(f"{name} is {tensor.dtype}; allowed is float32")
+            _check_device(name, tensor, kappas)
+        _check_weight(f"weights[{index}]", weight)
+        _check_shape(f"directions[{index}]", direction, tuple(weight.shape))
+        _check_bits(weight_bits)
+    weights = [_dense(weight.detach()) for weight in weights]
+    pairs = zip(directions, weights, strict=True)
+    directions = [direction.detach().contiguous(memory_format=dense_format(weight)) for direction, weight in pairs]
+    learning_rate = _parameter("learning_rate", learning_rate.detach(), 1, kappas)
+    return _ops.count_changed_codes(weights, directions, bits, learning_rate, kappas.detach().float().contiguous())
 
 
 def observe_range(x: Tensor, state: Tensor, momentum: float = 0.9) -> Tensor:
@@ -146,18 +189,7 @@ def observe_range(x: Tensor, state: Tensor, momentum: float = 0.9) -> Tensor:
     _check_device("state", state, x)
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum is {momentum}; allowed is 0 <= momentum < 1")
-    return _ops.observe_range(_dense(x.detach()), state, momentum)
-
-
-def range_of(state: Tensor) -> Tensor:
-    """The range that `observe_range` last returned: `(2,)` float32 [lower, upper], NaN before the first observation.
-
-    Raises:
-        TypeError, ValueError: `state` is not as `observe_range` wants it.
-    """
-    _check_state(state)
-    state = state.detach()
-    return state[:2] / state[2]
+    return _ops.observe_range(_dense(x.detach() if x.requires_grad else x), state, momentum)
 
 
 def batch_norm_act_fake_quantize(
@@ -272,53 +304,62 @@ def bns_loss(
 
 
 def distillation_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor,
-    *, temperature: float = 20.0, cross_entropy_weight: float = 1.0, distillation_weight: float = 1.0,
-    reduction: Literal["mean", "batchmean"] = "mean",
+    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor,
+    *, sample_weight: Tensor | None = None, temperature: float = 20.0, cross_entropy_weight: float = 1.0,
+    distillation_weight: float = 1.0, reduction: Literal["mean", "batchmean"] = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The student's loss (Eq. 10): cross-entropy and knowledge distillation with z_Q = student, z_P = teacher.
 
-        loss = cross_entropy_weight * CE(z_Q, labels) + distillation_weight * T^2 * KL(softmax(z_P/T) || softmax(z_Q/T))
+        loss = cross_entropy_weight * CE + distillation_weight * T^2 * KL(softmax(z_P/T) || softmax(z_Q/T))
+        CE = 1/B sum_n sample_weight_n * -log softmax(z_Q,n)[targets_n]
+          or 1/B sum_n sample_weight_n * -sum_c targets_nc * log softmax(z_Q,n)_c
 
     computed in float32. The gradient goes to `student_logits` only.
 
     Args:
         student_logits: `(B, C)`, floating.
         teacher_logits: `(B, C)`, floating.
-        labels: `(B,)` int64, each in 0..C-1; another value makes the loss NaN (checking it would wait for the device).
+        targets: labels, `(B,)` int64, each in 0..C-1 (another value makes the loss NaN; checking it would wait for the
+            device), or soft ones, `(B, C)` floating, as a rule probabilities.
+        sample_weight: `(B,)`, floating: weight of each image's cross-entropy; KL has none. None for 1.
         temperature: T, above 0.
         cross_entropy_weight, distillation_weight: weights of the two parts.
         reduction: KL is divided by B*C ("mean", as the published numbers were made) or by B ("batchmean").
 
     Returns:
-        loss, cross_entropy, kl: float32 scalars. The last two are for logging, unweighted, KL without T^2, and take no
-        gradient. NaN for an empty batch.
+        loss, cross_entropy, kl: float32 scalars. The last two are for logging, without the weights of the parts, KL
+        without T^2, and take no gradient. NaN for an empty batch.
 
     Raises:
-        TypeError: logits are not floating, or labels not int64.
+        TypeError: logits or `sample_weight` are not floating, or `targets` neither floating nor int64.
         ValueError: shapes or devices do not fit, `temperature` is not positive, or `reduction` is not known.
     """
     _check_choice("reduction", reduction, ("mean", "batchmean"))
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; allowed is a number above 0")
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        if not logits.is_floating_point():
-            raise TypeError(f"{name} is {logits.dtype}; allowed is a floating type")
+        _check_floating(name, logits)
         if logits.dim() != 2 or logits.shape != student_logits.shape or logits.shape[1] == 0:
             raise ValueError(
                 f"{name} has shape {tuple(logits.shape)}, student_logits {tuple(student_logits.shape)}; "
                 "both must be the same (B, C), C >= 1"
             )
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels is {labels.dtype}; allowed is torch.int64")
-    if labels.shape != student_logits.shape[:1]:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}; allowed is {tuple(student_logits.shape[:1])}")
+    batch, classes = student_logits.shape
     _check_device("teacher_logits", teacher_logits, student_logits)
-    _check_device("labels", labels, student_logits)
-    _check_labels(labels, student_logits.shape[1])
+    _check_device("targets", targets, student_logits)
+    if targets.is_floating_point():
+        _check_shape("targets", targets, (batch, classes))
+        targets = targets.detach().float()
+    else:
+        _check_labels("targets", targets, batch, classes, " or a floating type")
+    if sample_weight is not None:
+        _check_floating("sample_weight", sample_weight)
+        _check_shape("sample_weight", sample_weight, (batch,))
+        _check_device("sample_weight", sample_weight, student_logits)
+        sample_weight = sample_weight.detach().float().contiguous()
     loss, cross_entropy, kl, _ = _ops.distillation_loss(
-        student_logits.float().contiguous(), teacher_logits.detach().float().contiguous(), labels.contiguous(),
-        temperature, cross_entropy_weight, distillation_weight, reduction == "batchmean",
+        student_logits.float().contiguous(), teacher_logits.detach().float().contiguous(), targets.contiguous(),
+        sample_weight, temperature, cross_entropy_weight, distillation_weight, reduction == "batchmean",
     )  # fmt: skip
     return loss, cross_entropy, kl
 
@@ -360,10 +401,7 @@ def conditional_batch_norm_act(
     for name, table in (("weight", weight), ("bias", bias)):
         if table.dim() != 2 or table.shape != weight.shape or table.shape[1:] != channels:
             raise ValueError(f"{name} has shape {tuple(table.shape)}; weight and bias must be (classes, {x.shape[1]})")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels is {labels.dtype}; allowed is torch.int64")
-    if labels.shape != x.shape[:1]:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}; allowed is {tuple(x.shape[:1])}")
+    _check_labels("labels", labels, x.shape[0], weight.shape[0])
     for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
         if tensor.shape != channels or not tensor.is_contiguous():
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is a contiguous {channels}")
@@ -373,7 +411,6 @@ def conditional_batch_norm_act(
             raise TypeError(f"{name} is {tensor.dtype}; allowed is float32")
         _check_device(name, tensor, x)
     _check_device("labels", labels, x)
-    _check_labels(labels, weight.shape[0])
     tables = weight.contiguous(), bias.contiguous(), labels.contiguous()
     y, _, _, new_mean, new_var = _ops.conditional_batch_norm_act(
         _dense(x), *tables, running_mean, running_var, momentum, eps, negative_slope
@@ -408,6 +445,13 @@ def _check_channels(x: Tensor) -> None:
 def _check_bits(bits: int) -> None:
     if not isinstance(bits, int) or not 2 <= bits <= 8:
         raise ValueError(f"bits is {bits!r}; allowed is an integer from 2 to 8")
+
+
+def _bits_of_each(bits: int | Sequence[int], weights: list[Tensor]) -> list[int]:
+    bits = [bits] * len(weights) if isinstance(bits, int) else list(bits)
+    if len(bits) != len(weights):
+        raise ValueError(f"bits has {len(bits)} values for {len(weights)} weights; give one number, or one per weight")
+    return bits
 
 
 def _check_choice(name: str, value: str, allowed: Collection[str]) -> None:
@@ -455,12 +499,25 @@ def _range(lower: Tensor, upper: Tensor, count: int, x: Tensor) -> tuple[Tensor,
     return lower, upper
 
 
-def _check_labels(labels: Tensor, classes: int) -> None:
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} is {tensor.dtype}; allowed is a floating type")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is {shape}")
+
+
+def _check_labels(name: str, labels: Tensor, count: int, classes: int, other_types: str = "") -> None:
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{name} is {labels.dtype}; allowed is torch.int64{other_types}")
+    _check_shape(name, labels, (count,))
     if _CHECK_VALUES:
         wrong = (labels < 0) | (labels >= classes)
         if wrong.any():
             index = int(wrong.nonzero()[0])
-            raise ValueError(f"labels[{index}] is {labels[index].item()}; allowed is 0 to {classes - 1}")
+            raise ValueError(f"{name}[{index}] is {labels[index].item()}; allowed is 0 to {classes - 1}")
 
 
 def _batch_norm_parameters(
@@ -479,11 +536,13 @@ def _statistics(name: str, tensors: list[Tensor], means: list[Tensor]) -> list[T
     """One statistic of all layers as float32, checked against the batch means."""
     if len(tensors) != len(means):
         raise ValueError(f"{name} has {len(tensors)} layers and means has {len(means)}; give one tensor per layer")
-    device = means[0].device
-    for index, (tensor, mean) in enumerate(zip(tensors, means, strict=True)):
-        if tensor.shape != mean.shape or tensor.dim() != 1 or tensor.numel() == 0:
-            shapes = f"{tuple(tensor.shape)}, means[{index}] {tuple(mean.shape)}"
-            raise ValueError(f"{name}[{index}] has shape {shapes}; all must be (C,) with one C >= 1 per layer")
-        if tensor.device != device:
+    # Whole lists are compared, and looked through only where they differ: there are many layers, and little to compute.
+    if tensors is means or [t.shape for t in tensors] != [mean.shape for mean in means]:
+        for index, (tensor, mean) in enumerate(zip(tensors, means, strict=True)):
+            if tensor.shape != mean.shape or tensor.dim() != 1 or tensor.numel() == 0:
+                shapes = f"{tuple(tensor.shape)}, means[{index}] {tuple(mean.shape)}"
+                raise ValueError(f"{name}[{index}] has shape {shapes}; all must be (C,) with one C >= 1 per layer")
+    if {t.device for t in tensors} != {means[0].device}:
+        for index, tensor in enumerate(tensors):
             _check_device(f"{name}[{index}]", tensor, means[0])
     return [t if t.dtype == torch.float32 and t.is_contiguous() else t.float().contiguous() for t in tensors]

@@ -29,15 +29,26 @@ def fake_quantize_clipped_backward(grad_y: Tensor, mask: Tensor) -> Tensor:
     return _from_memory_order(gradient, grad_y)
 
 
-def fake_quantize_weight(weight: Tensor, bits: int) -> Tensor:
-    if weight.numel() == 0:
-        return empty_dense_like(weight)
-    lower, upper = channel_range(weight)
-    return fake_quantize(weight, lower, upper, bits, axis=0)
-
-
 def fake_quantize_weights(weights: list[Tensor], bits: list[int]) -> list[Tensor]:
-    return [fake_quantize_weight(weight, weight_bits) for weight, weight_bits in zip(weights, bits, strict=True)]
+    pairs = zip(weights, bits, strict=True)
+    return [
+        fake_quantize(weight, *channel_range(weight), k, 0) if weight.numel() else empty_dense_like(weight)
+        for weight, k in pairs
+    ]
+
+
+def count_changed_codes(
+    weights: list[Tensor], directions: list[Tensor], bits: list[int], learning_rate: Tensor, kappas: Tensor
+) -> Tensor:
+    sizes = kappas * learning_rate
+    counts = torch.zeros(len(weights), len(sizes), dtype=torch.int64, device=kappas.device)
+    for row, weight, direction, weight_bits in zip(counts, weights, directions, bits, strict=True):
+        if weight.numel() > 0:
+            quantizer = *_coefficients(weight, *channel_range(weight), weight_bits, 0), weight_bits
+            code = _code(weight, *quantizer)
+            changed = [(_code(weight - size * direction, *quantizer) != code).sum() for size in sizes]
+            row.copy_(torch.stack(changed))
+    return counts
 
 
 def channel_range(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,14 +130,24 @@ def bns_loss(
 
 
 def distillation_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor,
+    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, sample_weight: Tensor | None,
     temperature: float, cross_entropy_weight: float, distillation_weight: float, batchmean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, classes = student_logits.shape
-    valid = (labels >= 0) & (labels < classes)
-    index = torch.where(valid, labels, 0).unsqueeze(1)
     log_q = student_logits.log_softmax(1)
-    cross_entropy = torch.where(valid, -log_q.gather(1, index).squeeze(1), torch.nan).mean()
+    if targets.dtype == torch.int64:
+        valid = (targets >= 0) & (targets < classes)
+        index = torch.where(valid, targets, 0).unsqueeze(1)
+        terms = torch.where(valid, -log_q.gather(1, index).squeeze(1), torch.nan)
+        gradient = log_q.exp().scatter_add_(1, index, torch.full_like(log_q[:, :1], -1.0))
+        gradient = torch.where(valid.unsqueeze(1), gradient, torch.nan)
+    else:
+        terms = -torch.where(targets == 0, 0, targets * log_q).sum(1)
+        gradient = log_q.exp().mul_(targets.sum(1, keepdim=True)).sub_(targets)
+    if sample_weight is not None:
+        terms = terms * sample_weight
+        gradient.mul_(sample_weight.unsqueeze(1))
+    cross_entropy = terms.mean()
 
     log_soft_q = (student_logits / temperature).log_softmax(1)
     log_soft_p = (teacher_logits / temperature).log_softmax(1)
@@ -135,10 +156,9 @@ def distillation_loss(
     kl = (soft_p * (log_soft_p - log_soft_q)).sum() / count
     loss = cross_entropy_weight * cross_entropy + (distillation_weight * temperature**2) * kl
 
-    gradient = log_q.exp().scatter_add_(1, index, torch.full_like(log_q[:, :1], -1.0))
     gradient.mul_(cross_entropy_weight / max(batch, 1))
     gradient.add_(log_soft_q.exp_().sub_(soft_p), alpha=distillation_weight * temperature / max(count, 1))
-    return loss, cross_entropy, kl, torch.where(valid.unsqueeze(1), gradient, torch.nan)
+    return loss, cross_entropy, kl, gradient
 
 
 def conditional_batch_norm_act(
@@ -211,7 +231,15 @@ def _level(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 def _dequantize(level: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """(clamp(level) + zero) / scale, computed in the memory of `level`."""
-    return level.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).add_(zero).div_(scale)
+    return _clamp(level, bits).add_(zero).div_(scale)
+
+
+def _clamp(level: Tensor, bits: int) -> Tensor:
+    return level.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _code(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    return _clamp(_level(x, scale, zero), bits)
 
 
 def _inside(level: Tensor, bits: int) -> Tensor:

@@ -190,11 +190,11 @@ def test_a_change_compiles_itself_alone_and_the_loader_knows_the_library_again(t
     package.parent.mkdir(parents=True)
     package.write_text('__version__ = "0.1.0"\n')
     csrc = tmp_path / "csrc"
-    csrc.mkdir()
-    (csrc / "sources.txt").write_text("kernels csrc/a.cpp\nbinding csrc/b.cpp\nbuild_info csrc/c.cpp\n")
-    for name in "ab":
-        (csrc / f"{name}.cpp").write_text(f"int {name}() {{ return 1; }}\n")
-    (csrc / "c.cpp").write_text("extern const char version[] = GDFQ_VERSION;\n")
+    (csrc / "kernels").mkdir(parents=True)
+    for name in ("cpu/a", "binding/cpu"):
+        (csrc / name).parent.mkdir(parents=True)
+        (csrc / f"{name}.cpp").write_text(f"int {Path(name).name}() {{ return 1; }}\n")
+    (csrc / "binding/build_info.cpp").write_text("extern const char version[] = GDFQ_VERSION;\n")
     monkeypatch.setenv("GDFQ_EXT", "require")
     monkeypatch.setenv("PATH", os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])  # where ninja is
 
@@ -207,8 +207,8 @@ def test_a_change_compiles_itself_alone_and_the_loader_knows_the_library_again(t
     before = build()
     assert load_library(tmp_path / "gdfq_ext").library is not None
     assert build() == before
-    (csrc / "a.cpp").write_text("int a() { return 2; }\n")
-    os.utime(csrc / "a.cpp", (1e9, 1e9))  # as a copy of another folder's file may be
+    (csrc / "cpu/a.cpp").write_text("int a() { return 2; }\n")
+    os.utime(csrc / "cpu/a.cpp", (1e9, 1e9))  # as a copy of another folder's file may be
     with pytest.raises(ImportError, match="other sources"):
         load_library(tmp_path / "gdfq_ext")
     after = build()
@@ -216,5 +216,5 @@ def test_a_change_compiles_itself_alone_and_the_loader_knows_the_library_again(t
     assert load_library(tmp_path / "gdfq_ext").library is not None
     package.write_text('__version__ = "70.1.0"\n')
     last = build()
-    assert {name for name in last if last[name] != after[name]} == {"c.o"}
+    assert {name for name in last if last[name] != after[name]} == {"build_info.o"}
     assert any(b"70.1.0" in file.read_bytes() for file in (tmp_path / "gdfq_ext").glob("_build_info*.so"))

@@ -227,6 +227,34 @@ def fake_quantize_weights(problem: Problem) -> Case:
     return weights_case(problem, shapes, lambda weights: lambda: gdfq_ext.fake_quantize_weights(weights, BITS))
 
 
+def count_changed_codes(problem: Problem) -> Case:
+    """Every weight of a ResNet-18 in steps of 16 sizes; all layers together, as a code may depend on the last bit."""
+    torch.manual_seed(0)
+    shapes = [(outputs, inputs, kernel, kernel) for outputs, inputs, kernel in RESNET18_WEIGHTS]
+    weights, directions = ([torch.randn(shape, device=problem.device) for shape in shapes] for _ in range(2))
+    rate = torch.tensor(1e-3, device=problem.device)
+    kappas = torch.arange(1.0, 17.0, device=problem.device)
+
+    def codes(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+        scale = (2**BITS - 1) / torch.clamp(upper - lower, min=1e-8)
+        zero = torch.round(scale * lower) + 2 ** (BITS - 1)
+        return torch.clamp(torch.round(scale * x - zero), -(2 ** (BITS - 1)), 2 ** (BITS - 1) - 1)
+
+    def released():
+        return sum(separate(*pair) for pair in zip(weights, directions, strict=True))
+
+    def separate(weight: Tensor, direction: Tensor) -> Tensor:
+        limits = [limit.view(-1, 1, 1, 1) for limit in weight.flatten(1).aminmax(dim=1)]
+        before = codes(weight, *limits)
+        return torch.stack([(codes(weight - kappa * rate * direction, *limits) != before).sum() for kappa in kappas])
+
+    def ours():
+        return gdfq_ext.count_changed_codes(weights, directions, BITS, rate, kappas).sum(0)
+
+    size = sum(weight.nbytes for weight in weights)
+    return Case(with_compile(released, ours=ours), [], size, 2 * size)
+
+
 def observe_range(problem: Problem) -> Case:
     """The averages start where they end: at the range of x."""
     x = problem.x().detach()
@@ -371,6 +399,9 @@ OPERATIONS = {
     "distillation_loss": Operation(distillation_loss, fixed="64 x 1000 logits", layouts=False, low_precision=False),
     "bns_loss": Operation(bns_loss, fixed="resnet18 20 layers", layouts=False, low_precision=False),
     "observe_range": Operation(observe_range, gradient=False),
+    "count_changed_codes": Operation(
+        count_changed_codes, fixed="resnet18 20 layers", layouts=False, low_precision=False, gradient=False
+    ),
     "fake_quantize_clipped": Operation(fake_quantize_clipped),
     "fake_quantize_per_channel": Operation(fake_quantize_per_channel),
     "fake_quantize_weight": Operation(fake_quantize_weight, layouts=False),

@@ -1,10 +1,5 @@
 // The CPU kernels as PyTorch operators, on PyTorch's threads.
-#include "../cpu/batch_norm_act_fake_quantize.h"
-#include "../cpu/batch_norm_act_moments.h"
-#include "../cpu/conditional_batch_norm_act.h"
-#include "../cpu/fake_quantize.h"
-#include "../cpu/fake_quantize_weight.h"
-#include "../cpu/observe_range.h"
+#include "../cpu/parallel.h"
 #include "operators.h"
 
 namespace gdfq::binding {

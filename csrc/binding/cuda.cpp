@@ -27,9 +27,6 @@ class Cuda : public CudaCall {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(gdfq_ext, CUDA, library) {
-  register_operators<Cuda>(library);
-  register_gpu_operators<Cuda>(library);
-}
+STABLE_TORCH_LIBRARY_IMPL(gdfq_ext, CUDA, library) { register_operators<Cuda>(library); }
 
 }  // namespace gdfq::binding

@@ -3,14 +3,7 @@
 
 #include <deque>
 
-#include "../kernels/batch_norm_act_fake_quantize.h"
-#include "../kernels/batch_norm_act_moments.h"
-#include "../kernels/bns_loss.h"
-#include "../kernels/conditional_batch_norm_act.h"
-#include "../kernels/distillation_loss.h"
-#include "../kernels/fake_quantize.h"
-#include "../kernels/fake_quantize_weight.h"
-#include "../kernels/observe_range.h"
+#include "../kernels/device.h"
 #include "operators.h"
 
 namespace gdfq::binding {
@@ -19,9 +12,6 @@ namespace gdfq::binding {
 // nobody before the stream is past it.
 class CudaCall {
  public:
-  using LayerStatistics = cuda::LayerStatistics;
-  using DistillationWeights = cuda::DistillationWeights;
-
   CudaCall(const Tensor& like, cudaStream_t stream) : like_(like), stream_(stream) {}
   CudaCall(const CudaCall&) = delete;
   CudaCall& operator=(const CudaCall&) = delete;

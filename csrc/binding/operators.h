@@ -8,7 +8,15 @@
 #include <tuple>
 #include <vector>
 
-#include "../kernels/normalization.h"
+#include "../kernels/batch_norm_act_fake_quantize.h"
+#include "../kernels/batch_norm_act_moments.h"
+#include "../kernels/bns_loss.h"
+#include "../kernels/conditional_batch_norm_act.h"
+#include "../kernels/count_changed_codes.h"
+#include "../kernels/distillation_loss.h"
+#include "../kernels/fake_quantize.h"
+#include "../kernels/fake_quantize_weight.h"
+#include "../kernels/observe_range.h"
 #include "tensors.h"
 
 namespace gdfq::binding {
@@ -138,8 +146,34 @@ std::vector<Tensor> fake_quantize_weights(const std::vector<Tensor>& weights, co
 }
 
 template <class Where>
-Tensor fake_quantize_weight(const Tensor& weight, std::int64_t bits) {
-  return fake_quantize_weights<Where>({weight}, {bits}).front();
+Tensor count_changed_codes(const std::vector<Tensor>& weights, const std::vector<Tensor>& directions,
+                           const std::vector<std::int64_t>& bits, const Tensor& learning_rate, const Tensor& kappas) {
+  STD_TORCH_CHECK(weights.size() == directions.size() && weights.size() == bits.size(), "there are ", weights.size(),
+                  " weights, ", directions.size(), " directions and ", bits.size(), " bits; give one of each");
+  const std::int64_t count = kappas.numel();
+  STD_TORCH_CHECK(count >= 1 && count <= kMostKappas, "there are ", count, " kappas; 1 to ", kMostKappas,
+                  " are allowed");
+  std::vector<Tensor> dense;  // keeps copies alive
+  const auto floats_of = [&](const char* name, const Tensor& tensor, const Tensor& weight) {
+    dense.push_back(in_format(tensor, dense_format(weight)));
+    check_device(name, tensor, kappas);
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.numel() == weight.numel(), name,
+                    " must be float32, a direction as large as its weight");
+    return static_cast<const float*>(dense.back().const_data_ptr());
+  };
+  std::vector<WeightStep> steps;
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    STD_TORCH_CHECK(weights[i].dim() >= 1, "a weight has no dimensions; it needs its output channels first");
+    const std::int64_t channels = weights[i].size(0);
+    steps.push_back({floats_of("weights", weights[i], weights[i]), floats_of("directions", directions[i], weights[i]),
+                     channels, channels == 0 ? 0 : weights[i].numel() / channels, checked_bits(bits[i])});
+  }
+  Tensor counts = torch::stable::new_empty(kappas, {static_cast<std::int64_t>(weights.size()), count}, ScalarType::Long);
+  Where where(kappas);
+  count_changed_codes(steps, parameter("learning_rate", learning_rate, 1, kappas),
+                      parameter("kappas", kappas, count, kappas), static_cast<int>(count),
+                      static_cast<std::int64_t*>(counts.mutable_data_ptr()), where.device());
+  return counts;
 }
 
 template <class Where>
@@ -231,7 +265,7 @@ std::tuple<Tensor, Tensor> bns_loss(const std::vector<Tensor>& means, const std:
   STD_TORCH_CHECK(count > 0 && variances.size() == count && running_means.size() == count &&
                       running_vars.size() == count,
                   "means, variances, running_means and running_vars must have one tensor for each layer, at least one");
-  std::vector<typename Where::LayerStatistics> layers;
+  std::vector<LayerStatistics> layers;
   std::int64_t channels = 0;
   for (std::size_t i = 0; i < count; ++i) {
     const std::int64_t length = means[i].numel();
@@ -250,24 +284,30 @@ std::tuple<Tensor, Tensor> bns_loss(const std::vector<Tensor>& means, const std:
 
 template <class Where>
 std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(const Tensor& student_logits, const Tensor& teacher_logits,
-                                                             const Tensor& labels, double temperature,
-                                                             double cross_entropy_weight, double distillation_weight,
-                                                             bool batchmean) {
+                                                             const Tensor& targets,
+                                                             const std::optional<Tensor>& sample_weight,
+                                                             double temperature, double cross_entropy_weight,
+                                                             double distillation_weight, bool batchmean) {
   STD_TORCH_CHECK(student_logits.dim() == 2, "student_logits has ", student_logits.dim(), " dimensions instead of 2");
   const std::int64_t batch = student_logits.size(0);
   const std::int64_t classes = student_logits.size(1);
   const float* student = parameter("student_logits", student_logits, batch * classes, student_logits);
   const float* teacher = parameter("teacher_logits", teacher_logits, batch * classes, student_logits);
-  const std::int64_t* label = checked_labels(labels, batch, student_logits);
-  const typename Where::DistillationWeights weights{static_cast<float>(temperature),
-                                                    static_cast<float>(cross_entropy_weight),
-                                                    static_cast<float>(distillation_weight), batchmean};
+  Targets goal{};
+  if (targets.scalar_type() == ScalarType::Long) {
+    goal.labels = checked_labels(targets, batch, student_logits);
+  } else {
+    goal.shares = parameter("targets", targets, batch * classes, student_logits);
+  }
+  goal.sample_weight = parameter("sample_weight", sample_weight, batch, student_logits);
+  const DistillationWeights weights{static_cast<float>(temperature), static_cast<float>(cross_entropy_weight),
+                                    static_cast<float>(distillation_weight), batchmean};
   Tensor loss = empty_scalar(student_logits);
   Tensor cross_entropy = empty_scalar(student_logits);
   Tensor kl = empty_scalar(student_logits);
   Tensor gradient = empty_in_format(student_logits, MemoryFormat::Contiguous);
   Where where(student_logits);
-  distillation_loss(student, teacher, label, batch, classes, weights, floats(loss), floats(cross_entropy), floats(kl),
+  distillation_loss(student, teacher, goal, batch, classes, weights, floats(loss), floats(cross_entropy), floats(kl),
                     floats(gradient), where.device());
   return {loss, cross_entropy, kl, gradient};
 }
@@ -337,14 +377,14 @@ std::tuple<Tensor, Tensor, Tensor> conditional_batch_norm_act_backward(const Ten
   return {grad_x, grad_weight, grad_bias};
 }
 
-// Registers the operators whose kernels all devices have.
+// Registers the operators of a device.
 template <class Where>
 void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("fake_quantize", TORCH_BOX(&fake_quantize<Where>));
   library.impl("fake_quantize_clipped", TORCH_BOX(&fake_quantize_clipped<Where>));
   library.impl("fake_quantize_clipped_backward", TORCH_BOX(&fake_quantize_clipped_backward<Where>));
-  library.impl("fake_quantize_weight", TORCH_BOX(&fake_quantize_weight<Where>));
   library.impl("fake_quantize_weights", TORCH_BOX(&fake_quantize_weights<Where>));
+  library.impl("count_changed_codes", TORCH_BOX(&count_changed_codes<Where>));
   library.impl("observe_range", TORCH_BOX(&observe_range<Where>));
   library.impl("batch_norm_act_fake_quantize", TORCH_BOX(&batch_norm_act_fake_quantize<Where>));
   library.impl("batch_norm_act_fake_quantize_backward", TORCH_BOX(&batch_norm_act_fake_quantize_backward<Where>));
@@ -352,11 +392,6 @@ void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("batch_norm_act_moments_backward", TORCH_BOX(&batch_norm_act_moments_backward<Where>));
   library.impl("conditional_batch_norm_act", TORCH_BOX(&conditional_batch_norm_act<Where>));
   library.impl("conditional_batch_norm_act_backward", TORCH_BOX(&conditional_batch_norm_act_backward<Where>));
-}
-
-// Registers those that pay on a GPU only, where it is launches that they save.
-template <class Where>
-void register_gpu_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("bns_loss", TORCH_BOX(&bns_loss<Where>));
   library.impl("distillation_loss", TORCH_BOX(&distillation_loss<Where>));
 }

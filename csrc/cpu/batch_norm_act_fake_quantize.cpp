@@ -1,6 +1,6 @@
 // y = quantize(act(x * scale_c + shift_c)), with the gradients of x and of the BN's weight and bias in one pass.
 // Bytes per element (float32): 8 forward, 12 backward (z is computed again, not saved).
-#include "batch_norm_act_fake_quantize.h"
+#include "../kernels/batch_norm_act_fake_quantize.h"
 
 #include "channel_sums.h"
 #include "simd.h"

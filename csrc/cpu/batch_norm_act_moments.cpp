@@ -1,7 +1,7 @@
 // y = act(x * scale_c + shift_c), and the mean and the biased variance of x in each channel, from one read of x.
 // The gradient of both joins the gradient of y in one pass.
 // Bytes per element (float32): 8 forward, 12 backward.
-#include "batch_norm_act_moments.h"
+#include "../kernels/batch_norm_act_moments.h"
 
 #include <limits>
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "channels.h"
+#include "lanes.h"
 
 namespace gdfq::cpu {
 
@@ -23,18 +24,6 @@ struct Accumulators {
   float* first;
   float* second;
 };
-
-namespace detail {
-
-// Halving keeps the additions vectorizable, and their order fixed.
-GDFQ_HD float add_lanes(float (&lanes)[kLanes]) {
-  for (std::int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (std::int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-}
-
-}  // namespace detail
 
 // Calls strip(begin, length, sums) for the strips of a run; element begin + i is added to sums.first[i] and .second[i].
 template <int K, class Strip>
@@ -56,8 +45,8 @@ GDFQ_HD void for_each_strip(std::int64_t length, const ChannelParameters<K>&, Ac
   const std::int64_t rest = length % kLanes;
   const std::int64_t whole = length - rest;
   for (std::int64_t begin = 0; begin < whole; begin += kLanes) strip(begin, kLanes, Accumulators{first, second});
-  float first_sum = detail::add_lanes(first);
-  float second_sum = detail::add_lanes(second);
+  float first_sum = add_lanes(first);
+  float second_sum = add_lanes(second);
   if (rest > 0) {
     float first_rest[kLanes] = {};
     float second_rest[kLanes] = {};

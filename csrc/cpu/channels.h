@@ -23,10 +23,6 @@ inline bool is_interleaved(const ChannelShape& shape) { return shape.channels > 
 // About what stays in the first-level cache. A multiple of 8, so that no two blocks share a byte of a bit mask.
 constexpr std::int64_t kBlock = 8192;
 
-// Sums along one channel are kept in this many lanes, whatever the machine's vectors are: the order of additions, and
-// so the result, is the same everywhere.
-constexpr std::int64_t kLanes = 16;
-
 // The parameters along a run: the channel's, or those of the pattern's first period.
 template <int K>
 struct ChannelParameters {

@@ -5,7 +5,7 @@
 //
 // The statistics belong to the channels of the batch. In all other passes each sample is a tensor of its own, whose
 // channels have one gamma and one beta.
-#include "conditional_batch_norm_act.h"
+#include "../kernels/conditional_batch_norm_act.h"
 
 #include "channel_sums.h"
 #include "simd.h"

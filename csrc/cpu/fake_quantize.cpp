@@ -1,8 +1,9 @@
 // Eq. 6 with given ranges, per tensor or per channel.
 // Bytes per element (float32): 8 forward; with the clipped gradient 8 + 1/8 forward and 8 + 1/8 backward.
-#include "fake_quantize.h"
+#include "../kernels/fake_quantize.h"
 
 #include "bit_mask.h"
+#include "channels.h"
 #include "simd.h"
 
 namespace gdfq::cpu {

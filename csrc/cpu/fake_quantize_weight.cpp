@@ -1,9 +1,8 @@
 // Eq. 6 for weights: each output channel between its own minimum and maximum, all layers in one parallel loop.
 // Bytes per element (float32): 8 where a channel fits the cache, which it does in every common network.
-#include "fake_quantize_weight.h"
+#include "../kernels/fake_quantize_weight.h"
 
-#include <algorithm>
-
+#include "channel_tasks.h"
 #include "minmax.h"
 
 namespace gdfq::cpu {
@@ -15,26 +14,7 @@ GDFQ_CLONES void quantize_run(const T* x, T* y, std::int64_t length, Quantizer q
   for (std::int64_t i = 0; i < length; ++i) y[i] = from_float<T>(fake_quantize(to_float(x[i]), quantizer));
 }
 
-// Some channels of one weight, about kBlock elements.
-struct Task {
-  const Weight* weight;
-  std::int64_t first;
-  std::int64_t last;
-};
-
-std::vector<Task> divide_into_tasks(const std::vector<Weight>& weights) {
-  std::vector<Task> tasks;
-  for (const Weight& weight : weights) {
-    if (weight.length == 0) continue;
-    const std::int64_t together = std::max<std::int64_t>(1, kBlock / weight.length);
-    for (std::int64_t first = 0; first < weight.channels; first += together) {
-      tasks.push_back({&weight, first, std::min(first + together, weight.channels)});
-    }
-  }
-  return tasks;
-}
-
-void run_task(const Task& task) {
+void run_task(const ChannelTask<Weight>& task) {
   const Weight& weight = *task.weight;
   with_type(weight.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -50,7 +30,7 @@ void run_task(const Task& task) {
 }  // namespace
 
 void fake_quantize_weights(const std::vector<Weight>& weights, const Parallel& parallel) {
-  const std::vector<Task> tasks = divide_into_tasks(weights);
+  const std::vector<ChannelTask<Weight>> tasks = channel_tasks(weights);
   parallel_for(parallel, static_cast<std::int64_t>(tasks.size()), [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t t = first; t < last; ++t) run_task(tasks[static_cast<std::size_t>(t)]);
   });

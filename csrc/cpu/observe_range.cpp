@@ -1,7 +1,7 @@
 // The minimum and the maximum of a tensor, into an exponential moving average that corrects its own bias:
 //   average <- m * average + (1 - m) * new,  weight <- m * weight + (1 - m),  result = average / weight.
 // Bytes per element (float32): 4.
-#include "observe_range.h"
+#include "../kernels/observe_range.h"
 
 #include <vector>
 

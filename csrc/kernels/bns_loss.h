@@ -1,10 +1,11 @@
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
-#include "device.h"
+#include "kernel.h"
 
-namespace gdfq::cuda {
+namespace gdfq {
 
 // One BN layer: batch statistics and the teacher's, `channels` floats each.
 struct LayerStatistics {
@@ -17,7 +18,6 @@ struct LayerStatistics {
 
 // gradient: of the means of all layers in order, then of the variances of all layers. average: over the channels of a
 // layer, then over the layers, instead of the sum.
-void bns_loss(const std::vector<LayerStatistics>& layers, bool average, float* loss, float* gradient,
-              const Device& device);
+GDFQ_KERNEL(bns_loss, const std::vector<LayerStatistics>& layers, bool average, float* loss, float* gradient)
 
-}  // namespace gdfq::cuda
+}  // namespace gdfq

@@ -1,6 +1,7 @@
 // Eq. 10: cross-entropy and T^2 KL(softmax(z_P / T) || softmax(z_Q / T)), with the gradient of z_Q.
 //
-// Bytes per element: 12 (two logits read, once from memory and then from the cache, one gradient written).
+// Bytes per element: 12 (two logits read, once from memory and then from the cache, one gradient written), with soft
+// targets 16.
 //
 // Launch: one block takes one image and leaves its two terms; a second kernel of one block adds the images' terms in
 // order. The block is as wide as there are classes, up to kThreads.
@@ -31,7 +32,7 @@ __device__ LogSoftmax log_softmax(const float* row, std::int64_t classes, float 
 }
 
 __global__ void __launch_bounds__(kThreads)
-    rows_kernel(const float* student, const float* teacher, const std::int64_t* labels, std::int64_t classes,
+    rows_kernel(const float* student, const float* teacher, Targets targets, std::int64_t classes,
                 DistillationWeights weights, float* cross_entropies, float* kls, float* gradient) {
   const std::int64_t row = blockIdx.x;
   const float batch = static_cast<float>(gridDim.x);
@@ -39,25 +40,38 @@ __global__ void __launch_bounds__(kThreads)
   student += row * classes;
   teacher += row * classes;
   gradient += row * classes;
-  const std::int64_t label = labels[row];
+  const float* shares = targets.shares == nullptr ? nullptr : targets.shares + row * classes;
+  const std::int64_t label = shares == nullptr ? targets.labels[row] : 0;
   const bool valid = label >= 0 && label < classes;
+  const float sample_weight = targets.sample_weight == nullptr ? 1.0f : targets.sample_weight[row];
   const LogSoftmax plain = log_softmax(student, classes, 1.0f);
   const LogSoftmax soft_student = log_softmax(student, classes, weights.temperature);
   const LogSoftmax soft_teacher = log_softmax(teacher, classes, weights.temperature);
-  const float of_cross_entropy = weights.cross_entropy / batch;
+  float total = 1.0f;  // of the target
+  if (shares != nullptr) {
+    float sum = 0.0f;
+    for (std::int64_t c = threadIdx.x; c < classes; c += blockDim.x) sum += shares[c];
+    total = block_reduce<Sum>(sum);
+  }
+  const float of_cross_entropy = weights.cross_entropy * sample_weight / batch;
   const float of_kl = weights.distillation * weights.temperature / count;
+  float cross_entropy = 0.0f;
   float kl = 0.0f;
   for (std::int64_t c = threadIdx.x; c < classes; c += blockDim.x) {
     const float log_q = soft_student(student[c]);
     const float log_p = soft_teacher(teacher[c]);
     const float p = expf(log_p);
     kl += p * (log_p - log_q);
-    const float error = expf(plain(student[c])) - (c == label ? 1.0f : 0.0f);
+    const float log_student = plain(student[c]);
+    const float target = shares != nullptr ? shares[c] : (c == label ? 1.0f : 0.0f);
+    if (target != 0.0f) cross_entropy -= target * log_student;  // 0 log 0 is 0
+    const float error = total * expf(log_student) - target;
     gradient[c] = valid ? of_cross_entropy * error + of_kl * (expf(log_q) - p) : NAN;
   }
+  cross_entropy = block_reduce<Sum>(cross_entropy);
   kl = block_reduce<Sum>(kl);
   if (threadIdx.x != 0) return;
-  cross_entropies[row] = valid ? -plain(student[label]) : NAN;
+  cross_entropies[row] = valid ? sample_weight * cross_entropy : NAN;
   kls[row] = kl;
 }
 
@@ -83,7 +97,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void distillation_loss(const float* student, const float* teacher, const std::int64_t* labels, std::int64_t batch,
+void distillation_loss(const float* student, const float* teacher, const Targets& targets, std::int64_t batch,
                        std::int64_t classes, const DistillationWeights& weights, float* loss, float* cross_entropy,
                        float* kl, float* gradient, const Device& device) {
   float* terms = nullptr;
@@ -91,7 +105,7 @@ void distillation_loss(const float* student, const float* teacher, const std::in
     terms = device.scratch(2 * batch);
     const std::int64_t threads = classes < kThreads ? ceil_divide(classes, kWarp) * kWarp : kThreads;
     GDFQ_LAUNCH(rows_kernel, dim3(static_cast<unsigned>(batch)), dim3(static_cast<unsigned>(threads)), device.stream,
-                student, teacher, labels, classes, weights, terms, terms + batch, gradient);
+                student, teacher, targets, classes, weights, terms, terms + batch, gradient);
   }
   GDFQ_LAUNCH(add_kernel, dim3(1), dim3(kThreads), device.stream, terms, terms + batch, batch, classes, weights, loss,
               cross_entropy, kl);

@@ -1,8 +1,10 @@
 #pragma once
 
-#include "device.h"
+#include <cstdint>
 
-namespace gdfq::cuda {
+#include "kernel.h"
+
+namespace gdfq {
 
 struct DistillationWeights {
   float temperature;
@@ -11,9 +13,17 @@ struct DistillationWeights {
   bool batchmean;  // KL divided by the batch, not by batch and classes
 };
 
-// Logits and gradient are (batch, classes), labels (batch); the three losses are one float each.
-void distillation_loss(const float* student, const float* teacher, const std::int64_t* labels, std::int64_t batch,
-                       std::int64_t classes, const DistillationWeights& weights, float* loss, float* cross_entropy,
-                       float* kl, float* gradient, const Device& device);
+// What the student's classes should be: a label for each image, or a share for each class of each image.
+struct Targets {
+  const std::int64_t* labels;  // null: shares
+  const float* shares;
+  const float* sample_weight;  // of each image's cross-entropy; null: 1
+};
 
-}  // namespace gdfq::cuda
+// Logits, gradient and shares are (batch, classes), labels and sample_weight (batch); the three losses are one float
+// each.
+GDFQ_KERNEL(distillation_loss, const float* student, const float* teacher, const Targets& targets, std::int64_t batch,
+            std::int64_t classes, const DistillationWeights& weights, float* loss, float* cross_entropy, float* kl,
+            float* gradient)
+
+}  // namespace gdfq

@@ -2,19 +2,13 @@
 //
 // Bytes per element (float32): 8. A channel is read twice, the second time from the cache.
 //
-// Launch: the layers' addresses travel as the kernel's argument, kLayers of them (more layers, more launches). A block
-// finds its layer by bisection, and takes one channel where channels are long, eight, one to a warp, where they are
-// short: depthwise layers have nine elements in each.
+// Launch: `weights.cuh`; more than kLayers layers take more launches.
 #include "fake_quantize_weight.h"
 
-#include "reduce.cuh"
-#include "vector.cuh"
+#include "weights.cuh"
 
 namespace gdfq::cuda {
 namespace {
-
-constexpr int kLayers = 64;
-constexpr std::int64_t kShort = 1024;
 
 struct Layer {
   const void* values;
@@ -33,33 +27,9 @@ struct Layers {
 };
 static_assert(sizeof(Layers) <= kMaxArguments);
 
-// The threads that share a channel: a warp or the block.
-struct Team {
-  int rank;
-  int size;
-
-  template <class Operation>
-  __device__ float reduce(float value) const {
-    return size == kWarp ? warp_reduce<Operation>(value) : block_reduce<Operation>(value);
-  }
-};
-
 template <class T, int N>
 __device__ void quantize_channel(const T* x, T* y, std::int64_t length, int bits, Team team) {
-  float lower = Least::nothing();
-  float upper = Greatest::nothing();
-#pragma unroll 4
-  for (std::int64_t i = team.rank * N; i < length; i += team.size * N) {
-    const Vector<T, N> in = load<N>(x + i);
-#pragma unroll
-    for (int v = 0; v < N; ++v) {
-      lower = Least::join(lower, to_float(in.at[v]));
-      upper = Greatest::join(upper, to_float(in.at[v]));
-    }
-  }
-  lower = team.reduce<Least>(lower);
-  upper = team.reduce<Greatest>(upper);
-  const Quantizer quantizer = make_quantizer(lower, upper, bits);
+  const Quantizer quantizer = quantizer_of<T, N>(x, length, bits, team);
 #pragma unroll 4
   for (std::int64_t i = team.rank * N; i < length; i += team.size * N) {
     const Vector<T, N> in = load<N>(x + i);
@@ -83,21 +53,8 @@ __device__ void quantize_layer(const Layer& layer, std::int64_t channel, Team te
 
 __global__ void __launch_bounds__(kThreads) weights_kernel(const Layers layers) {
   const std::int64_t block = blockIdx.x;
-  int low = 0;
-  for (int high = layers.count; high - low > 1;) {
-    const int middle = (low + high) / 2;
-    if (block < layers.at[middle].first_block) {
-      high = middle;
-    } else {
-      low = middle;
-    }
-  }
-  const Layer& layer = layers.at[low];
-  const bool by_warp = layer.length <= kShort;
-  const Team team = by_warp ? Team{static_cast<int>(threadIdx.x) % kWarp, kWarp}
-                            : Team{static_cast<int>(threadIdx.x), kThreads};
-  const std::int64_t channel = by_warp ? (block - layer.first_block) * (kThreads / kWarp) + threadIdx.x / kWarp
-                                       : block - layer.first_block;
+  const Layer& layer = layers.at[layer_of(layers, block)];
+  const auto [team, channel] = place_in(layer, block);
   if (channel >= layer.channels) return;  // of short channels only, a whole warp
   switch (layer.type) {
     case ElementType::kFloat32:
@@ -133,7 +90,7 @@ void fake_quantize_weights(const std::vector<Weight>& weights, const Device& dev
                          weight.length * size_of(weight.type) % 16 == 0;
     layers.at[layers.count++] = {weight.values, weight.quantized, weight.channels, weight.length,
                                  blocks,        weight.type,      weight.bits,     aligned};
-    blocks += weight.length <= kShort ? ceil_divide(weight.channels, kThreads / kWarp) : weight.channels;
+    blocks += blocks_for(weight.channels, weight.length);
     if (layers.count == kLayers) launch();
   }
   launch();

@@ -2,11 +2,11 @@
 
 #include <vector>
 
-#include "device.h"
+#include "kernel.h"
 #include "parameters.h"
 
-namespace gdfq::cuda {
+namespace gdfq {
 
-void fake_quantize_weights(const std::vector<Weight>& weights, const Device& device);
+GDFQ_KERNEL(fake_quantize_weights, const std::vector<Weight>& weights)
 
-}  // namespace gdfq::cuda
+}  // namespace gdfq

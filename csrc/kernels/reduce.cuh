@@ -11,7 +11,10 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Sum {
   static __device__ float nothing() { return 0.0f; }
-  static __device__ float join(float a, float b) { return a + b; }
+  template <class T>
+  static __device__ T join(T a, T b) {
+    return a + b;
+  }
 };
 
 // Least and greatest are NaN if any value is: fminf and fmaxf would swallow it.
@@ -26,8 +29,8 @@ struct Greatest {
 };
 
 // All lanes of the warp call, all get the result.
-template <class Operation>
-__device__ __forceinline__ float warp_reduce(float value) {
+template <class Operation, class T>
+__device__ __forceinline__ T warp_reduce(T value) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     value = Operation::join(value, __shfl_xor_sync(kAllLanes, value, distance));
@@ -36,9 +39,9 @@ __device__ __forceinline__ float warp_reduce(float value) {
 }
 
 // All threads of the block call, all get the result. Blocks are whole warps.
-template <class Operation>
-__device__ float block_reduce(float value) {
-  __shared__ float of_warp[kWarp];
+template <class Operation, class T>
+__device__ T block_reduce(T value) {
+  __shared__ T of_warp[kWarp];
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warps = static_cast<int>(blockDim.x) / kWarp;
@@ -46,7 +49,7 @@ __device__ float block_reduce(float value) {
   __syncthreads();  // an earlier result may still be being read
   if (lane == 0) of_warp[warp] = value;
   __syncthreads();
-  return warp_reduce<Operation>(lane < warps ? of_warp[lane] : Operation::nothing());
+  return warp_reduce<Operation>(lane < warps ? of_warp[lane] : static_cast<T>(Operation::nothing()));
 }
 
 }  // namespace gdfq::cuda

@@ -12,7 +12,7 @@ import tomllib
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
@@ -305,7 +305,8 @@ def _explain(error: ValidationError) -> str:
 
 
 def _known(path: tuple) -> str:
-    section: type[BaseModel] = _with_all_sections()
+    section: Any = _with_all_sections()
     for name in path:
-        section = section.model_fields[name].annotation
+        fields = getattr(section, "model_fields", None)  # none: a dict of sections
+        section = get_args(section)[-1] if fields is None else fields[name].annotation
     return "are: " + ", ".join(section.model_fields)

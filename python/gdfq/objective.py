@@ -115,6 +115,7 @@ class Distillation(Term):
             outputs.logits,
             outputs.batch.teacher_logits,
             outputs.batch.targets,
+            sample_weight=outputs.batch.weights,
             temperature=config.temperature,
             cross_entropy_weight=config.cross_entropy_weight,
             distillation_weight=config.distillation_weight,

@@ -1,5 +1,5 @@
 // Frozen BN, activation and quantizer in one pass, and the gradients of x, weight and bias, against float64.
-#include "cpu/batch_norm_act_fake_quantize.h"
+#include "kernels/batch_norm_act_fake_quantize.h"
 
 #include "norm_case.h"
 

@@ -1,5 +1,5 @@
 // Frozen BN and activation with the moments of the input, and the gradient that joins all three, against float64.
-#include "cpu/batch_norm_act_moments.h"
+#include "kernels/batch_norm_act_moments.h"
 
 #include "norm_case.h"
 

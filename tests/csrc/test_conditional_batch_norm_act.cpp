@@ -1,5 +1,5 @@
 // Batch normalization with gamma and beta by label and LeakyReLU, and its gradients, against float64.
-#include "cpu/conditional_batch_norm_act.h"
+#include "kernels/conditional_batch_norm_act.h"
 
 #include "testing.h"
 

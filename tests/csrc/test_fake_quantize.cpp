@@ -1,5 +1,5 @@
 // Quantization of tensors: every layout against the oracle, the bit mask, one and two threads.
-#include "cpu/fake_quantize.h"
+#include "kernels/fake_quantize.h"
 
 #include "cpu/bit_mask.h"
 #include "testing.h"

@@ -1,5 +1,5 @@
 // Weights: each channel's own range, several layers in one call.
-#include "cpu/fake_quantize_weight.h"
+#include "kernels/fake_quantize_weight.h"
 
 #include "testing.h"
 

@@ -1,5 +1,5 @@
 // The range observer: the extremes of any length, and the average without bias.
-#include "cpu/observe_range.h"
+#include "kernels/observe_range.h"
 
 #include "testing.h"
 

@@ -31,10 +31,7 @@ class Emulated : public CudaCall {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(gdfq_cuda_on_cpu, CPU, library) {
-  register_operators<Emulated>(library);
-  register_gpu_operators<Emulated>(library);
-}
+STABLE_TORCH_LIBRARY_IMPL(gdfq_cuda_on_cpu, CPU, library) { register_operators<Emulated>(library); }
 
 }  // namespace gdfq::binding
 

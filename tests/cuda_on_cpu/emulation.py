@@ -38,9 +38,7 @@ MOST_SHARED_BYTES = 48 * 1024
 
 def kernel_sources() -> list[Path]:
     """The CUDA sources that the extension is built from."""
-    lines = (ROOT / "csrc/sources.txt").read_text().splitlines()
-    entries = (line.split() for line in lines if line and not line.startswith("#"))
-    return [ROOT / path for part, path in entries if part == "cuda"]
+    return sorted((ROOT / "csrc/kernels").glob("*.cu"))
 
 
 @cache

@@ -113,10 +113,22 @@ PLANTED = [
         "mask bits past the end are not cleared",
     ),
     PlantedBug(
-        "fake_quantize_weight.cu",
+        "weights.cuh",
         "if (block < layers.at[middle].first_block)",
         "if (block <= layers.at[middle].first_block)",
         "a layer's first block works on the layer before",
+    ),
+    PlantedBug(
+        "count_changed_codes.cu",
+        "counts += std::int64_t{layers.count} * count;",
+        "",
+        "the counts of a second launch overwrite those of the first",
+    ),
+    PlantedBug(
+        "count_changed_codes.cu",
+        "is_aligned(weight.weight) && is_aligned(weight.direction)",
+        "is_aligned(weight.weight)",
+        "of a weight and its direction only the first one's alignment is looked at",
     ),
     PlantedBug(
         "observe_range.cu",
@@ -162,7 +174,7 @@ PLANTED = [
         "of two inputs only the first one's alignment is looked at",
     ),
     PlantedBug(
-        "fake_quantize_weight.cu",
+        "weights.cuh",
         "const bool by_warp = layer.length <= kShort;",
         "const bool by_warp = layer.length < kShort;",
         "host and device disagree on whether channels of one length are short",

@@ -158,6 +158,16 @@ def test_weights_about_as_long_as_a_warp_takes(dtype):
         compare(OPS, "fake_quantize_weights", ([i.x(19, length), i.x(3, 5)], [4, 8]))
 
 
+@pytest.mark.parametrize("offset", [0, 1, (0, 1), (1, 0)], ids=str)
+@pytest.mark.parametrize("kappas", [1, 9, 16])
+def test_changed_codes_of_short_and_long_channels(kappas, offset):
+    i = Inputs(torch.float32, torch.contiguous_format)
+    weights, directions = ([i.x(19, length) for length in (5, 36, 1023, 1024, 1025, 1032)] for _ in range(2))
+    weights[1][3, 4], directions[5][0, 0] = torch.nan, torch.inf
+    sizes = torch.tensor(1e-3), torch.tensor([2.0**k for k in range(kappas)])
+    compare(Placed(OPS, offset=offset), "count_changed_codes", (weights, directions, [2, 3, 4, 5, 6, 8], *sizes))
+
+
 def test_shares_are_joined_in_double():
     """A block's sums are integers that float32 holds, their sum over all blocks is not."""
     x = torch.full((1, 1, 1024, 1200), 62.0)
@@ -195,7 +205,7 @@ def test_labels_that_are_no_class():
     i = Inputs(torch.float32, torch.contiguous_format)
     labels = torch.tensor([2, -1, 3, 2**32])  # the last is 0 in 32 bits
     tables, statistics = [torch.randn(3, 2) for _ in range(2)], [i.channel(2) for _ in range(2)]
-    compare(OPS, "distillation_loss", (i.x(4, 3), i.x(4, 3), labels, 4.0, 1.0, 1.0, True))
+    compare(OPS, "distillation_loss", (i.x(4, 3), i.x(4, 3), labels, None, 4.0, 1.0, 1.0, True))
     compare(OPS, "conditional_batch_norm_act", (i.x(4, 2, 5), *tables, labels, *statistics, 0.1, 1e-5, 0.2))
     compare(OPS, "conditional_batch_norm_act_backward", (i.x(4, 2, 5), i.x(4, 2, 5), *tables, labels, *statistics, 0.2))
 
@@ -223,7 +233,8 @@ def test_a_table_of_one_row_that_no_sample_has():
 
 def test_no_images():
     i = Inputs(torch.float32, torch.contiguous_format)
-    compare(OPS, "distillation_loss", (i.x(0, 3), i.x(0, 3), torch.zeros(0, dtype=torch.int64), 4.0, 1.0, 1.0, True))
+    for targets in (torch.zeros(0, dtype=torch.int64), i.x(0, 3)):
+        compare(OPS, "distillation_loss", (i.x(0, 3), i.x(0, 3), targets, i.channel(0), 4.0, 1.0, 1.0, True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -241,6 +252,9 @@ def test_many_layers_in_several_launches():
     g = torch.Generator().manual_seed(0)
     weights = [torch.randn(3 + k % 5, 1 + 37 * (k % 40), generator=g) for k in range(150)]
     compare(OPS, "fake_quantize_weights", (weights, [2 + k % 7 for k in range(150)]))
+    directions = [torch.randn(weight.shape, generator=g) for weight in weights]
+    bits, sizes = [2 + k % 7 for k in range(150)], (torch.tensor(0.01), torch.tensor([1.0, 8.0]))
+    compare(OPS, "count_changed_codes", (weights, directions, bits, *sizes))
     layers = [[torch.randn(1 + k % 300, generator=g) for k in range(150)] for _ in range(4)]
     for mean in (True, False):
         compare(OPS, "bns_loss", (*layers, mean))
@@ -251,12 +265,18 @@ def test_distillation_loss_against_float64(batch, classes):
     g = torch.Generator().manual_seed(classes)
     student, teacher = (torch.randn(batch, classes, generator=g) * 3 for _ in range(2))
     labels = torch.randint(classes, (batch,), generator=g)
-    for batchmean in (True, False):
-        loss, cross_entropy, kl, gradient = OPS.distillation_loss(student, teacher, labels, 4.0, 0.5, 2.0, batchmean)
+    shares = torch.randn(batch, classes, generator=g).softmax(1) * 1.5  # F.cross_entropy takes any sum
+    sample_weight = torch.rand(batch, generator=g)
+    for targets, batchmean in itertools.product((labels, shares), (True, False)):
+        loss, cross_entropy, kl, gradient = OPS.distillation_loss(
+            student, teacher, targets, sample_weight, 4.0, 0.5, 2.0, batchmean
+        )
         leaf = student.double().requires_grad_()
         soft = torch.log_softmax(leaf / 4, 1), torch.log_softmax(teacher.double() / 4, 1)
         kl64 = torch.nn.functional.kl_div(*soft, log_target=True, reduction="batchmean" if batchmean else "mean")
-        cross_entropy64 = torch.nn.functional.cross_entropy(leaf, labels)
+        targets64 = targets if targets is labels else targets.double()
+        terms = torch.nn.functional.cross_entropy(leaf, targets64, reduction="none")
+        cross_entropy64 = (sample_weight * terms).mean()
         loss64 = 0.5 * cross_entropy64 + 2.0 * 16 * kl64
         (gradient64,) = torch.autograd.grad(loss64, leaf)
         for value, exact in ((loss, loss64), (cross_entropy, cross_entropy64), (kl, kl64), (gradient, gradient64)):
@@ -265,6 +285,11 @@ def test_distillation_loss_against_float64(batch, classes):
 
 def layers(*lengths):
     return [[torch.ones(length) for length in lengths] for _ in range(4)]
+
+
+def steps(*shapes):
+    tensors = [torch.ones(shape) for shape in shapes]
+    return tensors, tensors, [4] * len(shapes), torch.tensor(0.1), torch.ones(2)
 
 
 def activations(*shape, layout=torch.contiguous_format, dtype=torch.float32):
@@ -285,18 +310,22 @@ LAUNCHES = {
     "long weights": ("fake_quantize_weights", ([activations(17, 1025)], [4]), (1, 17, 17 * 256)),
     "64 weights": ("fake_quantize_weights", ([activations(8, 2)] * 64, [4] * 64), (1, 64, 64 * 256)),
     "65 weights": ("fake_quantize_weights", ([activations(8, 2)] * 65, [4] * 65), (2, 65, 65 * 256)),
+    # Divided like those, and a block for each layer that adds.
+    "steps": ("count_changed_codes", steps((17, 1024), (17, 1025), (0, 3)), (2, 3 + 17 + 3, 23 * 256)),
+    "64 steps": ("count_changed_codes", steps(*[(8, 2)] * 64), (2, 128, 128 * 256)),
+    "65 steps": ("count_changed_codes", steps(*[(8, 2)] * 65), (4, 130, 130 * 256)),
     # A block for each layer, 64 in a launch, and a warp that adds.
     "64 layers": ("bns_loss", (*layers(*[3] * 64), True), (2, 65, 64 * 256 + 32)),
     "65 layers": ("bns_loss", (*layers(*[3] * 65), True), (3, 66, 65 * 256 + 32)),
     # A block for each image, of as many warps as hold the classes, and one that adds.
     "32 classes": (
         "distillation_loss",
-        (activations(5, 32), activations(5, 32), torch.zeros(5, dtype=torch.int64), 4.0, 1.0, 1.0, True),
+        (activations(5, 32), activations(5, 32), torch.zeros(5, dtype=torch.int64), None, 4.0, 1.0, 1.0, True),
         (2, 6, 5 * 32 + 256),
     ),
     "33 classes": (
         "distillation_loss",
-        (activations(5, 33), activations(5, 33), torch.zeros(5, dtype=torch.int64), 4.0, 1.0, 1.0, True),
+        (activations(5, 33), activations(5, 33), torch.zeros(5, dtype=torch.int64), None, 4.0, 1.0, 1.0, True),
         (2, 6, 5 * 64 + 256),
     ),
 }

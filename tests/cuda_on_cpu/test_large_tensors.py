@@ -69,18 +69,30 @@ def test_observe_range(offset):
 def test_fake_quantize_weights():
     weight = zeros(BEYOND // 1024 + 16, 1024)
     part = weight[-8:].copy_(random_like(weight[-8:], 0))
-    assert torch.equal(OPS.fake_quantize_weights([weight], [4])[0][-8:], reference.fake_quantize_weight(part, 4))
+    expected = reference.fake_quantize_weights([part], [4])[0]
+    assert torch.equal(OPS.fake_quantize_weights([weight], [4])[0][-8:], expected)
+
+
+def test_count_changed_codes():
+    weight, direction = (zeros(BEYOND // 1024 + 16, 1024, dtype=torch.float32) for _ in range(2))
+    parts = [tensor[-8:].copy_(random_like(tensor[-8:], seed)) for seed, tensor in enumerate((weight, direction))]
+    sizes = torch.tensor(0.01), torch.tensor([1.0, 4.0])
+    # What blocks that do not run leave is 0: the others' channels, all zeros, change nothing either.
+    counts = OPS.count_changed_codes([weight], [direction], [4], *sizes)
+    assert torch.equal(counts, reference.count_changed_codes(parts[:1], parts[1:], [4], *sizes))
+    assert counts.gt(0).all()
 
 
 def test_distillation_loss():
     classes = 2**20
     student, teacher = (zeros(BEYOND // classes + 1, classes, dtype=torch.float32) for _ in range(2))
     student[-1], teacher[-1] = random_like(student[-1], 0), random_like(teacher[-1], 1)
-    labels = torch.arange(len(student))
-    with emulation.most_blocks(1):
-        *_, gradient = OPS.distillation_loss(student, teacher, labels, 4.0, 1.0, 1.0, True)
-    *_, expected = reference.distillation_loss(student[-1:], teacher[-1:], labels[-1:], 4.0, 1.0, 1.0, True)
-    torch.testing.assert_close(gradient[-1:] * len(student), expected, rtol=1e-4, atol=1e-8)
+    for targets in (torch.arange(len(student)), teacher):
+        with emulation.most_blocks(1):
+            *_, gradient = OPS.distillation_loss(student, teacher, targets, None, 4.0, 1.0, 1.0, True)
+        parts = student[-1:], teacher[-1:], targets[-1:]
+        *_, expected = reference.distillation_loss(*parts, None, 4.0, 1.0, 1.0, True)
+        torch.testing.assert_close(gradient[-1:] * len(student), expected, rtol=1e-4, atol=1e-5)
 
 
 # x of shape (N, C, ...), and the part of it that is not zeros: planes in shares, a single one, and such that two are

@@ -27,8 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is
 # Kernels that read whole vectors in all their instantiations, or in those with N > 1.
 READS_VECTORS = re.compile(r"weights_kernel|_kernel<[^<>]*(<[^<>]*>)?[^<>]*, [48][,>]")
 TOO_SMALL = {"bns_loss", "distillation_loss"}  # for vectors to matter
-# What only sums has no output.
-WRITES_NOTHING = re.compile(r"bounds_kernel|<(Moments|Sums)<")
+# What only sums or counts has no output.
+WRITES_NOTHING = re.compile(r"bounds_kernel|changed_weights_kernel|<(Moments|Sums)<")
 
 
 @pytest.mark.parametrize("source", emulation.kernel_sources(), ids=lambda source: source.stem)

@@ -260,3 +260,10 @@ def test_efficientnet_lite0_is_traced_quantized_and_trained():
     assert summary.activations[0].bits == 8
     assert result.model(torch.randn(2, 3, 64, 64)).isfinite().all()
     assert not torch.equal(result.model.get_parameter("_conv_stem.weight"), model._conv_stem.weight)
+
+
+def test_what_is_added_lies_where_the_model_does():
+    captured = capture(randomize_batch_norm(Residual()))
+    captured.module.to("meta")  # stands in for a GPU
+    student, _ = build_quantized(captured, QuantizerConfig(observer="learned_step"))
+    assert {tensor.device.type for tensor in student.state_dict().values()} == {"meta"}

@@ -128,14 +128,6 @@ def test_stored_weights_train_with_the_rest():
         assert student.get_parameter(layer.weight).grad.abs().max() > 0
 
 
-def test_stored_values_go_where_the_model_is():
-    """A file is read on the CPU; `meta` stands for any other device here."""
-    state = stored_student().state_dict()
-    student = new_student().to("meta")
-    student.load_state_dict(state)
-    assert {value.device.type for value in student.state_dict().values()} == {"meta"}
-
-
 def test_a_student_without_stored_weights_has_the_state_of_before():
     keys = new_student(Plain).state_dict().keys()
     assert not any("weight_quantizers" in key for key in keys)

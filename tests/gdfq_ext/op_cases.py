@@ -38,15 +38,17 @@ def fake_quantize_clipped_backward(i):
         yield i.x(*shape), OPS.fake_quantize_clipped(x, i.lower, i.upper, 4, -1)[1]
 
 
-def fake_quantize_weight(i):
-    yield i.x(4, 3, 3, 2).requires_grad_(), 4
-    yield i.x(5).requires_grad_(), 2
-    yield i.x(0, 3, 3, 3), 8
-
-
 def fake_quantize_weights(i):
-    yield [i.x(4, 3, 3, 2).requires_grad_(), i.x(7, 2)], [4, 3]
+    yield [i.x(4, 3, 3, 2).requires_grad_(), i.x(7, 2), i.x(5)], [4, 3, 2]
     yield [i.x(4, 0), i.x(7, 2).requires_grad_()], [4, 3]
+
+
+def count_changed_codes(i):
+    def tensors():
+        return [i.x(4, 3, 3, 2), i.x(0, 5), i.x(7, 2)]
+
+    for kappas in ([1.0], [2.0**k for k in range(16)]):
+        yield tensors(), tensors(), [4, 3, 2], torch.tensor(0.01), torch.tensor(kappas)
 
 
 def observe_range(i):
@@ -96,16 +98,16 @@ def bns_loss(i):
 
 
 def distillation_loss(i):
-    for batchmean in (True, False):
-        yield (
-            torch.randn(4, 5, requires_grad=True),
-            torch.randn(4, 5),
-            torch.tensor([0, 4, 1, 2]),
-            20.0,
-            1.0,
-            0.5,
-            batchmean,
-        )
+    labels, shares, weight = torch.tensor([0, 4, 1, 2]), torch.rand(4, 5, generator=i.generator), i.channel(4)
+    shares[1, 3] = 0
+    for targets, sample_weight, batchmean in [
+        (labels, None, True),
+        (labels, weight, False),
+        (shares, None, False),
+        (shares, weight, True),
+    ]:
+        logits = [torch.randn(4, 5, generator=i.generator) for _ in range(2)]
+        yield logits[0].requires_grad_(), logits[1], targets, sample_weight, 20.0, 1.0, 0.5, batchmean
 
 
 def conditional_batch_norm_act(i):
@@ -125,8 +127,8 @@ CASES = {
     "fake_quantize": fake_quantize,
     "fake_quantize_clipped": fake_quantize,
     "fake_quantize_clipped_backward": fake_quantize_clipped_backward,
-    "fake_quantize_weight": fake_quantize_weight,
     "fake_quantize_weights": fake_quantize_weights,
+    "count_changed_codes": count_changed_codes,
     "observe_range": observe_range,
     "batch_norm_act_fake_quantize": batch_norm_act_fake_quantize,
     "batch_norm_act_fake_quantize_backward": batch_norm_act_fake_quantize_backward,
@@ -138,13 +140,13 @@ CASES = {
     "conditional_batch_norm_act_backward": conditional_batch_norm_act_backward,
 }
 PLAIN = DTYPES[0], LAYOUTS[0]
-FLOAT32_ONLY = {"bns_loss", "distillation_loss"}
+FLOAT32_ONLY = {"bns_loss", "count_changed_codes", "distillation_loss"}
 COMBINATIONS = [
     (name, dtype, layout)
     for name in CASES
     for dtype in DTYPES
     for layout in LAYOUTS
-    if name not in FLOAT32_ONLY or (dtype, layout) == PLAIN
+    if name not in FLOAT32_ONLY or dtype == PLAIN[0]
 ]
 
 # Results that are sums over many elements, whose order of addition is free. All others must be equal bit for bit.

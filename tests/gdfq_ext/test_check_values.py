@@ -26,7 +26,7 @@ def test_a_broken_range_is_named(lower, upper):
 @pytest.mark.usefixtures("check_values")
 def test_a_label_out_of_range_is_named():
     logits, labels = torch.randn(2, 3), torch.tensor([0, 3])
-    with pytest.raises(ValueError, match=r"labels\[1\] is 3; allowed is 0 to 2"):
+    with pytest.raises(ValueError, match=r"targets\[1\] is 3; allowed is 0 to 2"):
         gdfq_ext.distillation_loss(logits, logits, labels)
     tables, running = [torch.ones(3, 5)] * 2, [torch.ones(5)] * 2
     with pytest.raises(ValueError, match=r"labels\[1\] is 3; allowed is 0 to 2"):

@@ -112,9 +112,9 @@ def test_no_weights_give_no_results():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: gdfq_ext.fake_quantize_weight(torch.tensor(1.0), 4), ValueError, "weight has no dimensions"),
+        (lambda: gdfq_ext.fake_quantize_weight(torch.tensor(1.0), 4), ValueError, r"weights\[0\] has no dimensions"),
         (lambda: gdfq_ext.fake_quantize_weight(torch.ones(2, 2), 16), ValueError, "bits is 16"),
-        (lambda: gdfq_ext.fake_quantize_weight(torch.ones(2).double(), 4), TypeError, "weight is torch.float64"),
+        (lambda: gdfq_ext.fake_quantize_weight(torch.ones(2).double(), 4), TypeError, r"weights\[0\] is torch.float64"),
         (lambda: gdfq_ext.fake_quantize_weights([torch.ones(2)], [4, 4]), ValueError, "2 values for 1 weights"),
         (lambda: gdfq_ext.fake_quantize_weights([torch.ones(2)] * 2, [4, 1]), ValueError, "bits is 1"),
         (lambda: gdfq_ext.fake_quantize_weights([torch.ones(2).int()], 4), TypeError, r"weights\[0\] is torch.int32"),

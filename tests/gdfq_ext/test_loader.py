@@ -103,7 +103,7 @@ def test_the_report_covers_every_op_in_words_and_as_data():
 
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
-SOURCES = {"sources.txt": "kernels a.cpp", "a.cpp": "int a();", "cpu/a.h": "#pragma once", "kernels/a.cu": "// kernel"}
+SOURCES = {"a.cpp": "int a();", "cpu/a.h": "#pragma once", "kernels/a.cu": "// kernel"}
 
 
 @pytest.fixture
@@ -148,12 +148,11 @@ def test_a_library_that_was_built_from_the_sources_loads(checkout):
     [
         lambda csrc: (csrc / "a.cpp").write_text("int b();"),
         lambda csrc: (csrc / "cpu/a.h").write_text(""),
-        lambda csrc: (csrc / "sources.txt").write_text("kernels b.cpp"),
         lambda csrc: (csrc / "cpu/b.h").write_text(""),
         lambda csrc: (csrc / "cpu/a.h").rename(csrc / "a.h"),
         lambda csrc: (csrc / "a.cpp").unlink(),
     ],
-    ids=["changed", "emptied", "other list", "added", "moved", "removed"],
+    ids=["changed", "emptied", "added", "moved", "removed"],
 )
 def test_a_library_of_other_sources_is_left_aside(checkout, change, monkeypatch):
     build(checkout)

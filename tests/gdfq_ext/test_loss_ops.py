@@ -90,9 +90,10 @@ def logits(batch, classes, seed, scale=3.0, dtype=torch.float32):
     return (torch.randn(batch, classes, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
-def distillation64(student, teacher, labels, temperature, ce_weight, kd_weight, reduction):
+def distillation64(student, teacher, targets, temperature, ce_weight, kd_weight, reduction, sample_weight=None):
     student, teacher = student.double(), teacher.double()
-    cross_entropy = F.cross_entropy(student, labels)
+    terms = F.cross_entropy(student, targets.double() if targets.is_floating_point() else targets, reduction="none")
+    cross_entropy = (terms if sample_weight is None else terms * sample_weight.double()).mean()
     soft = F.log_softmax(student / temperature, 1)
     kl = F.kl_div(soft, F.softmax(teacher / temperature, 1), reduction="sum")
     kl = kl / (student.numel() if reduction == "mean" else len(student))
@@ -113,6 +114,48 @@ def test_distillation_loss_and_gradient(batch, classes, reduction, dtype):
     gradients = [torch.autograd.grad(2 * loss, student)[0].double() for loss, _, _ in (actual, expected)]
     tolerance = {"rtol": 1e-4, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-6}
     torch.testing.assert_close(*gradients, **tolerance)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize(("batch", "classes"), [(1, 1), (7, 10), (200, 10), (5, 1000), (3, 33)])
+def test_distillation_loss_with_soft_targets_and_weights(batch, classes, soft, weighted):
+    student, teacher = logits(batch, classes, 0).requires_grad_(), logits(batch, classes, 1)
+    targets = logits(batch, classes, 2).softmax(1) * 0.8 if soft else torch.arange(batch) * 7 % classes
+    sample_weight = torch.rand(batch, generator=torch.Generator().manual_seed(3)) if weighted else None
+    options = {"temperature": 4.0, "cross_entropy_weight": 0.7, "distillation_weight": 1.3, "reduction": "batchmean"}
+    actual = gdfq_ext.distillation_loss(student, teacher, targets, sample_weight=sample_weight, **options)
+    expected = distillation64(student, teacher, targets, *options.values(), sample_weight)
+    torch.testing.assert_close([part.double() for part in actual], list(expected), rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(2 * loss, student)[0] for loss, _, _ in (actual, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_shares_of_one_class_are_its_label():
+    student, teacher, labels = logits(6, 10, 0), logits(6, 10, 1), torch.arange(6)
+    shares = F.one_hot(labels, 10).half()
+    hard, soft = (gdfq_ext.distillation_loss(student, teacher, targets) for targets in (labels, shares))
+    torch.testing.assert_close(hard, soft, rtol=1e-6, atol=0)
+
+
+def test_no_share_of_an_impossible_class_costs_nothing():
+    student = logits(2, 10, 0)
+    student[:, 3] = -torch.inf
+    for target in (F.one_hot(torch.tensor([0, 1]), 10).float(), torch.tensor([0, 1])):
+        _, cross_entropy, _ = gdfq_ext.distillation_loss(student, logits(2, 10, 1), target)
+        torch.testing.assert_close(cross_entropy, F.cross_entropy(student, torch.tensor([0, 1])))
+
+
+def test_a_sample_without_weight_takes_part_in_kl_alone():
+    student, teacher = logits(2, 10, 0).requires_grad_(), logits(2, 10, 1)
+    labels, weight = torch.tensor([3, 4]), torch.tensor([1.0, 0.0])
+    options = {"distillation_weight": 0.0}
+    loss, cross_entropy, kl = gdfq_ext.distillation_loss(student, teacher, labels, sample_weight=weight, **options)
+    loss.backward()
+    assert student.grad[1].eq(0).all()
+    assert student.grad[0].ne(0).all()
+    torch.testing.assert_close(cross_entropy, F.cross_entropy(student[:1], labels[:1]).detach() / 2)
+    torch.testing.assert_close(kl, gdfq_ext.distillation_loss(student, teacher, labels)[2], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("ce_weight", "kd_weight"), [(1.0, 0.0), (0.0, 1.0)])
@@ -142,6 +185,9 @@ def test_large_logits_do_not_overflow():
 
 def test_only_the_student_takes_a_gradient():
     student, teacher = logits(4, 10, 0).requires_grad_(), logits(4, 10, 1).requires_grad_()
+    shares, weight = torch.ones(4, 10, requires_grad=True), torch.ones(4, requires_grad=True)
+    gdfq_ext.distillation_loss(student, teacher, shares, sample_weight=weight)[0].backward()
+    assert [leaf.grad for leaf in (teacher, shares, weight)] == [None] * 3
     loss, cross_entropy, kl = gdfq_ext.distillation_loss(student, teacher, torch.arange(4))
     loss.backward()
     assert teacher.grad is None
@@ -183,8 +229,13 @@ def test_distillation_compiles_without_graph_breaks(reduction):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"labels": torch.zeros(3, dtype=torch.int32)}, TypeError, "labels is torch.int32; allowed is torch.int64"),
-        ({"labels": torch.zeros(4, dtype=torch.int64)}, ValueError, r"labels has shape \(4,\); allowed is \(3,\)"),
+        ({"targets": torch.zeros(3).int()}, TypeError, "targets is torch.int32; allowed is torch.int64 or a floating"),
+        ({"targets": torch.arange(4)}, ValueError, r"targets has shape \(4,\); allowed is \(3,\)"),
+        ({"targets": torch.ones(3)}, ValueError, r"targets has shape \(3,\); allowed is \(3, 4\)"),
+        ({"targets": torch.arange(3, device="meta")}, ValueError, "targets is on meta"),
+        ({"sample_weight": torch.arange(3)}, TypeError, "sample_weight is torch.int64; allowed is a floating type"),
+        ({"sample_weight": torch.ones(3, 1)}, ValueError, r"sample_weight has shape \(3, 1\); allowed is \(3,\)"),
+        ({"sample_weight": torch.ones(3, device="meta")}, ValueError, "sample_weight is on meta"),
         ({"teacher_logits": torch.ones(3, 5)}, ValueError, r"teacher_logits has shape \(3, 5\)"),
         ({"student_logits": torch.ones(3)}, ValueError, r"student_logits has shape \(3,\)"),
         ({"student_logits": torch.ones(3, 4).int()}, TypeError, "student_logits is torch.int32"),
@@ -195,6 +246,6 @@ def test_distillation_compiles_without_graph_breaks(reduction):
     ],
 )
 def test_distillation_loss_names_bad_arguments(changes, error, message):
-    good = {"student_logits": torch.ones(3, 4), "teacher_logits": torch.ones(3, 4), "labels": torch.arange(3)}
+    good = {"student_logits": torch.ones(3, 4), "teacher_logits": torch.ones(3, 4), "targets": torch.arange(3)}
     with pytest.raises(error, match=message):
         gdfq_ext.distillation_loss(**(good | changes))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_cases import CASES, DTYPES, LAYOUTS, OPS, PLAIN, Inputs, compare
+from op_cases import CASES, COMBINATIONS, DTYPES, LAYOUTS, OPS, PLAIN, Inputs, compare
 
 import gdfq_ext
 from gdfq_ext import reference
@@ -21,9 +21,7 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize(("name", "dtype", "layout"), [case for case in COMBINATIONS if case[0] in NATIVE])
 def test_native_is_the_reference_on_small_cases(name, dtype, layout, threads):
     for arguments in CASES[name](Inputs(dtype, layout)):
         compare(OPS, name, arguments)
@@ -46,10 +44,18 @@ def test_native_quantizers_agree_level_by_level_over_threads(shape, dtype, layou
         "fake_quantize": (special, i.lower, i.upper, 4, -1),
         "fake_quantize_clipped": (special, lower, upper, 3, 1),
         "fake_quantize_clipped_backward": (x, torch.arange((x.numel() + 7) // 8).to(torch.uint8)),
-        "fake_quantize_weight": (x, 4),
+        "fake_quantize_weights": ([x], [4]),
         "observe_range": (x, torch.tensor([-0.1, 0.2, 0.3]), 0.9),
     }.items():
         compare(OPS, name, arguments)
+
+
+def test_native_counts_the_codes_that_the_reference_counts(threads):
+    i = Inputs(torch.float32, torch.channels_last)
+    weights, directions = ([i.x(*shape) for shape in [(64, 37, 3, 3), (3, 20_001), (300, 1, 3, 3)]] for _ in range(2))
+    weights[0][5, 1, 2, 0], directions[1][2, 7] = torch.inf, torch.nan
+    kappas = torch.tensor([2.0**k for k in range(-2, 14)])
+    compare(OPS, "count_changed_codes", (weights, directions, [4, 8, 3], torch.tensor(1e-3), kappas))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -25,7 +25,6 @@ def test_range_is_the_bias_correct_average_after_every_batch(momentum, dtype):
         result = gdfq_ext.observe_range(x, state, momentum)
         expected = torch.tensor([closed_form(lows, momentum), closed_form(highs, momentum)], dtype=torch.float64)
         torch.testing.assert_close(result.double(), expected, rtol=2e-6, atol=0)
-        assert torch.equal(gdfq_ext.range_of(state), result)
     assert state[2].item() == pytest.approx(1 - momentum**12, rel=1e-5)
 
 
@@ -75,7 +74,6 @@ def test_an_empty_batch_leaves_the_state():
 
 
 def test_nothing_observed_reads_as_nan():
-    assert gdfq_ext.range_of(torch.zeros(3)).isnan().all()
     assert gdfq_ext.observe_range(torch.empty(0), torch.zeros(3)).isnan().all()
 
 

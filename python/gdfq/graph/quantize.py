@@ -84,6 +84,8 @@ class _Rewriter:
         self.graph.eliminate_dead_code()
         self.graph.lint()
         self.module.recompile()
+        for added in (self.module.weight_quantizers, self.module.activation_quantizers, self.module.batch_norms):
+            added.to(next(self.module.parameters()).device)
         for parameter in self.module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         return self.module, self.summary

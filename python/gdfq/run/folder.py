@@ -83,6 +83,7 @@ def load_quantized(path: str | Path, model: nn.Module, device: torch.device | st
     student, _ = build_quantized(captured, QuantizerConfig.model_validate_json(metadata["quantizer"]))
     try:
         student.load_state_dict(tensors)
+        student.to(device)  # stored weights come from the file's
         for name, act in json.loads(metadata.get("activations", "{}")).items():
             student.get_submodule(name).act = act
     except (RuntimeError, AttributeError) as error:

@@ -186,6 +186,7 @@ class Trainer:
         """The inverse of `state_dict`, into a trainer made from the same model and configuration."""
         self.source.load_state_dict(state["source"])
         self.student.load_state_dict(state["student"])
+        self.student.to(self.device)  # stored weights come from the file's device
         load_optimizer_state(self.optimizer, state["optimizer"], self.device)
         self.iteration = state["iteration"]
         self.averages.sums.copy_(state["sums"])
