@@ -1,8 +1,9 @@
-// The operators' bodies, for every device: arguments checked, outputs allocated, the kernel called. Schemas, fake kernels
-// and autograd are Python's.
+// The operators' bodies, for every device: arguments checked, outputs allocated, the kernel called. Schemas, fake
+// kernels and autograd are Python's.
 //
-// Where says which kernels run: `Where where(x)` is made once the arguments are checked and `where.device()` is the last
-// argument of every kernel. Its namespace, gdfq::cpu or gdfq::cuda, is where the call finds the kernel of that name.
+// Where says which kernels run: `Where where(x)` is made once the arguments are checked and `where.device()` is the
+// last argument of every kernel. Its namespace, gdfq::cpu or gdfq::cuda, is where the call finds the kernel of that
+// name.
 #pragma once
 
 #include <tuple>
@@ -136,8 +137,8 @@ std::vector<Tensor> fake_quantize_weights(const std::vector<Tensor>& weights, co
     quantized.push_back(input.empty_like());
     const std::int64_t channels = input.tensor.size(0);
     const std::int64_t length = channels == 0 ? 0 : input.tensor.numel() / channels;
-    tasks.push_back({input.data(), quantized.back().mutable_data_ptr(), input.type, channels, length,
-                     checked_bits(bits[i])});
+    tasks.push_back(
+        {input.data(), quantized.back().mutable_data_ptr(), input.type, channels, length, checked_bits(bits[i])});
   }
   if (weights.empty()) return quantized;
   Where where(weights.front());
@@ -168,7 +169,8 @@ Tensor count_changed_codes(const std::vector<Tensor>& weights, const std::vector
     steps.push_back({floats_of("weights", weights[i], weights[i]), floats_of("directions", directions[i], weights[i]),
                      channels, channels == 0 ? 0 : weights[i].numel() / channels, checked_bits(bits[i])});
   }
-  Tensor counts = torch::stable::new_empty(kappas, {static_cast<std::int64_t>(weights.size()), count}, ScalarType::Long);
+  Tensor counts =
+      torch::stable::new_empty(kappas, {static_cast<std::int64_t>(weights.size()), count}, ScalarType::Long);
   Where where(kappas);
   count_changed_codes(steps, parameter("learning_rate", learning_rate, 1, kappas),
                       parameter("kappas", kappas, count, kappas), static_cast<int>(count),
@@ -262,9 +264,9 @@ std::tuple<Tensor, Tensor> bns_loss(const std::vector<Tensor>& means, const std:
                                     const std::vector<Tensor>& running_means, const std::vector<Tensor>& running_vars,
                                     bool mean) {
   const std::size_t count = means.size();
-  STD_TORCH_CHECK(count > 0 && variances.size() == count && running_means.size() == count &&
-                      running_vars.size() == count,
-                  "means, variances, running_means and running_vars must have one tensor for each layer, at least one");
+  STD_TORCH_CHECK(
+      count > 0 && variances.size() == count && running_means.size() == count && running_vars.size() == count,
+      "means, variances, running_means and running_vars must have one tensor for each layer, at least one");
   std::vector<LayerStatistics> layers;
   std::int64_t channels = 0;
   for (std::size_t i = 0; i < count; ++i) {
@@ -320,7 +322,8 @@ struct ConditionalInput : ChannelInput {
     // Other operations take a single channel for one run; here samples are told apart.
     const std::int64_t channels = tensor.size(1);
     std::int64_t inner = 1;
-    for (std::int64_t dim = 2; format == MemoryFormat::Contiguous && dim < tensor.dim(); ++dim) inner *= tensor.size(dim);
+    for (std::int64_t dim = 2; format == MemoryFormat::Contiguous && dim < tensor.dim(); ++dim)
+      inner *= tensor.size(dim);
     shape = {tensor.numel() == 0 ? 0 : tensor.numel() / (channels * inner), channels, inner};
     norm.samples = tensor.size(0);
     norm.classes = weight.size(0);

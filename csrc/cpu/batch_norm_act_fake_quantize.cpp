@@ -60,15 +60,16 @@ void batch_norm_act_fake_quantize(const void* x, void* y, ElementType type, Chan
   with_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     for_each_run(table, parallel, [&](std::int64_t offset, std::int64_t length, const auto& parameters) {
-      forward_run(static_cast<const T*>(x) + offset, static_cast<T*>(y) + offset, length, parameters, quantizer, bounds);
+      forward_run(static_cast<const T*>(x) + offset, static_cast<T*>(y) + offset, length, parameters, quantizer,
+                  bounds);
     });
   });
 }
 
 void batch_norm_act_fake_quantize_backward(const void* grad_y, const void* x, void* grad_x, float* grad_weight,
                                            float* grad_bias, ElementType type, ChannelShape shape,
-                                           const FrozenBatchNorm& norm, const Ranges& ranges,
-                                           Activation activation, bool clipped, const Parallel& parallel) {
+                                           const FrozenBatchNorm& norm, const Ranges& ranges, Activation activation,
+                                           bool clipped, const Parallel& parallel) {
   if (shape.numel() == 0) {
     std::fill_n(grad_weight, shape.channels, 0.0f);
     std::fill_n(grad_bias, shape.channels, 0.0f);
@@ -84,12 +85,13 @@ void batch_norm_act_fake_quantize_backward(const void* grad_y, const void* x, vo
   with_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     with_bool(clipped, [&](auto is_clipped) {
-      sums = sum_channels(table, parallel, [&](std::int64_t offset, std::int64_t length, const auto& parameters,
-                                               Accumulators accumulators) {
-        backward_run<decltype(is_clipped)::value>(static_cast<const T*>(grad_y) + offset,
-                                                  static_cast<const T*>(x) + offset, static_cast<T*>(grad_x) + offset,
-                                                  length, parameters, quantizer, bounds, accumulators);
-      });
+      sums = sum_channels(
+          table, parallel,
+          [&](std::int64_t offset, std::int64_t length, const auto& parameters, Accumulators accumulators) {
+            backward_run<decltype(is_clipped)::value>(
+                static_cast<const T*>(grad_y) + offset, static_cast<const T*>(x) + offset,
+                static_cast<T*>(grad_x) + offset, length, parameters, quantizer, bounds, accumulators);
+          });
     });
   });
   for (std::int64_t c = 0; c < shape.channels; ++c) {

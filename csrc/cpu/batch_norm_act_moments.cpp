@@ -65,11 +65,12 @@ void batch_norm_act_moments(const void* x, void* y, float* mean, float* variance
   ChannelSums sums(shape.channels);
   with_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    sums = sum_channels(table, parallel, [&](std::int64_t offset, std::int64_t length, const auto& parameters,
-                                             Accumulators accumulators) {
-      forward_run(static_cast<const T*>(x) + offset, static_cast<T*>(y) + offset, length, parameters,
-                  bounds_of(activation), accumulators);
-    });
+    sums =
+        sum_channels(table, parallel,
+                     [&](std::int64_t offset, std::int64_t length, const auto& parameters, Accumulators accumulators) {
+                       forward_run(static_cast<const T*>(x) + offset, static_cast<T*>(y) + offset, length, parameters,
+                                   bounds_of(activation), accumulators);
+                     });
   });
   const double count = static_cast<double>(shape.outer * shape.inner);
   for (std::int64_t c = 0; c < shape.channels; ++c) {

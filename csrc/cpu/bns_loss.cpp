@@ -1,5 +1,5 @@
-// Eq. 5 over all layers, |mean - running_mean|^2 + |var - running_var|^2, with its gradient. A few thousand numbers: one
-// thread is through with them before others would have begun.
+// Eq. 5 over all layers, |mean - running_mean|^2 + |var - running_var|^2, with its gradient. A few thousand numbers:
+// one thread is through with them before others would have begun.
 #include "../kernels/bns_loss.h"
 
 #include "lanes.h"
@@ -20,8 +20,7 @@ GDFQ_CLONES float run_layer(const LayerStatistics& given, float factor, float* o
 
 }  // namespace
 
-void bns_loss(const std::vector<LayerStatistics>& layers, bool average, float* loss, float* gradient,
-              const Parallel&) {
+void bns_loss(const std::vector<LayerStatistics>& layers, bool average, float* loss, float* gradient, const Parallel&) {
   std::int64_t all_channels = 0;
   for (const LayerStatistics& layer : layers) all_channels += layer.channels;
   double sum = 0.0;

@@ -130,8 +130,7 @@ ChannelSums sum_pattern(const ChannelTable<K>& table, const Parallel& parallel, 
   const std::int64_t period = table.period();
   constexpr std::int64_t kMaxBlocks = 128;
   const std::int64_t periods = (numel + period - 1) / period;
-  const std::int64_t block =
-      period * std::max(block_size(table) / period, (periods + kMaxBlocks - 1) / kMaxBlocks);
+  const std::int64_t block = period * std::max(block_size(table) / period, (periods + kMaxBlocks - 1) / kMaxBlocks);
   const std::int64_t blocks = (numel + block - 1) / block;
   std::vector<float> first(static_cast<std::size_t>(blocks * period));
   std::vector<float> second(first.size());

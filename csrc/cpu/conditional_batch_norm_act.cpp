@@ -75,10 +75,10 @@ GDFQ_CLONES void backward_run(const T* grad_y, const T* x, T* grad_x, std::int64
 template <class T, class Center>
 ChannelSums sum_deviations(const T* x, const ChannelShape& shape, const Parallel& parallel, const Center& center) {
   const ChannelTable<1> table(shape, [&](std::int64_t c) { return std::array<float, 1>{center(c)}; });
-  return sum_channels(table, parallel, [&](std::int64_t offset, std::int64_t length, const auto& parameters,
-                                           Accumulators accumulators) {
-    deviations_run(x + offset, length, parameters, accumulators);
-  });
+  return sum_channels(table, parallel,
+                      [&](std::int64_t offset, std::int64_t length, const auto& parameters, Accumulators accumulators) {
+                        deviations_run(x + offset, length, parameters, accumulators);
+                      });
 }
 
 double count_per_channel(const ChannelShape& shape) { return static_cast<double>(shape.outer * shape.inner); }
@@ -200,7 +200,11 @@ void propagate(const T* grad_y, const T* x, T* grad_x, const Batch& batch, const
     const ChannelTable<6> table(batch.sample, [&](std::int64_t c) {
       const auto [mean, inv_std, gamma, beta] = batch.parameters(n, c);
       const auto channel = static_cast<std::size_t>(c);
-      return std::array<float, 6>{mean, inv_std, gamma, beta, static_cast<float>(means.second[channel]),
+      return std::array<float, 6>{mean,
+                                  inv_std,
+                                  gamma,
+                                  beta,
+                                  static_cast<float>(means.second[channel]),
                                   static_cast<float>(means.first[channel])};
     });
     for_each_run(table, threads, [&](std::int64_t offset, std::int64_t length, const auto& parameters) {

@@ -108,17 +108,16 @@ void distillation_loss(const float* student, const float* teacher, const Targets
     const std::int64_t offset = image * classes;
     const Row row{student + offset, teacher + offset, gradient + offset, classes};
     const float greatest = greatest_of(row.student, classes);
-    const LogSoftmax soft_teacher = softmax(row.teacher, p, classes, greatest_of(row.teacher, classes),
-                                            weights.temperature);
+    const LogSoftmax soft_teacher =
+        softmax(row.teacher, p, classes, greatest_of(row.teacher, classes), weights.temperature);
     const LogSoftmax soft_student = softmax(row.student, q, classes, greatest, weights.temperature);
     const auto index = static_cast<std::size_t>(image);
     kls[index] = divergence(row, p, q, soft_teacher, soft_student, of_kl);
     const LogSoftmax plain = softmax(row.student, q, classes, greatest, 1.0f);
     const float sample_weight = targets.sample_weight == nullptr ? 1.0f : targets.sample_weight[image];
     const float scale = weights.cross_entropy * sample_weight / static_cast<float>(batch);
-    const float term = targets.labels != nullptr
-                           ? hard_cross_entropy(row, targets.labels[image], q, plain, scale)
-                           : soft_cross_entropy(row, targets.shares + offset, q, plain, scale);
+    const float term = targets.labels != nullptr ? hard_cross_entropy(row, targets.labels[image], q, plain, scale)
+                                                 : soft_cross_entropy(row, targets.shares + offset, q, plain, scale);
     cross_entropies[index] = sample_weight * term;
   };
   const std::int64_t together = std::max<std::int64_t>(1, kBlock / std::max<std::int64_t>(1, classes));
@@ -133,8 +132,8 @@ void distillation_loss(const float* student, const float* teacher, const Targets
   for (const float term : kls) sum_of_kl += term;
   *cross_entropy = static_cast<float>(sum_of_cross_entropy / static_cast<double>(batch));
   *kl = static_cast<float>(sum_of_kl / count);
-  *loss = weights.cross_entropy * *cross_entropy +
-          weights.distillation * weights.temperature * weights.temperature * *kl;
+  *loss =
+      weights.cross_entropy * *cross_entropy + weights.distillation * weights.temperature * weights.temperature * *kl;
 }
 
 }  // namespace gdfq::cpu

@@ -5,8 +5,8 @@
 
 namespace gdfq::cpu {
 
-// Of numbers that are not positive, to about a unit in the last place; 0 where it is below the normal numbers. NaN stays
-// NaN.
+// Of numbers that are not positive, to about a unit in the last place; 0 where it is below the normal numbers. NaN
+// stays NaN.
 //   x = n ln 2 + r, |r| <= ln 2 / 2        exp(x) = 2^n (1 + r + r^2 / 2! + ... + r^7 / 7!)
 GDFQ_HD float exp_of_negative(float x) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: added, it rounds to a whole number and leaves it in the low bits

@@ -1,5 +1,5 @@
-// Sums in an order of their own: in so many lanes, whatever the machine's vectors are, which are then added in halves. So
-// the result is the same everywhere.
+// Sums in an order of their own: in so many lanes, whatever the machine's vectors are, which are then added in halves.
+// So the result is the same everywhere.
 #pragma once
 
 #include <cstdint>

@@ -8,8 +8,8 @@
 #define GDFQ_CLONES
 #endif
 
-// The iterations of the loop are independent. (Not `omp simd`: GCC gives a struct in the body of such a loop one copy for
-// each vector lane, in memory, and then does not vectorize the loop.)
+// The iterations of the loop are independent. (Not `omp simd`: GCC gives a struct in the body of such a loop one copy
+// for each vector lane, in memory, and then does not vectorize the loop.)
 #if defined(__clang__)
 #define GDFQ_SIMD _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)
@@ -18,8 +18,8 @@
 #define GDFQ_SIMD
 #endif
 
-// The loop stays one until it is vectorized: GCC unrolls a short body of constant length first, vectorizes along the loop
-// around it instead, and shuffles every element.
+// The loop stays one until it is vectorized: GCC unrolls a short body of constant length first, vectorizes along the
+// loop around it instead, and shuffles every element.
 #if defined(__GNUC__) && !defined(__clang__)
 #define GDFQ_ROLLED _Pragma("GCC unroll 1")
 #else

@@ -50,7 +50,8 @@ struct Backward : ChannelOperation<T, 2, 2, true> {
     const float x = in[1];
     const float z = apply_affine(x, group.affine);
     bool passes = is_active(z, activation);
-    if (clipped) passes = passes && is_inside(round_to_level(activate(z, activation), group.quantizer), group.quantizer);
+    if (clipped)
+      passes = passes && is_inside(round_to_level(activate(z, activation), group.quantizer), group.quantizer);
     const float grad_z = passes ? in[0] : 0.0f;
     sums[0] += grad_z * (x - group.mean);
     sums[1] += grad_z;

@@ -62,7 +62,8 @@ void bns_loss(const std::vector<LayerStatistics>& layers, bool average, float* l
     batch.at[count++] = {layers[i], offset, average ? static_cast<float>(1.0 / divisor) : 1.0f};
     offset += layers[i].channels;
     if (count == kLayers || i + 1 == layers.size()) {
-      GDFQ_LAUNCH(layers_kernel, dim3(count), dim3(kThreads), device.stream, batch, all_channels, batch_terms, gradient);
+      GDFQ_LAUNCH(layers_kernel, dim3(count), dim3(kThreads), device.stream, batch, all_channels, batch_terms,
+                  gradient);
       batch_terms += count;
       count = 0;
     }

@@ -9,8 +9,8 @@
 //   interleaved   inner = 1, channels_last: a thread keeps to the channels of one vector, whose parameters stay in
 //                 registers, and walks down the rows; the threads of a block cover neighbouring vectors and rows.
 //
-// Sums take two stages, with no atomics: each block leaves its partial sums, and `sum_of_shares` adds a group's shares in
-// a fixed order. How a tensor is divided depends on its shape and alignment alone, so results repeat bit for bit.
+// Sums take two stages, with no atomics: each block leaves its partial sums, and `sum_of_shares` adds a group's shares
+// in a fixed order. How a tensor is divided depends on its shape and alignment alone, so results repeat bit for bit.
 #pragma once
 
 #include <initializer_list>

@@ -173,17 +173,16 @@ void conditional_batch_norm_act(const void* x, void* y, const BatchStatistics& s
                                 ChannelShape shape, const ConditionalBatchNorm& norm, float momentum, float epsilon,
                                 const Device& device) {
   if (shape.channels == 0) return;
-  const Partial partial = for_each_channel<Moments>(type, {x}, nullptr, GroupedShape(shape), device, [&](auto& moments) {
-    moments.running_mean = statistics.running_mean;
-  });
+  const Partial partial =
+      for_each_channel<Moments>(type, {x}, nullptr, GroupedShape(shape), device,
+                                [&](auto& moments) { moments.running_mean = statistics.running_mean; });
   const bool empty = shape.numel() == 0;
   const double count = empty ? 0.0 : static_cast<double>(shape.outer * shape.inner);
   GDFQ_LAUNCH(statistics_kernel, grid_of_warps(shape.channels), dim3(kThreads), device.stream, partial, count, momentum,
               epsilon, statistics);
   if (!empty) {
-    for_each_channel<Forward>(type, {x}, y, by_sample(shape, norm.samples), device, [&](auto& forward) {
-      forward.groups = {norm, statistics.mean, statistics.inv_std};
-    });
+    for_each_channel<Forward>(type, {x}, y, by_sample(shape, norm.samples), device,
+                              [&](auto& forward) { forward.groups = {norm, statistics.mean, statistics.inv_std}; });
   }
   check_launch("conditional_batch_norm_act");
 }
@@ -192,7 +191,9 @@ void conditional_batch_norm_act_backward(const void* grad_y, const void* x, void
                                          float* grad_bias, const float* mean, const float* inv_std, ElementType type,
                                          ChannelShape shape, const ConditionalBatchNorm& norm, const Device& device) {
   const std::int64_t table = norm.classes * shape.channels;
-  const auto blocks_for = [](std::int64_t threads) { return dim3(static_cast<unsigned>(ceil_divide(threads, kThreads))); };
+  const auto blocks_for = [](std::int64_t threads) {
+    return dim3(static_cast<unsigned>(ceil_divide(threads, kThreads)));
+  };
   if (table > 0) {
     GDFQ_LAUNCH(clear_kernel, blocks_for(table), dim3(kThreads), device.stream, grad_weight, grad_bias, table);
   }

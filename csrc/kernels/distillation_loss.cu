@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(kThreads)
   const float count = weights.batchmean ? images : images * static_cast<float>(classes);
   *cross_entropy = sum_of_cross_entropy / images;
   *kl = sum_of_kl / count;
-  *loss = weights.cross_entropy * *cross_entropy +
-          weights.distillation * weights.temperature * weights.temperature * *kl;
+  *loss =
+      weights.cross_entropy * *cross_entropy + weights.distillation * weights.temperature * weights.temperature * *kl;
 }
 
 }  // namespace

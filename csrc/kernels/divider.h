@@ -1,5 +1,5 @@
-// Division by a number that is the same for a whole launch: a multiplication and a shift, where the hardware's own takes
-// some twenty instructions (Granlund and Montgomery, 1994).
+// Division by a number that is the same for a whole launch: a multiplication and a shift, where the hardware's own
+// takes some twenty instructions (Granlund and Montgomery, 1994).
 #pragma once
 
 #include <cstdint>

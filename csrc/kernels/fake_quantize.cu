@@ -4,8 +4,9 @@
 //
 // Launch: the tensor is one row of 16-byte vectors in memory order, whatever its layout; neighbouring threads take
 // neighbouring vectors, kUnroll of them each, all loaded before the first is worked on. Where the data is not aligned a
-// vector is one element. The range of the tensor stays in registers; a channel's is made anew where the channel changes.
-// Of the mask, the 8 / N lanes whose elements share a byte put it together with shuffles, and one of them writes it.
+// vector is one element. The range of the tensor stays in registers; a channel's is made anew where the channel
+// changes. Of the mask, the 8 / N lanes whose elements share a byte put it together with shuffles, and one of them
+// writes it.
 #include "fake_quantize.h"
 
 #include "divider.h"
@@ -24,7 +25,10 @@ struct ChannelDividers {
   Divider channels;
 
   explicit ChannelDividers(const ChannelShape& shape)
-      : shape(shape), fit_32_bits(shape.numel() < std::int64_t{1} << 31), inner(shape.inner), channels(shape.channels) {}
+      : shape(shape),
+        fit_32_bits(shape.numel() < std::int64_t{1} << 31),
+        inner(shape.inner),
+        channels(shape.channels) {}
 };
 
 // Walks along elements from `first` on, with the quantizer of each: here the same for all.
@@ -99,7 +103,8 @@ __device__ __forceinline__ void store_some(T* y, std::int64_t first, std::int64_
 
 // Each lane has N flags in the low bits; all lanes of the warp call. Flags past the end are written as 0.
 template <int N>
-__device__ __forceinline__ void store_flags(std::uint8_t* mask, std::int64_t first, std::int64_t numel, unsigned flags) {
+__device__ __forceinline__ void store_flags(std::uint8_t* mask, std::int64_t first, std::int64_t numel,
+                                            unsigned flags) {
   constexpr int lanes = 8 / N;
   if (first + N > numel) flags &= first < numel ? (1u << (numel - first)) - 1u : 0u;
   unsigned byte = flags << (threadIdx.x % lanes * N);

@@ -86,8 +86,8 @@ void fake_quantize_weights(const std::vector<Weight>& weights, const Device& dev
   };
   for (const Weight& weight : weights) {
     if (weight.channels == 0 || weight.length == 0) continue;
-    const bool aligned = is_aligned(weight.values) && is_aligned(weight.quantized) &&
-                         weight.length * size_of(weight.type) % 16 == 0;
+    const bool aligned =
+        is_aligned(weight.values) && is_aligned(weight.quantized) && weight.length * size_of(weight.type) % 16 == 0;
     layers.at[layers.count++] = {weight.values, weight.quantized, weight.channels, weight.length,
                                  blocks,        weight.type,      weight.bits,     aligned};
     blocks += blocks_for(weight.channels, weight.length);

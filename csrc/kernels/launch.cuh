@@ -17,7 +17,7 @@
 namespace gdfq::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kThreads = 256;  // of a block, at most
+constexpr int kThreads = 256;                // of a block, at most
 constexpr std::size_t kMaxArguments = 4096;  // bytes that every driver takes as a kernel's arguments
 
 inline std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }

@@ -85,8 +85,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, int N>
-void launch_bounds_kernel(const T* x, std::int64_t numel, std::int64_t blocks, float* partial,
-                          const Device& device) {
+void launch_bounds_kernel(const T* x, std::int64_t numel, std::int64_t blocks, float* partial, const Device& device) {
   GDFQ_LAUNCH((bounds_kernel<T, N>), dim3(static_cast<unsigned>(blocks)), dim3(kThreads), device.stream, x, numel,
               partial);
 }

@@ -1,7 +1,7 @@
 // Weights by output channel, many layers in one launch: how they are divided among blocks and warps.
 //
-// The layers' addresses travel as the kernel's argument. A block finds its layer by bisection, and takes one channel where
-// channels are long, eight, one to a warp, where they are short: depthwise layers have nine elements in each.
+// The layers' addresses travel as the kernel's argument. A block finds its layer by bisection, and takes one channel
+// where channels are long, eight, one to a warp, where they are short: depthwise layers have nine elements in each.
 #pragma once
 
 #include "reduce.cuh"
@@ -32,10 +32,10 @@ struct Place {
 template <class Layer>
 __device__ Place place_in(const Layer& layer, std::int64_t block) {
   const bool by_warp = layer.length <= kShort;
-  const Team team = by_warp ? Team{static_cast<int>(threadIdx.x) % kWarp, kWarp}
-                            : Team{static_cast<int>(threadIdx.x), kThreads};
-  const std::int64_t channel = by_warp ? (block - layer.first_block) * (kThreads / kWarp) + threadIdx.x / kWarp
-                                       : block - layer.first_block;
+  const Team team =
+      by_warp ? Team{static_cast<int>(threadIdx.x) % kWarp, kWarp} : Team{static_cast<int>(threadIdx.x), kThreads};
+  const std::int64_t channel =
+      by_warp ? (block - layer.first_block) * (kThreads / kWarp) + threadIdx.x / kWarp : block - layer.first_block;
   return {team, channel};
 }
 

@@ -20,9 +20,7 @@ struct NormCase {
     for (float& value : variance) value = std::abs(value) + 0.2f;
   }
 
-  FrozenBatchNorm norm() const {
-    return {mean.data(), variance.data(), weight.data(), bias.data(), kEpsilon};
-  }
+  FrozenBatchNorm norm() const { return {mean.data(), variance.data(), weight.data(), bias.data(), kEpsilon}; }
 
   NormOracle oracle(std::size_t c) const { return {weight[c], bias[c], mean[c], variance[c], kEpsilon}; }
 

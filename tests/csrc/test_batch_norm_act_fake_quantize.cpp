@@ -15,8 +15,8 @@ const Ranges kRanges{&kLower, &kUpper, kBits};
 
 void test_forward(const NormCase& c, Activation activation) {
   std::vector<float> y(c.x.size(), -1.0f);
-  batch_norm_act_fake_quantize(c.x.data(), y.data(), ElementType::kFloat32, c.shape, c.norm(), kRanges,
-                               activation, kSerial);
+  batch_norm_act_fake_quantize(c.x.data(), y.data(), ElementType::kFloat32, c.shape, c.norm(), kRanges, activation,
+                               kSerial);
   const Oracle oracle(kLower, kUpper, kBits);
   for (std::size_t i = 0; i < y.size(); ++i) {
     const double a = activated(c.oracle(channel_of(c.shape, i))(c.x[i]), activation);

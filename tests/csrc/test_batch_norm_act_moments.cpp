@@ -17,8 +17,8 @@ Result forward(const NormCase& c, Activation activation, const Parallel& paralle
   const auto channels = static_cast<std::size_t>(c.shape.channels);
   Result result{std::vector<float>(c.x.size(), -1.0f), std::vector<float>(channels, -1.0f),
                 std::vector<float>(channels, -1.0f)};
-  batch_norm_act_moments(c.x.data(), result.y.data(), result.mean.data(), result.variance.data(),
-                         ElementType::kFloat32, c.shape, c.norm(), activation, parallel);
+  batch_norm_act_moments(c.x.data(), result.y.data(), result.mean.data(), result.variance.data(), ElementType::kFloat32,
+                         c.shape, c.norm(), activation, parallel);
   return result;
 }
 

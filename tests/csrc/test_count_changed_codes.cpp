@@ -19,7 +19,8 @@ std::vector<std::int64_t> count(const std::vector<WeightStep>& weights, float le
 }
 
 void test_against_oracle(std::int64_t channels, std::int64_t length, int bits) {
-  const std::vector<float> weight = random_values(channels * length, 1), direction = random_values(channels * length, 2);
+  const std::vector<float> weight = random_values(channels * length, 1),
+                           direction = random_values(channels * length, 2);
   const std::vector<float> kappas{0.0f, 1.0f, 8.0f, 1000.0f};
   const std::vector<WeightStep> weights{{weight.data(), direction.data(), channels, length, bits}};
   const std::vector<std::int64_t> counts = count(weights, 0.01f, kappas);
@@ -29,12 +30,15 @@ void test_against_oracle(std::int64_t channels, std::int64_t length, int bits) {
     for (std::int64_t c = 0; c < channels; ++c) {
       const float* begin = weight.data() + c * length;
       const Oracle oracle(*std::min_element(begin, begin + length), *std::max_element(begin, begin + length), bits);
-      const auto code = [&](double x) { return std::fmin(std::fmax(oracle.level(x), -oracle.half), oracle.half - 1.0); };
+      const auto code = [&](double x) {
+        return std::fmin(std::fmax(oracle.level(x), -oracle.half), oracle.half - 1.0);
+      };
       for (std::int64_t i = 0; i < length; ++i) {
         const double before = static_cast<double>(begin[i]);
-        const double after =
-            before - static_cast<double>(kappas[k] * 0.01f) * static_cast<double>(direction[static_cast<std::size_t>(c * length + i)]);
-        unsure += kappas[k] > 0.0f && std::fmin(oracle.distance_from_tie(before), oracle.distance_from_tie(after)) < 1e-3;
+        const double after = before - static_cast<double>(kappas[k] * 0.01f) *
+                                          static_cast<double>(direction[static_cast<std::size_t>(c * length + i)]);
+        unsure +=
+            kappas[k] > 0.0f && std::fmin(oracle.distance_from_tie(before), oracle.distance_from_tie(after)) < 1e-3;
         changed += code(before) != code(after);
       }
     }

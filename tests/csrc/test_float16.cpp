@@ -27,7 +27,8 @@ void check_all(int mantissa, int bias) {
     const float converted = to_float(value);
     CHECK(same(converted, static_cast<float>(expected)));
     CHECK(std::isnan(expected) || std::signbit(converted) == std::signbit(expected));
-    CHECK(std::isnan(expected) ? std::isnan(to_float(from_float<T>(converted))) : from_float<T>(converted).bits == bits);
+    CHECK(std::isnan(expected) ? std::isnan(to_float(from_float<T>(converted)))
+                               : from_float<T>(converted).bits == bits);
   }
 }
 

@@ -43,8 +43,8 @@ void test_not_finite() {
   CHECK(std::isnan(fake_quantize(kNan, quantizer)));
   CHECK(fake_quantize(kInfinity, quantizer) == fake_quantize(100.0f, quantizer));
   CHECK(fake_quantize(-kInfinity, quantizer) == fake_quantize(-100.0f, quantizer));
-  const float ranges[][2] = {{1.0f, -1.0f},      {kNan, 1.0f},         {-1.0f, kNan},        {kNan, kNan},
-                             {-kInfinity, 1.0f}, {-1.0f, kInfinity},   {-kInfinity, kInfinity}};
+  const float ranges[][2] = {{1.0f, -1.0f},      {kNan, 1.0f},       {-1.0f, kNan},          {kNan, kNan},
+                             {-kInfinity, 1.0f}, {-1.0f, kInfinity}, {-kInfinity, kInfinity}};
   for (const auto& range : ranges) CHECK(std::isnan(fake_quantize(0.5f, make_quantizer(range[0], range[1], 4))));
 }
 

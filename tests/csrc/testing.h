@@ -18,12 +18,12 @@ namespace gdfq::testing {
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-#define CHECK(condition)                                                          \
-  do {                                                                            \
-    if (!(condition)) {                                                           \
+#define CHECK(condition)                                                           \
+  do {                                                                             \
+    if (!(condition)) {                                                            \
       std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                               \
-    }                                                                             \
+      std::exit(1);                                                                \
+    }                                                                              \
   } while (0)
 
 // Equal, or both NaN.
@@ -53,9 +53,8 @@ constexpr cpu::Parallel kTwoThreads{run_on_two_threads};
 // Layouts that exercise every path: long and short planes, planes longer than a block, one channel, many channels,
 // channels_last, odd sizes, nothing.
 inline std::vector<ChannelShape> shapes() {
-  return {{2, 3, 49},  {3, 5, 17},  {1, 2, 20000}, {7, 3, 1},     {40, 16, 1}, {300, 70, 1},
-          {2, 4, 4},   {5, 3, 15},  {1, 1, 5},     {1, 1, 30001}, {0, 4, 1},   {0, 2, 64},
-          {6, 200, 3}, {9, 2, 1000}};
+  return {{2, 3, 49}, {3, 5, 17}, {1, 2, 20000}, {7, 3, 1}, {40, 16, 1}, {300, 70, 1}, {2, 4, 4},
+          {5, 3, 15}, {1, 1, 5},  {1, 1, 30001}, {0, 4, 1}, {0, 2, 64},  {6, 200, 3},  {9, 2, 1000}};
 }
 
 inline std::vector<float> random_values(std::int64_t count, unsigned seed, float mean = 0.0f, float deviation = 2.0f) {

@@ -1,4 +1,5 @@
-// The CUDA kernels, run on the CPU, as operators of their own: the same binding, on a stream that only the emulation has.
+// The CUDA kernels, run on the CPU, as operators of their own: the same binding, on a stream that only the emulation
+// has.
 #include <algorithm>
 #include <limits>
 #include <utility>
@@ -37,7 +38,9 @@ STABLE_TORCH_LIBRARY_IMPL(gdfq_cuda_on_cpu, CPU, library) { register_operators<E
 
 extern "C" __attribute__((visibility("default"))) void gdfq_set_seed(unsigned seed) { emu::seed() = seed; }
 
-extern "C" __attribute__((visibility("default"))) void gdfq_set_most_blocks(unsigned most) { emu::most_blocks() = most; }
+extern "C" __attribute__((visibility("default"))) void gdfq_set_most_blocks(unsigned most) {
+  emu::most_blocks() = most;
+}
 
 extern "C" __attribute__((visibility("default"))) emu::Launched gdfq_take_launched() {
   return std::exchange(emu::launched(), {});
