@@ -1,8 +1,8 @@
 // Memory of tensors between two pages that nobody may touch. A tensor ends where the second page begins, but for the up
 // to 15 bytes that keep its beginning aligned; these and the rest of its first page hold a pattern that has to be there
-// when the tensor is freed. A tensor itself holds it, too, until it is written: no kernel finds zeros where it forgot to
-// write some. Where that is not wanted pages come from the system when they are first written: a tensor of gigabytes of
-// which only the ends are touched takes a few kilobytes.
+// when the tensor is freed. A tensor itself holds it, too, until it is written: no kernel finds zeros where it forgot
+// to write some. Where that is not wanted pages come from the system when they are first written: a tensor of gigabytes
+// of which only the ends are touched takes a few kilobytes.
 #undef TORCH_TARGET_VERSION  // allocators are not part of the stable ABI
 #include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>
@@ -72,9 +72,10 @@ struct GuardedAllocator final : c10::Allocator {
 
 }  // namespace
 
-// From now on CPU tensors are made in guarded memory, filled or not, or as usual. AddressSanitizer guards them to the byte itself.
+// From now on CPU tensors are made in guarded memory, filled or not, or as usual. AddressSanitizer guards them to the
+// byte itself.
 extern "C" __attribute__((visibility("default"))) void gdfq_guard_memory([[maybe_unused]] bool guard,
-                                                                          [[maybe_unused]] bool fill) {
+                                                                         [[maybe_unused]] bool fill) {
 #if !defined(__SANITIZE_ADDRESS__)
   static GuardedAllocator guarded;
   is_filled = fill;
