@@ -25,7 +25,7 @@ from torch.utils.data import Subset
 from benchmarks.step_providers import trainer_of
 from benchmarks.step_worker import synchronize
 from gdfq.config import Config
-from gdfq.data import LabelledImages, load_dataset
+from gdfq.data import LabeledImages, load_dataset
 from gdfq.evaluate import evaluate
 from gdfq.graph import build_quantized, build_teacher, capture
 from gdfq.models import load_model
@@ -35,7 +35,7 @@ from gdfq.run.checkpoint import load_checkpoint
 from gdfq.run.files import load_tensors, write_text
 
 RECIPE = "examples/cifar10_short.toml"
-# How the carried network's training images were normalised.
+# How the carried network's training images were normalized.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMPORTS = 6  # seconds that a process needs before its first line of ours
 EVALUATION = 20  # seconds kept back for it, a quarter of all at most
@@ -50,7 +50,7 @@ class Subject:
 
     name: str
     network: nn.Module
-    images: LabelledImages
+    images: LabeledImages
     arguments: tuple[str, ...]
 
     @property

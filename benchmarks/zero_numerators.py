@@ -52,7 +52,7 @@ def inputs(shape: tuple[int, ...], behind_relu: bool, device: str) -> dict[str, 
 
 
 def kernels(channels: int, device: str) -> dict[str, Any]:
-    """Name -> function of x: both with steps of 1, and a normalisation that changes nothing."""
+    """Name -> function of x: both with steps of 1, and a normalization that changes nothing."""
     lower, upper = torch.tensor([0.0], device=device), torch.tensor([float(LEVELS)], device=device)
     zeros, ones = torch.zeros(channels, device=device), torch.ones(channels, device=device)
     return {

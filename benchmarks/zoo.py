@@ -133,7 +133,7 @@ def main() -> None:
     before, _, rest = page.read_text().partition(TABLE_BEGINS)
     _, _, after = rest.partition(TABLE_ENDS)
     lines = [
-        "| family | member | pixels | layers | activations, deploy / paper | result |",
+        "| family | member | pixels | layers | activations, onnx / paper | result |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name in sorted(MEMBERS, key=lambda name: (family(name), name)):

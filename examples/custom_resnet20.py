@@ -1,6 +1,6 @@
 """A network of one's own, written as people write them: functional calls, lambdas, and shortcuts without parameters.
 
-    gdfq quantize examples/custom_resnet20.py:resnet20 --weights WEIGHTS ...
+    gdfq quantize --model examples/custom_resnet20.py:resnet20 --weights WEIGHTS ...
 
 Nothing here knows of gdfq. The network is the CIFAR ResNet-20 of He et al. (2016) with option A shortcuts: where the
 width grows, the shortcut takes every second pixel and fills the new channels with zeros.

@@ -40,7 +40,7 @@ def augment(images: torch.Tensor, padding: int) -> torch.Tensor:
     return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def normalised(images: torch.Tensor, of: StoredImages) -> torch.Tensor:
+def normalized(images: torch.Tensor, of: StoredImages) -> torch.Tensor:
     """Float32, as the network wants uint8 `images`."""
     return (images.float().div(255) - of.mean) / of.std
 
@@ -49,7 +49,7 @@ def normalised(images: torch.Tensor, of: StoredImages) -> torch.Tensor:
 def accuracy(model: nn.Module, data: StoredImages) -> float:
     model.eval()
     batches = zip(data.images.split(500), data.labels.split(500), strict=True)
-    hits = sum((model(normalised(x, data)).argmax(1) == y).sum().item() for x, y in batches)
+    hits = sum((model(normalized(x, data)).argmax(1) == y).sum().item() for x, y in batches)
     return 100 * hits / len(data.labels)
 
 
@@ -73,7 +73,7 @@ def main() -> None:
         start = time.monotonic()
         model.train()
         for index in torch.randperm(len(training))[: batches * args.batch_size].split(args.batch_size):
-            inputs = normalised(augment(training.images[index], PADDING[args.dataset]), training)
+            inputs = normalized(augment(training.images[index], PADDING[args.dataset]), training)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = F.cross_entropy(model(inputs).float(), training.labels[index])
             optimizer.zero_grad()

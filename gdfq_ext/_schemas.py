@@ -24,7 +24,7 @@ The quantizer (GDFQ, ECCV 2020, Eq. 6), in float32, each operation rounded on it
 `!(u >= l)` covers inverted and NaN ranges; an infinite range gives NaN through the same arithmetic; the clamp passes
 NaN. An element is "inside" when !(level < -2^(k-1)) && !(level > 2^(k-1) - 1): NaN is inside and keeps its gradient.
 
-Frozen batch normalisation, per channel c (dimension 1), in float32, each operation rounded on its own (no FMA):
+Frozen batch normalization, per channel c (dimension 1), in float32, each operation rounded on its own (no FMA):
 
     inv_std = 1.0f / sqrtf(running_var + (float)eps)       scale_c = weight * inv_std      (inv_std without a weight)
     shift_c = bias - running_mean * scale_c                (0.0f - running_mean * scale_c without a bias)
@@ -124,7 +124,7 @@ def dense_format(x: Tensor) -> torch.memory_format:
 
 
 def empty_dense_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor of `x`'s shape and kept layout."""
+    """An uninitialized tensor of `x`'s shape and kept layout."""
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device, memory_format=dense_format(x))
 
 

@@ -62,7 +62,7 @@ def _clipped_backward(ctx, grad_y: Tensor, _grad_mask):
 _register("fake_quantize_clipped", _clipped_setup, _clipped_backward)
 
 
-# Frozen batch normalisation: x is saved, everything else is recomputed.
+# Frozen batch normalization: x is saved, everything else is recomputed.
 
 
 def _batch_norm_quantize_setup(ctx, inputs, output):
@@ -170,7 +170,7 @@ for _name in ("count_changed_codes", "observe_range"):
     library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
-# The generator's batch normalisation: x is saved with the batch's statistics, z is computed again.
+# The generator's batch normalization: x is saved with the batch's statistics, z is computed again.
 
 
 def _conditional_setup(ctx, inputs, output):

@@ -9,13 +9,31 @@ Nothing waits for the device, so values are not looked at: a range that is inver
 label out of range. With GDFQ_CHECK=1 in the environment they are read, and what is wrong is named.
 """
 
-import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ._checks import (
+    batch_norm_parameters,
+    bits_of_each,
+    check_axis,
+    check_bits,
+    check_channels,
+    check_choice,
+    check_device,
+    check_floating,
+    check_input,
+    check_labels,
+    check_shape,
+    check_state,
+    check_weight,
+    dense,
+    float_parameter,
+    range,
+    statistics,
+)
 from ._schemas import ACTIVATIONS, dense_format
 from .reference import channel_range
 
@@ -23,12 +41,16 @@ StraightThrough = Literal["identity", "clipped"]
 Activation = Literal["none", "relu", "relu6"]
 
 _ops = torch.ops.gdfq_ext
-_CHECK_VALUES = os.environ.get("GDFQ_CHECK") == "1"
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def fake_quantize(
-    x: Tensor, lower: Tensor, upper: Tensor, bits: int, *, axis: int | None = None, ste: StraightThrough = "identity"
+    x: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    bits: int,
+    *,
+    axis: int | None = None,
+    straight_through: StraightThrough = "identity",
 ) -> Tensor:
     """Rounds `x` to the `2**bits` values of an asymmetric quantizer with a given range (GDFQ, ECCV 2020, Eq. 6).
 
@@ -44,7 +66,7 @@ def fake_quantize(
         upper: u; like `lower`.
         bits: k, 2..8.
         axis: the dimension that has a range of its own per index; None: one range for the tensor.
-        ste: "identity" passes the gradient unchanged; "clipped" makes it zero where `round(scale * x - zero)` was
+        straight_through: "identity" passes the gradient unchanged; "clipped" makes it zero where `round(scale * x - zero)` was
             clamped.
 
     Returns:
@@ -52,21 +74,21 @@ def fake_quantize(
 
     Raises:
         TypeError: `x` is not of an allowed type.
-        ValueError: `bits`, `axis` or `ste` is out of range, or a range has the wrong number of elements or device.
+        ValueError: `bits`, `axis` or `straight_through` is out of range, or a range has the wrong number of elements or device.
     """
-    _check_input("x", x)
-    _check_bits(bits)
-    _check_choice("ste", ste, ("identity", "clipped"))
-    axis = -1 if axis is None else _check_axis(axis, x)
+    check_input("x", x)
+    check_bits(bits)
+    check_choice("straight_through", straight_through, ("identity", "clipped"))
+    axis = -1 if axis is None else check_axis(axis, x)
     count = 1 if axis < 0 else x.shape[axis]
-    lower, upper = _range(lower, upper, count, x)
-    x = _dense(x)
-    if ste == "clipped" and torch.is_grad_enabled() and x.requires_grad:
+    lower, upper = range(lower, upper, count, x)
+    x = dense(x)
+    if straight_through == "clipped" and torch.is_grad_enabled() and x.requires_grad:
         return _ops.fake_quantize_clipped(x, lower, upper, bits, axis)[0]
     return _ops.fake_quantize(x, lower, upper, bits, axis)
 
 
-def fake_quantize_weight(weight: Tensor, bits: int, *, ste: StraightThrough = "identity") -> Tensor:
+def fake_quantize_weight(weight: Tensor, bits: int, *, straight_through: StraightThrough = "identity") -> Tensor:
     """Quantizes a weight per output channel, each with its own minimum and maximum as the range (Eq. 6).
 
     The ranges are taken anew in every call and take no gradient. A channel that holds NaN or Inf becomes NaN.
@@ -74,7 +96,7 @@ def fake_quantize_weight(weight: Tensor, bits: int, *, ste: StraightThrough = "i
     Args:
         weight: `(out_channels, ...)`; float32, float16 or bfloat16.
         bits: k, 2..8.
-        ste: see `fake_quantize`. With "clipped" only the rare maximum that rounds past the top level has no gradient.
+        straight_through: see `fake_quantize`. With "clipped" only the rare maximum that rounds past the top level has no gradient.
 
     Returns:
         The quantized weight, with the shape and type of `weight`.
@@ -82,18 +104,18 @@ def fake_quantize_weight(weight: Tensor, bits: int, *, ste: StraightThrough = "i
     Raises:
         TypeError, ValueError: as `fake_quantize`; ValueError also for a 0-dimensional weight.
     """
-    return fake_quantize_weights([weight], bits, ste=ste)[0]
+    return fake_quantize_weights([weight], bits, straight_through=straight_through)[0]
 
 
 def fake_quantize_weights(
-    weights: Sequence[Tensor], bits: int | Sequence[int], *, ste: StraightThrough = "identity"
+    weights: Sequence[Tensor], bits: int | Sequence[int], *, straight_through: StraightThrough = "identity"
 ) -> list[Tensor]:
     """`fake_quantize_weight` for all layers in one call.
 
     Args:
         weights: tensors of any shapes and allowed types, on one device.
         bits: one value for all, or one per weight.
-        ste: see `fake_quantize_weight`.
+        straight_through: see `fake_quantize_weight`.
 
     Returns:
         The quantized weights, in order.
@@ -103,18 +125,23 @@ def fake_quantize_weights(
             `weights`.
     """
     weights = list(weights)
-    bits = _bits_of_each(bits, weights)
-    _check_choice("ste", ste, ("identity", "clipped"))
+    bits = bits_of_each(bits, weights)
+    check_choice("straight_through", straight_through, ("identity", "clipped"))
     for index, (weight, weight_bits) in enumerate(zip(weights, bits, strict=True)):
-        _check_weight(f"weights[{index}]", weight)
-        _check_device(f"weights[{index}]", weight, weights[0])
-        _check_bits(weight_bits)
+        check_weight(f"weights[{index}]", weight)
+        check_device(f"weights[{index}]", weight, weights[0])
+        check_bits(weight_bits)
     if not weights:
         return []
-    if ste == "clipped":
+    if straight_through == "clipped":
         pairs = zip(weights, bits, strict=True)
-        return [fake_quantize(w, *channel_range(w), k, axis=0, ste=ste) if w.numel() else w.clone() for w, k in pairs]
-    return _ops.fake_quantize_weights([_dense(weight) for weight in weights], bits)
+        return [
+            fake_quantize(w, *channel_range(w), k, axis=0, straight_through=straight_through)
+            if w.numel()
+            else w.clone()
+            for w, k in pairs
+        ]
+    return _ops.fake_quantize_weights([dense(weight) for weight in weights], bits)
 
 
 def count_changed_codes(
@@ -144,25 +171,25 @@ def count_changed_codes(
         ValueError: lengths, shapes, devices or `bits` do not fit.
     """
     weights, directions = list(weights), list(directions)
-    bits = _bits_of_each(bits, weights)
+    bits = bits_of_each(bits, weights)
     if len(directions) != len(weights):
         raise ValueError(f"directions has {len(directions)} tensors for {len(weights)} weights; give one for each")
-    _check_floating("learning_rate", learning_rate)
-    _check_floating("kappas", kappas)
+    check_floating("learning_rate", learning_rate)
+    check_floating("kappas", kappas)
     if kappas.dim() != 1 or not 1 <= kappas.numel() <= 16:
         raise ValueError(f"kappas has shape {tuple(kappas.shape)}; allowed is (K,), K from 1 to 16")
     for index, (weight, direction, weight_bits) in enumerate(zip(weights, directions, bits, strict=True)):
         for name, tensor in ((f"weights[{index}]", weight), (f"directions[{index}]", direction)):
             if tensor.dtype != torch.float32:
                 raise TypeError(f"{name} is {tensor.dtype}; allowed is float32")
-            _check_device(name, tensor, kappas)
-        _check_weight(f"weights[{index}]", weight)
-        _check_shape(f"directions[{index}]", direction, tuple(weight.shape))
-        _check_bits(weight_bits)
-    weights = [_dense(weight.detach()) for weight in weights]
+            check_device(name, tensor, kappas)
+        check_weight(f"weights[{index}]", weight)
+        check_shape(f"directions[{index}]", direction, tuple(weight.shape))
+        check_bits(weight_bits)
+    weights = [dense(weight.detach()) for weight in weights]
     pairs = zip(directions, weights, strict=True)
     directions = [direction.detach().contiguous(memory_format=dense_format(weight)) for direction, weight in pairs]
-    learning_rate = _parameter("learning_rate", learning_rate.detach(), 1, kappas)
+    learning_rate = float_parameter("learning_rate", learning_rate.detach(), 1, kappas)
     return _ops.count_changed_codes(weights, directions, bits, learning_rate, kappas.detach().float().contiguous())
 
 
@@ -184,20 +211,20 @@ def observe_range(x: Tensor, state: Tensor, momentum: float = 0.9) -> Tensor:
         TypeError: `x` or `state` is not of an allowed type.
         ValueError: `state` has another shape or device, or `momentum` is out of range.
     """
-    _check_input("x", x)
-    _check_state(state)
-    _check_device("state", state, x)
+    check_input("x", x)
+    check_state(state)
+    check_device("state", state, x)
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum is {momentum}; allowed is 0 <= momentum < 1")
-    return _ops.observe_range(_dense(x.detach() if x.requires_grad else x), state, momentum)
+    return _ops.observe_range(dense(x.detach() if x.requires_grad else x), state, momentum)
 
 
 def batch_norm_act_fake_quantize(
     x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None,
     lower: Tensor, upper: Tensor, bits: int,
-    *, eps: float = 1e-5, act: Activation = "none", ste: StraightThrough = "identity",
+    *, eps: float = 1e-5, act: Activation = "none", straight_through: StraightThrough = "identity",
 ) -> Tensor:  # fmt: skip
-    """Frozen batch normalisation, activation and per-tensor quantizer (Eq. 6) in one pass.
+    """Frozen batch normalization, activation and per-tensor quantizer (Eq. 6) in one pass.
 
         scale_c = weight * (1 / sqrt(running_var + eps))        shift_c = bias - running_mean * scale_c
         z = x * scale_c + shift_c        y = fake_quantize(act(z), lower, upper, bits)
@@ -216,7 +243,7 @@ def batch_norm_act_fake_quantize(
         bits: k, 2..8.
         eps: added to the variance.
         act: "none", "relu" or "relu6"; its gradient is zero at the kinks.
-        ste: see `fake_quantize`.
+        straight_through: see `fake_quantize`.
 
     Returns:
         y, with the shape and type of `x`.
@@ -225,14 +252,14 @@ def batch_norm_act_fake_quantize(
         TypeError: `x` is not of an allowed type.
         ValueError: another argument has a wrong shape, value or device.
     """
-    _check_channels(x)
-    _check_bits(bits)
-    _check_choice("act", act, ACTIVATIONS)
-    _check_choice("ste", ste, ("identity", "clipped"))
-    parameters = _batch_norm_parameters(x, running_mean, running_var, weight, bias)
-    lower, upper = _range(lower, upper, 1, x)
+    check_channels(x)
+    check_bits(bits)
+    check_choice("act", act, ACTIVATIONS)
+    check_choice("straight_through", straight_through, ("identity", "clipped"))
+    parameters = batch_norm_parameters(x, running_mean, running_var, weight, bias)
+    lower, upper = range(lower, upper, 1, x)
     return _ops.batch_norm_act_fake_quantize(
-        _dense(x), *parameters, lower, upper, bits, eps, ACTIVATIONS[act], ste == "clipped"
+        dense(x), *parameters, lower, upper, bits, eps, ACTIVATIONS[act], straight_through == "clipped"
     )
 
 
@@ -240,7 +267,7 @@ def batch_norm_act_moments(
     x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None,
     *, eps: float = 1e-5, act: Activation = "none",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Frozen batch normalisation and activation, with the statistics of the BN input for Eq. 5, in one read of `x`.
+    """Frozen batch normalization and activation, with the statistics of the BN input for Eq. 5, in one read of `x`.
 
     y is computed as in `batch_norm_act_fake_quantize`, without the quantizer. Gradients go to `x`, from all three
     results. `weight` and `bias` belong to a frozen teacher and take none.
@@ -257,23 +284,23 @@ def batch_norm_act_moments(
         TypeError: `x` is not of an allowed type.
         ValueError: another argument has a wrong shape, value or device, or `weight` or `bias` requires a gradient.
     """
-    _check_channels(x)
-    _check_choice("act", act, ACTIVATIONS)
+    check_channels(x)
+    check_choice("act", act, ACTIVATIONS)
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} requires a gradient, which batch_norm_act_moments does not compute: the teacher is frozen; "
                 "call requires_grad_(False) on its parameters"
             )
-    parameters = _batch_norm_parameters(x, running_mean, running_var, weight, bias)
-    return _ops.batch_norm_act_moments(_dense(x), *parameters, eps, ACTIVATIONS[act])
+    parameters = batch_norm_parameters(x, running_mean, running_var, weight, bias)
+    return _ops.batch_norm_act_moments(dense(x), *parameters, eps, ACTIVATIONS[act])
 
 
 def bns_loss(
     means: Sequence[Tensor], variances: Sequence[Tensor], running_means: Sequence[Tensor],
     running_vars: Sequence[Tensor], *, reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:  # fmt: skip
-    """The batch-normalisation-statistics loss over all layers (Eq. 5).
+    """The batch-normalization-statistics loss over all layers (Eq. 5).
 
         sum_l |mean_l - running_mean_l|^2 + |var_l - running_var_l|^2
 
@@ -290,15 +317,15 @@ def bns_loss(
         ValueError: the lists are empty or differ in length, a layer's tensors differ in shape or device, or `reduction`
             is not known.
     """
-    _check_choice("reduction", reduction, ("mean", "sum"))
+    check_choice("reduction", reduction, ("mean", "sum"))
     means = list(means)
     if not means:
-        raise ValueError("means is empty; the loss needs at least one batch-normalisation layer")
+        raise ValueError("means is empty; the loss needs at least one batch-normalization layer")
     lists = (
-        _statistics("means", means, means),
-        _statistics("variances", list(variances), means),
-        _statistics("running_means", list(running_means), means),
-        _statistics("running_vars", list(running_vars), means),
+        statistics("means", means, means),
+        statistics("variances", list(variances), means),
+        statistics("running_means", list(running_means), means),
+        statistics("running_vars", list(running_vars), means),
     )
     return _ops.bns_loss(*lists, reduction == "mean")[0]
 
@@ -334,28 +361,28 @@ def distillation_loss(
         TypeError: logits or `sample_weight` are not floating, or `targets` neither floating nor int64.
         ValueError: shapes or devices do not fit, `temperature` is not positive, or `reduction` is not known.
     """
-    _check_choice("reduction", reduction, ("mean", "batchmean"))
+    check_choice("reduction", reduction, ("mean", "batchmean"))
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; allowed is a number above 0")
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        _check_floating(name, logits)
+        check_floating(name, logits)
         if logits.dim() != 2 or logits.shape != student_logits.shape or logits.shape[1] == 0:
             raise ValueError(
                 f"{name} has shape {tuple(logits.shape)}, student_logits {tuple(student_logits.shape)}; "
                 "both must be the same (B, C), C >= 1"
             )
     batch, classes = student_logits.shape
-    _check_device("teacher_logits", teacher_logits, student_logits)
-    _check_device("targets", targets, student_logits)
+    check_device("teacher_logits", teacher_logits, student_logits)
+    check_device("targets", targets, student_logits)
     if targets.is_floating_point():
-        _check_shape("targets", targets, (batch, classes))
+        check_shape("targets", targets, (batch, classes))
         targets = targets.detach().float()
     else:
-        _check_labels("targets", targets, batch, classes, " or a floating type")
+        check_labels("targets", targets, batch, classes, " or a floating type")
     if sample_weight is not None:
-        _check_floating("sample_weight", sample_weight)
-        _check_shape("sample_weight", sample_weight, (batch,))
-        _check_device("sample_weight", sample_weight, student_logits)
+        check_floating("sample_weight", sample_weight)
+        check_shape("sample_weight", sample_weight, (batch,))
+        check_device("sample_weight", sample_weight, student_logits)
         sample_weight = sample_weight.detach().float().contiguous()
     loss, cross_entropy, kl, _ = _ops.distillation_loss(
         student_logits.float().contiguous(), teacher_logits.detach().float().contiguous(), targets.contiguous(),
@@ -368,12 +395,12 @@ def conditional_batch_norm_act(
     x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, running_mean: Tensor, running_var: Tensor,
     *, momentum: float = 0.1, eps: float = 1e-5, negative_slope: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Training batch normalisation whose gamma and beta are chosen by each sample's label, and LeakyReLU.
+    """Training batch normalization whose gamma and beta are chosen by each sample's label, and LeakyReLU.
 
         xhat = (x - mean_c) / sqrt(var_c + eps)        z = weight[label_n, c] * xhat + bias[label_n, c]
         y = z where z >= 0, else negative_slope * z
 
-    with the mean and the biased variance of the batch (categorical conditional batch normalisation, as in the paper's
+    with the mean and the biased variance of the batch (categorical conditional batch normalization, as in the paper's
     generator for ImageNet; with one class it is the ordinary kind). Gradients go to `x`, `weight` and `bias`.
 
     Args:
@@ -394,14 +421,14 @@ def conditional_batch_norm_act(
         TypeError: a tensor is not of an allowed type.
         ValueError: a shape or device does not fit, or there is one value per channel only.
     """
-    _check_channels(x)
+    check_channels(x)
     if 0 < x.numel() == x.shape[1]:
         raise ValueError(f"x has shape {tuple(x.shape)}; statistics need more than one value per channel")
     channels = (x.shape[1],)
     for name, table in (("weight", weight), ("bias", bias)):
         if table.dim() != 2 or table.shape != weight.shape or table.shape[1:] != channels:
             raise ValueError(f"{name} has shape {tuple(table.shape)}; weight and bias must be (classes, {x.shape[1]})")
-    _check_labels("labels", labels, x.shape[0], weight.shape[0])
+    check_labels("labels", labels, x.shape[0], weight.shape[0])
     for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
         if tensor.shape != channels or not tensor.is_contiguous():
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is a contiguous {channels}")
@@ -409,140 +436,13 @@ def conditional_batch_norm_act(
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise TypeError(f"{name} is {tensor.dtype}; allowed is float32")
-        _check_device(name, tensor, x)
-    _check_device("labels", labels, x)
+        check_device(name, tensor, x)
+    check_device("labels", labels, x)
     tables = weight.contiguous(), bias.contiguous(), labels.contiguous()
     y, _, _, new_mean, new_var = _ops.conditional_batch_norm_act(
-        _dense(x), *tables, running_mean, running_var, momentum, eps, negative_slope
+        dense(x), *tables, running_mean, running_var, momentum, eps, negative_slope
     )
     with torch.no_grad():
         running_mean.copy_(new_mean)
         running_var.copy_(new_var)
     return y
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=dense_format(x))
-
-
-def _check_input(name: str, x: Tensor) -> None:
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"{name} is {x.dtype}; allowed are float32, float16 and bfloat16")
-
-
-def _check_weight(name: str, weight: Tensor) -> None:
-    _check_input(name, weight)
-    if weight.dim() == 0:
-        raise ValueError(f"{name} has no dimensions; a weight is (out_channels, ...)")
-
-
-def _check_channels(x: Tensor) -> None:
-    _check_input("x", x)
-    if x.dim() < 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}; allowed is (N, C, *spatial)")
-
-
-def _check_bits(bits: int) -> None:
-    if not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise ValueError(f"bits is {bits!r}; allowed is an integer from 2 to 8")
-
-
-def _bits_of_each(bits: int | Sequence[int], weights: list[Tensor]) -> list[int]:
-    bits = [bits] * len(weights) if isinstance(bits, int) else list(bits)
-    if len(bits) != len(weights):
-        raise ValueError(f"bits has {len(bits)} values for {len(weights)} weights; give one number, or one per weight")
-    return bits
-
-
-def _check_choice(name: str, value: str, allowed: Collection[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
-
-
-def _check_axis(axis: int, x: Tensor) -> int:
-    """`axis` counted from the front."""
-    if not -x.dim() <= axis < x.dim():
-        raise ValueError(f"axis is {axis}; x has {x.dim()} dimensions")
-    return axis % x.dim()
-
-
-def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, the input on {like.device}; move both to one device")
-
-
-def _check_state(state: Tensor) -> None:
-    if state.dtype != torch.float32:
-        raise TypeError(f"state is {state.dtype}; allowed is float32")
-    if state.shape != (3,) or not state.is_contiguous():
-        raise ValueError(f"state has shape {tuple(state.shape)}; allowed is a contiguous (3,)")
-
-
-def _parameter(name: str, tensor: Tensor, count: int, x: Tensor) -> Tensor:
-    """`tensor` as float32, contiguous, `(count,)`."""
-    if tensor.numel() != count or (count != 1 and tensor.dim() != 1):
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is ({count},)")
-    _check_device(name, tensor, x)
-    return tensor.float().reshape(count).contiguous()
-
-
-def _range(lower: Tensor, upper: Tensor, count: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    lower, upper = _parameter("lower", lower, count, x), _parameter("upper", upper, count, x)
-    if _CHECK_VALUES:
-        wrong = ~(torch.isfinite(lower) & torch.isfinite(upper) & (lower <= upper))
-        if wrong.any():
-            index = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"lower[{index}] is {lower[index].item()}, upper[{index}] {upper[index].item()}; "
-                "allowed are finite numbers, lower <= upper"
-            )
-    return lower, upper
-
-
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} is {tensor.dtype}; allowed is a floating type")
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is {shape}")
-
-
-def _check_labels(name: str, labels: Tensor, count: int, classes: int, other_types: str = "") -> None:
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{name} is {labels.dtype}; allowed is torch.int64{other_types}")
-    _check_shape(name, labels, (count,))
-    if _CHECK_VALUES:
-        wrong = (labels < 0) | (labels >= classes)
-        if wrong.any():
-            index = int(wrong.nonzero()[0])
-            raise ValueError(f"{name}[{index}] is {labels[index].item()}; allowed is 0 to {classes - 1}")
-
-
-def _batch_norm_parameters(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    channels = x.shape[1]
-    return (
-        _parameter("running_mean", running_mean, channels, x),
-        _parameter("running_var", running_var, channels, x),
-        None if weight is None else _parameter("weight", weight, channels, x),
-        None if bias is None else _parameter("bias", bias, channels, x),
-    )
-
-
-def _statistics(name: str, tensors: list[Tensor], means: list[Tensor]) -> list[Tensor]:
-    """One statistic of all layers as float32, checked against the batch means."""
-    if len(tensors) != len(means):
-        raise ValueError(f"{name} has {len(tensors)} layers and means has {len(means)}; give one tensor per layer")
-    # Whole lists are compared, and looked through only where they differ: there are many layers, and little to compute.
-    if tensors is means or [t.shape for t in tensors] != [mean.shape for mean in means]:
-        for index, (tensor, mean) in enumerate(zip(tensors, means, strict=True)):
-            if tensor.shape != mean.shape or tensor.dim() != 1 or tensor.numel() == 0:
-                shapes = f"{tuple(tensor.shape)}, means[{index}] {tuple(mean.shape)}"
-                raise ValueError(f"{name}[{index}] has shape {shapes}; all must be (C,) with one C >= 1 per layer")
-    if {t.device for t in tensors} != {means[0].device}:
-        for index, tensor in enumerate(tensors):
-            _check_device(f"{name}[{index}]", tensor, means[0])
-    return [t if t.dtype == torch.float32 and t.is_contiguous() else t.float().contiguous() for t in tensors]

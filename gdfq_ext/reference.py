@@ -249,7 +249,7 @@ def _inside(level: Tensor, bits: int) -> Tensor:
 def _fold(
     running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """inv_std, scale_c and shift_c of the frozen batch normalisation, each (C,)."""
+    """inv_std, scale_c and shift_c of the frozen batch normalization, each (C,)."""
     # PyTorch's vectorized float32 square root is not always the nearest on the CPU; by way of float64 it is.
     inv_std = (running_var + eps).double().sqrt_().float().reciprocal_()
     scale = inv_std if weight is None else weight * inv_std

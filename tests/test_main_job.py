@@ -25,4 +25,4 @@ def test_shipped_model_to_four_bits(kernels, tmp_path):
     report = json.loads(done.stdout)
     assert report["top1"]["float"] == pytest.approx(94.17, abs=0.02)
     assert report["top1"]["quantized"] > 88
-    assert {entry["bits"] for entry in report["account"]["weights"]} == {4}
+    assert {entry["bits"] for entry in report["summary"]["weights"]} == {4}

@@ -3,7 +3,7 @@
     released   one PyTorch call for each operation sign of the equations, as published GDFQ code runs them
     eager      PyTorch's own fused operation, where it has one
     compile    torch.compile of the released sequence
-    brevitas, torchao, modelopt   their quantizer, behind PyTorch's batch normalisation where one belongs to it
+    brevitas, torchao, modelopt   their quantizer, behind PyTorch's batch normalization where one belongs to it
     ours       gdfq_ext with the backend that is loaded
 
 Scales, zero points and ranges are prepared outside what is measured. All compute in float32 and return the type of x.
@@ -164,9 +164,11 @@ def quantizers(
 def fake_quantize(problem: Problem, axis: int | None = None, clipped: bool = False) -> Case:
     x = problem.x()
     affine = Affine(0.3 * problem.channel(1 if axis is None else problem.shape[axis]), 2 ** (BITS - 1), BITS, axis)
-    lower, upper, ste = affine.lower, affine.upper, "clipped" if clipped else "identity"
+    lower, upper, straight_through = affine.lower, affine.upper, "clipped" if clipped else "identity"
     providers, other_gradient = quantizers(problem, x, lambda: x, affine, clipped)
-    providers["ours"] = lambda: gdfq_ext.fake_quantize(x, lower, upper, BITS, axis=axis, ste=ste)
+    providers["ours"] = lambda: gdfq_ext.fake_quantize(
+        x, lower, upper, BITS, axis=axis, straight_through=straight_through
+    )
     moved = 2 * x.nbytes + (x.numel() // 8 if clipped else 0)
     return Case(
         providers, [x], x.nbytes, moved, moved if clipped else 0, affine.scale.max().item(), other_gradient
@@ -414,7 +416,7 @@ def disagreement(
     """How far `provider`'s results (or gradients, for "both") are from ours where that is too far, else None.
 
     A value may be one level off where its last bits decide: in one of 500 elements in float32, where arithmetic differs
-    by multiplying with a reciprocal, in one of 20 where batch normalisation has rounded to bfloat16 first. Other values
+    by multiplying with a reciprocal, in one of 20 where batch normalization has rounded to bfloat16 first. Other values
     may differ by 1e-4 of the largest one, by 2% where `dtype`, that of x, is bfloat16. A gradient may differ in one of
     10,000 elements, in one of 200 in bfloat16: those that rounding has moved across the kink of an activation.
     """

@@ -16,7 +16,7 @@ LAYERS = {
     "inceptionv3-192x71": (192, 71, 71),
 }
 
-# The convolutions of ResNet-18 (out, in, kernel) and the channels of its 20 batch normalisations.
+# The convolutions of ResNet-18 (out, in, kernel) and the channels of its 20 batch normalizations.
 RESNET18_WEIGHTS = [(64, 3, 7)] + [
     shape
     for width, previous in ((64, 64), (128, 64), (256, 128), (512, 256))

@@ -46,7 +46,7 @@ class CpuClock:
 
 class CudaClock:
     """Events around the calls of a turn. A kernel that only waits goes first, so that the host has queued all calls
-    before the device begins with them: neither the host's time nor a synchronisation is in the figure. It is what the
+    before the device begins with them: neither the host's time nor a synchronization is in the figure. It is what the
     operation takes inside a CUDA graph."""
 
     def __init__(self, device: str) -> None:

@@ -32,7 +32,7 @@ class Result:
     Attributes:
         model: Q, `(N, C, H, W) -> (N, classes)`, an ordinary module in float that computes as the quantized one does.
         report: what was done and how good it is.
-        generator: G, for the method `gdfq`; None for the baselines.
+        generator: G, for the method `gdfq` where its images have one (not ZeroQ's or noise); None for the baselines.
         held_out_images: synthetic batches `(N, C, H, W)` that Q was not trained on; the data-free figures are theirs.
         choice_state: Q's state dict at the epoch of `report.choice`; None where there is no such choice.
     """

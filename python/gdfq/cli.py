@@ -301,7 +301,7 @@ def _load_data(source: dict[str, Any], purpose: str = ""):
     from gdfq.data import load_dataset
     from gdfq.models import parse_model_args
 
-    if source.get(f"{purpose}data") is None:  # runs of earlier versions know only data for evaluation
+    if source[f"{purpose}data"] is None:
         return None
     data, kind, args = (source[f"{purpose}{key}"] for key in ("data", "data_kind", "data_args"))
     return load_dataset(data, kind, **parse_model_args(args))

@@ -78,7 +78,10 @@ class QuantizerConfig(Section):
 class ImagesConfig(Section):
     """What Q is trained on, where the method makes images."""
 
-    source: str = Field("generator", description="generator: GDFQ's; qimera: with superposed labels; zeroq: optimized")
+    source: str = Field(
+        "generator",
+        description="generator: GDFQ's; qimera: with superposed labels; zeroq: optimized; gaussian: noise",
+    )
     transforms: dict[str, dict[str, Any]] = Field(
         {}, description="what images go through, by name and with its settings, as low_pass = {cutoff = 80.0}"
     )
@@ -155,7 +158,7 @@ class CalibrationConfig(Section):
 
     images: Literal["gaussian", "zeroq", "generator"] = Field(
         "gaussian",
-        description="gaussian: noise; zeroq: optimised as the section zeroq says; generator: of a generator that was "
+        description="gaussian: noise; zeroq: optimized as the section zeroq says; generator: of a generator that was "
         "trained for schedule.warmup_epochs",
     )
     count: int | None = Field(
@@ -183,7 +186,9 @@ class RunConfig(Section):
     compile: bool = Field(False, description="torch.compile the forward passes and losses of both steps")
     log_every: int = Field(20, ge=1, description="iterations between two entries of the log")
     checkpoint_every: int = Field(200, ge=1, description="iterations between two checkpoints")
-    held_out_images: int = Field(512, ge=2, description="synthetic images behind the data-free figures")
+    held_out_images: int = Field(
+        512, ge=2, description="synthetic images behind the data-free figures (of ZeroQ's: zeroq.images)"
+    )
 
 
 class Config(Section):

@@ -142,7 +142,7 @@ def _checked_logits(logits: object, labels: torch.Tensor, num_classes: int | Non
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own training flag afterwards."""
+    """Eval mode inside, every module's own training flag afterward."""
     flags = [(module, module.training) for module in model.modules()]
     with suppress(NotImplementedError):  # an exported graph: its mode was fixed when it was captured
         model.eval()

@@ -188,7 +188,7 @@ def _module_from_file(path: Path) -> ModuleType:
         raise GdfqError(f"no such file: {path}")
     folder = str(path.resolve().parent)
     if folder not in sys.path:
-        sys.path.insert(0, folder)  # the file may import its neighbours, as with `python path/to/file.py`
+        sys.path.insert(0, folder)  # the file may import its neighbors, as with `python path/to/file.py`
     name = f"gdfq_model_{path.stem}"  # prefixed, so that a file called types.py shadows nothing
     specification = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(specification)

@@ -1,6 +1,6 @@
 """Modules of quantized networks: quantizers, and BatchNorm with what follows it.
 
-They hold what quantization adds (ranges as buffers) and nothing of the user's: weights, biases and BN statistics stay
+They hold what quantization adds (ranges, steps) and nothing of the user's: weights, biases and BN statistics stay
 where the user's model has them and are passed in by the graph.
 """
 
@@ -47,7 +47,7 @@ class WeightFakeQuantize(nn.Module):
         return [result[index] for index in range(len(weights))]
 
     def _anew(self, weights: list[Tensor], bits: list[int]) -> list[Tensor]:
-        return gdfq_ext.fake_quantize_weights(weights, bits, ste=self.straight_through)
+        return gdfq_ext.fake_quantize_weights(weights, bits, straight_through=self.straight_through)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, straight_through={self.straight_through!r}"
@@ -148,7 +148,9 @@ class FakeQuantize(nn.Module):
                 return x
         elif isinstance(self.observer, LearnedStep):
             return self.observer.quantize(x, self.range, self.bits)
-        return gdfq_ext.fake_quantize(x, self.range[0], self.range[1], self.bits, ste=self.straight_through)
+        return gdfq_ext.fake_quantize(
+            x, self.range[0], self.range[1], self.bits, straight_through=self.straight_through
+        )
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, straight_through={self.straight_through!r}"
@@ -163,7 +165,7 @@ class BatchNormAct(nn.Module):
         momentum: of the running statistics, used only while they are not frozen.
 
     Attributes:
-        frozen: true is "fixed BNS" of the paper: the running statistics are used and do not move. False normalises by
+        frozen: true is "fixed BNS" of the paper: the running statistics are used and do not move. False normalizes by
             the batch's own statistics and moves the running ones (the ablation of Table 4).
     """
 
@@ -205,7 +207,7 @@ class BatchNormActFakeQuantize(nn.Module):
             return quantizer(bn(x, running_mean, running_var, weight, bias))
         return gdfq_ext.batch_norm_act_fake_quantize(
             x, running_mean, running_var, weight, bias, quantizer.range[0], quantizer.range[1], quantizer.bits,
-            eps=bn.eps, act=bn.act, ste=quantizer.straight_through,
+            eps=bn.eps, act=bn.act, straight_through=quantizer.straight_through,
         )  # fmt: skip
 
 

@@ -108,8 +108,8 @@ class LearnedStep(Observer):
 
         y = (clamp(round(x / step) + zero_point, 0, 2^k - 1) - zero_point) * step
 
-    Its gradient is straight-through, scaled by 1 / sqrt(numel * (2^k - 1)). It begins at the range that has been
-    observed by its moving average.
+    Gradients are LSQ's, whatever `quantizer.straight_through` says: straight through where nothing was clamped, the
+    step's scaled by 1 / sqrt(numel * (2^k - 1)). It begins at the range that has been observed by its moving average.
 
     Attributes:
         step: `()` float32, NaN until `begin`.

@@ -25,8 +25,8 @@ METHODS: Registry[Any] = Registry("method")  # gdfq.methods
 TARGETS: Registry[Any] = Registry("quantizer.target")  # gdfq.target
 SOURCES: Registry[Any] = Registry("images.source")  # gdfq.images
 TRANSFORMS: Registry[Any] = Registry("images.transforms")  # gdfq.images.transforms
-OPTIMIZERS: Registry[Any] = Registry("student.optimizer")  # gdfq.train.optimizer
-TERMS: Registry[Any] = Registry("generator.terms", "student.terms")  # gdfq.train.objective
+OPTIMIZERS: Registry[Any] = Registry("student.optimizer")  # gdfq.optim
+TERMS: Registry[Any] = Registry("generator.terms", "student.terms")  # gdfq.objective
 ALL = (METHODS, TARGETS, SOURCES, TRANSFORMS, OPTIMIZERS, TERMS)
 
 # Sections of the settings, by name, besides those of `gdfq.config`.

@@ -79,20 +79,22 @@ def test_quantized_output_follows_float64_away_from_rounding_boundaries(act):
     assert near.mean() < 0.1
 
 
-@pytest.mark.parametrize("ste", ["identity", "clipped"])
+@pytest.mark.parametrize("straight_through", ["identity", "clipped"])
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_quantized_gradients_are_those_of_the_straight_through_expression(layout, affine, act, ste):
+def test_quantized_gradients_are_those_of_the_straight_through_expression(layout, affine, act, straight_through):
     x, (mean, var, weight, bias) = batch((4, 6, 5, 7), layout=layout).requires_grad_(), parameters(6, affine)
     leaves = [x, *(p.requires_grad_() for p in (weight, bias) if p is not None)]
     gradient = torch.randn(x.shape, generator=generator(7))
-    y = gdfq_ext.batch_norm_act_fake_quantize(x, mean, var, weight, bias, *limits(), 4, eps=EPS, act=act, ste=ste)
+    y = gdfq_ext.batch_norm_act_fake_quantize(
+        x, mean, var, weight, bias, *limits(), 4, eps=EPS, act=act, straight_through=straight_through
+    )
     assert y.is_contiguous(memory_format=layout)
     actual = torch.autograd.grad(y, leaves, gradient)
 
     a = normalise64(x, mean, var, weight, bias, act)
-    if ste == "clipped":
+    if straight_through == "clipped":
         a = a * torch.from_numpy(oracle.inside(a.detach().numpy(), -0.21, 2.03, 4, np.float64))
     expected = torch.autograd.grad(a, leaves, gradient.double())
     for value, reference in zip(actual, expected, strict=True):
@@ -206,7 +208,7 @@ def test_slices_give_what_their_copies_give(layout, slicing):
 
     def run(x):
         x = x.detach().requires_grad_()
-        quantized = gdfq_ext.batch_norm_act_fake_quantize(x, *bn, *limits(), 4, act="relu", ste="clipped")
+        quantized = gdfq_ext.batch_norm_act_fake_quantize(x, *bn, *limits(), 4, act="relu", straight_through="clipped")
         y, mean, var = gdfq_ext.batch_norm_act_moments(x, *bn, act="relu6")
         loss = (quantized * y.detach()).sum() + y.square().sum() + mean.square().sum() + var.square().sum()
         return [quantized, y, mean, var, torch.autograd.grad(loss, x)[0]]
@@ -266,7 +268,7 @@ def call(x=None, **changes):
         ({"lower": torch.ones(3)}, ValueError, r"lower has shape \(3,\); allowed is \(1,\)"),
         ({"bits": 0}, ValueError, "bits is 0"),
         ({"act": "gelu"}, ValueError, "act is 'gelu'; allowed are 'none', 'relu', 'relu6'"),
-        ({"ste": None}, ValueError, "ste is None"),
+        ({"straight_through": None}, ValueError, "straight_through is None"),
     ],
 )
 def test_bad_arguments_are_named(changes, error, message):

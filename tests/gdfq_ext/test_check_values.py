@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import gdfq_ext
-from gdfq_ext import ops
+from gdfq_ext import _checks
 
 
 @pytest.fixture
 def check_values(monkeypatch):
-    monkeypatch.setattr(ops, "_CHECK_VALUES", True)
+    monkeypatch.setattr(_checks, "_CHECK_VALUES", True)
 
 
 @pytest.mark.parametrize(("lower", "upper"), [(1.0, -1.0), (float("nan"), 1.0), (0.0, float("inf"))])

@@ -32,12 +32,12 @@ def test_per_tensor_is_the_equation_bit_for_bit(bits, dtype):
 
 @pytest.mark.parametrize("axis", [0, 1, 3, -1])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("ste", ["identity", "clipped"])
-def test_per_channel_is_the_equation_bit_for_bit(axis, layout, ste):
+@pytest.mark.parametrize("straight_through", ["identity", "clipped"])
+def test_per_channel_is_the_equation_bit_for_bit(axis, layout, straight_through):
     x = sample((4, 6, 5, 3)).contiguous(memory_format=layout).requires_grad_()
     count = x.shape[axis]
     lower, upper = -1 - torch.arange(count) / 7, 1 + torch.arange(count) / 5
-    y = gdfq_ext.fake_quantize(x, lower, upper, 4, axis=axis, ste=ste)
+    y = gdfq_ext.fake_quantize(x, lower, upper, 4, axis=axis, straight_through=straight_through)
     shape = [1] * 4
     shape[axis] = count
     low, high = lower.numpy().reshape(shape), upper.numpy().reshape(shape)
@@ -80,10 +80,10 @@ def test_nan_stays_and_infinity_takes_the_end_level():
     [(1, -1), (torch.nan, 1), (0, torch.nan), (-torch.inf, 1), (0, torch.inf), (torch.inf, torch.inf),
      (0, -torch.inf), (-3e38, 3e38)],
 )  # fmt: skip
-@pytest.mark.parametrize("ste", ["identity", "clipped"])
-def test_a_bad_range_gives_nan_never_a_number(lower, upper, ste):
+@pytest.mark.parametrize("straight_through", ["identity", "clipped"])
+def test_a_bad_range_gives_nan_never_a_number(lower, upper, straight_through):
     x = tensor(-5, -0.5, 0, 0.5, 5).requires_grad_()
-    assert gdfq_ext.fake_quantize(x, tensor(lower), tensor(upper), 4, ste=ste).isnan().all()
+    assert gdfq_ext.fake_quantize(x, tensor(lower), tensor(upper), 4, straight_through=straight_through).isnan().all()
 
 
 def test_a_bad_channel_leaves_the_others_alone():
@@ -98,11 +98,11 @@ def test_a_degenerate_range_gives_its_value(value):
     torch.testing.assert_close(y, tensor(value), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("ste", ["identity", "clipped"])
+@pytest.mark.parametrize("straight_through", ["identity", "clipped"])
 @pytest.mark.parametrize("shape", [(0,), (4, 0, 3), (), (1,), (1, 1, 1, 1), (13,), (3, 7, 1, 5), (2, 3, 4, 5, 6)])
-def test_any_shape(shape, ste):
+def test_any_shape(shape, straight_through):
     x = sample(shape).requires_grad_()
-    y = gdfq_ext.fake_quantize(x, tensor(-1), tensor(1.2), 3, ste=ste)
+    y = gdfq_ext.fake_quantize(x, tensor(-1), tensor(1.2), 3, straight_through=straight_through)
     assert y.shape == x.shape
     oracle.exactly(y, oracle.quantize(oracle.to_numpy(x), -1, 1.2, 3))
     y.sum().backward()
@@ -123,12 +123,12 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("ste", ["identity", "clipped"])
+@pytest.mark.parametrize("straight_through", ["identity", "clipped"])
 @pytest.mark.parametrize("view", VIEWS)
-def test_views_give_what_their_copies_give(view, ste):
+def test_views_give_what_their_copies_give(view, straight_through):
     def run(x):
         x = x.detach().requires_grad_()
-        y = gdfq_ext.fake_quantize(x, tensor(-1), tensor(1.2), 3, ste=ste)
+        y = gdfq_ext.fake_quantize(x, tensor(-1), tensor(1.2), 3, straight_through=straight_through)
         y.backward(torch.arange(x.numel(), dtype=torch.float32).reshape(x.shape))
         return y.detach(), x.grad
 
@@ -150,7 +150,7 @@ def test_identity_passes_the_gradient_unchanged(dtype):
 def test_clipped_zeroes_the_gradient_of_clamped_levels_only(dtype, layout, gradient_layout):
     x = sample((3, 5, 4, 7), dtype).contiguous(memory_format=layout).requires_grad_()
     gradient = sample((3, 5, 4, 7), dtype, seed=1).contiguous(memory_format=gradient_layout)
-    gdfq_ext.fake_quantize(x, tensor(-0.7), tensor(0.9), 3, ste="clipped").backward(gradient)
+    gdfq_ext.fake_quantize(x, tensor(-0.7), tensor(0.9), 3, straight_through="clipped").backward(gradient)
     passes = oracle.inside(oracle.to_numpy(x), -0.7, 0.9, 3)
     assert 0 < passes.sum() < passes.size
     oracle.exactly(x.grad, np.where(passes, oracle.to_numpy(gradient), 0))
@@ -159,13 +159,13 @@ def test_clipped_zeroes_the_gradient_of_clamped_levels_only(dtype, layout, gradi
 def test_clipped_judges_the_rounded_level_not_the_value():
     # Range 0..3 with 2 bits: 3.4 rounds to the top level, which is no clamp; 3.6 rounds past it.
     x = tensor(-0.6, -0.4, 3.4, 3.6).requires_grad_()
-    gdfq_ext.fake_quantize(x, tensor(0), tensor(3), 2, ste="clipped").sum().backward()
+    gdfq_ext.fake_quantize(x, tensor(0), tensor(3), 2, straight_through="clipped").sum().backward()
     assert x.grad.tolist() == [0, 1, 1, 0]
 
 
 def test_clipped_hides_neither_nan_nor_infinity():
     x = tensor(torch.nan, torch.inf, 0.5).requires_grad_()
-    y = gdfq_ext.fake_quantize(x, tensor(0), tensor(3), 2, ste="clipped")
+    y = gdfq_ext.fake_quantize(x, tensor(0), tensor(3), 2, straight_through="clipped")
     y.backward(tensor(5, torch.inf, torch.nan))
     assert x.grad[0] == 5
     assert x.grad[1] == 0
@@ -184,22 +184,22 @@ def test_mask_is_one_little_endian_bit_per_element(shape):
 def test_clipped_without_a_gradient_saves_no_mask():
     x = sample((5,)).requires_grad_()
     with torch.no_grad():
-        y = gdfq_ext.fake_quantize(x, tensor(-1), tensor(1), 4, ste="clipped")
+        y = gdfq_ext.fake_quantize(x, tensor(-1), tensor(1), 4, straight_through="clipped")
     assert y.grad_fn is None
     assert torch.equal(y, gdfq_ext.fake_quantize(x.detach(), tensor(-1), tensor(1), 4))
 
 
 def test_clipped_refuses_a_second_derivative():
     x = sample((5,)).requires_grad_()
-    y = gdfq_ext.fake_quantize(x, tensor(-1), tensor(1), 4, ste="clipped").square().sum()
+    y = gdfq_ext.fake_quantize(x, tensor(-1), tensor(1), 4, straight_through="clipped").square().sum()
     with pytest.raises(RuntimeError, match="once only"):
         torch.autograd.grad(y, x, create_graph=True)
 
 
-@pytest.mark.parametrize("ste", ["identity", "clipped"])
-def test_compiles_without_graph_breaks(ste):
+@pytest.mark.parametrize("straight_through", ["identity", "clipped"])
+def test_compiles_without_graph_breaks(straight_through):
     def step(x, lower, upper):
-        return gdfq_ext.fake_quantize(x * 2, lower, upper, 4, ste=ste).square().sum()
+        return gdfq_ext.fake_quantize(x * 2, lower, upper, 4, straight_through=straight_through).square().sum()
 
     def gradient(function):
         x = sample((3, 4, 5, 5)).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -237,7 +237,12 @@ ONE = torch.ones(1)
         ((torch.ones(3), ONE, ONE, 1), {}, ValueError, r"bits is 1; allowed is an integer from 2 to 8"),
         ((torch.ones(3), ONE, ONE, 9), {}, ValueError, r"bits is 9"),
         ((torch.ones(3), ONE, ONE, 4.0), {}, ValueError, r"bits is 4.0"),
-        ((torch.ones(3), ONE, ONE, 4), {"ste": "none"}, ValueError, r"ste is 'none'; allowed are 'identity'"),
+        (
+            (torch.ones(3), ONE, ONE, 4),
+            {"straight_through": "none"},
+            ValueError,
+            r"straight_through is 'none'; allowed are 'identity'",
+        ),
         ((torch.ones(3), torch.ones(2), ONE, 4), {}, ValueError, r"lower has shape \(2,\); allowed is \(1,\)"),
         ((torch.ones(3, 4), torch.ones(3), ONE, 4), {"axis": 0}, ValueError, r"upper has shape \(1,\)"),
         ((torch.ones(3), ONE, ONE, 4), {"axis": 1}, ValueError, r"axis is 1; x has 1 dimensions"),

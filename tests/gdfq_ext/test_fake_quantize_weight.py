@@ -19,19 +19,19 @@ def expected(weight, bits):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("ste", ["identity", "clipped"])
-def test_each_channel_is_quantized_with_its_own_range(bits, dtype, ste):
+@pytest.mark.parametrize("straight_through", ["identity", "clipped"])
+def test_each_channel_is_quantized_with_its_own_range(bits, dtype, straight_through):
     weight = sample((6, 5, 3, 3), dtype).requires_grad_()
-    quantized = gdfq_ext.fake_quantize_weight(weight, bits, ste=ste)
+    quantized = gdfq_ext.fake_quantize_weight(weight, bits, straight_through=straight_through)
     assert quantized.dtype == dtype
     oracle.exactly(quantized, expected(weight, bits))
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 1), (3, 11), (5, 1, 3, 3), (4, 3, 2, 2, 2), (0, 3, 3, 3), (4, 0)])
-@pytest.mark.parametrize("ste", ["identity", "clipped"])
-def test_any_weight_shape(shape, ste):
+@pytest.mark.parametrize("straight_through", ["identity", "clipped"])
+def test_any_weight_shape(shape, straight_through):
     weight = sample(shape).requires_grad_()
-    quantized = gdfq_ext.fake_quantize_weight(weight, 4, ste=ste)
+    quantized = gdfq_ext.fake_quantize_weight(weight, 4, straight_through=straight_through)
     assert quantized.shape == weight.shape
     if weight.numel():
         oracle.exactly(quantized, expected(weight, 4))
@@ -77,20 +77,20 @@ def test_identity_gradient_passes_unchanged():
 def test_clipped_gradient_is_zero_where_the_maximum_rounds_past_the_top():
     # scale 1, zero = round(0.5) + 2 = 2 (half to even), so 3.5 becomes level round(1.5) = 2 > 1.
     weight = torch.tensor([[0.5, 1.0, 2.0, 3.5]], requires_grad=True)
-    gdfq_ext.fake_quantize_weight(weight, 2, ste="clipped").sum().backward()
+    gdfq_ext.fake_quantize_weight(weight, 2, straight_through="clipped").sum().backward()
     passes = oracle.inside(oracle.to_numpy(weight), 0.5, 3.5, 2)
     assert passes.tolist() == [[True, True, True, False]]
     assert weight.grad.tolist() == [[1, 1, 1, 0]]
 
 
-@pytest.mark.parametrize("ste", ["identity", "clipped"])
+@pytest.mark.parametrize("straight_through", ["identity", "clipped"])
 @pytest.mark.parametrize("bits", [4, [2, 5, 8]])
-def test_the_list_form_equals_one_call_per_weight(bits, ste):
+def test_the_list_form_equals_one_call_per_weight(bits, straight_through):
     weights = [sample((6, 5, 3, 3)), sample((3, 7), torch.float16), sample((4,), torch.bfloat16)]
     weights = [weight.requires_grad_() for weight in weights]
-    together = gdfq_ext.fake_quantize_weights(weights, bits, ste=ste)
+    together = gdfq_ext.fake_quantize_weights(weights, bits, straight_through=straight_through)
     for quantized, weight, k in zip(together, weights, [bits] * 3 if isinstance(bits, int) else bits, strict=True):
-        alone = gdfq_ext.fake_quantize_weight(weight, k, ste=ste)
+        alone = gdfq_ext.fake_quantize_weight(weight, k, straight_through=straight_through)
         assert quantized.dtype == weight.dtype
         assert torch.equal(quantized, alone)
         gradients = [torch.autograd.grad((q * q.detach()).sum(), weight)[0] for q in (quantized, alone)]
@@ -118,7 +118,11 @@ def test_no_weights_give_no_results():
         (lambda: gdfq_ext.fake_quantize_weights([torch.ones(2)], [4, 4]), ValueError, "2 values for 1 weights"),
         (lambda: gdfq_ext.fake_quantize_weights([torch.ones(2)] * 2, [4, 1]), ValueError, "bits is 1"),
         (lambda: gdfq_ext.fake_quantize_weights([torch.ones(2).int()], 4), TypeError, r"weights\[0\] is torch.int32"),
-        (lambda: gdfq_ext.fake_quantize_weights([torch.ones(2)], 4, ste="x"), ValueError, "ste is 'x'"),
+        (
+            lambda: gdfq_ext.fake_quantize_weights([torch.ones(2)], 4, straight_through="x"),
+            ValueError,
+            "straight_through is 'x'",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, error, message):

@@ -32,9 +32,13 @@ class Block(torch.nn.Module):
 
     def forward(self, x):
         limits, norm = (self.low, self.high), (self.zeros, self.ones)
-        x = gdfq_ext.fake_quantize(x, *limits, 4, ste="clipped") * gdfq_ext.fake_quantize_weight(self.weight, 4)
+        x = gdfq_ext.fake_quantize(x, *limits, 4, straight_through="clipped") * gdfq_ext.fake_quantize_weight(
+            self.weight, 4
+        )
         y, mean, var = gdfq_ext.batch_norm_act_moments(x, *norm, None, None, act="relu")
-        y = gdfq_ext.batch_norm_act_fake_quantize(y, *norm, self.ones, self.zeros, *limits, 8, ste="clipped")
+        y = gdfq_ext.batch_norm_act_fake_quantize(
+            y, *norm, self.ones, self.zeros, *limits, 8, straight_through="clipped"
+        )
         return y.square().mean() + gdfq_ext.bns_loss([mean], [var], [self.zeros], [self.ones])
 
 

@@ -1,6 +1,6 @@
 """The built-in demonstration: a ResNet-20 for Fashion-MNIST and the 10,000 test images.
 
-`examples/train_teacher.py` made the weights. The images are Fashion-MNIST's test set (MIT licence, beside them).
+`examples/train_teacher.py` made the weights. The images are Fashion-MNIST's test set (MIT license, beside them).
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from gdfq.data import (
 from gdfq.data import (
     FASHION_MNIST_MEAN,
     FASHION_MNIST_STD,
-    LabelledImages,
+    LabeledImages,
     load_dataset,
 )
 from gdfq.models import load_model
@@ -37,6 +37,6 @@ def teacher() -> nn.Module:
     return load_model("gdfq.demo:resnet20", FOLDER / "fashion_mnist_resnet20.safetensors")
 
 
-def test_set() -> LabelledImages:
-    """The 10,000 test images of Fashion-MNIST, normalised, with their labels."""
+def test_set() -> LabeledImages:
+    """The 10,000 test images of Fashion-MNIST, normalized, with their labels."""
     return load_dataset("fashion-mnist")

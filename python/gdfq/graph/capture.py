@@ -114,7 +114,7 @@ def _try_model(model: nn.Module, example: Tensor) -> int:
 
 
 def _export(model: nn.Module, example: Tensor) -> tuple[nn.Module, fx.Graph]:
-    """Export, functionalise (no in-place operator is left) and return root and graph with one input, one output."""
+    """Export, functionalize (no in-place operator is left) and return root and graph with one input, one output."""
     dynamic_batch = ({0: torch.export.Dim.DYNAMIC},)
     try:
         with warnings.catch_warnings():

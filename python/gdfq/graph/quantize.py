@@ -43,8 +43,8 @@ def build_quantized(captured: CapturedModel, config: QuantizerConfig) -> tuple[f
     """Rewrite the captured model into Q: quantizers where the target has them, ranges not observed yet.
 
     The parameters are a copy that takes gradients. New modules are `weight_quantizers.*`, `activation_quantizers.*` and
-    `batch_norms.*`; only what they store (the activation ranges) enters the state dict, everything else in it has its
-    old name.
+    `batch_norms.*`; only what they store (ranges, what observers keep, weight quantizers that were stored) enters the
+    state dict, everything else in it has its old name.
 
     Returns:
         the model, an ordinary module `(N, C, H, W) -> (N, classes)`, and the summary of what was done.
@@ -130,7 +130,8 @@ class _Rewriter:
         node.replace_all_uses_with(result)
         self.graph.erase_node(node)
         if bits:
-            self._record(result, "batch_norm" if act == "none" else f"batch_norm, {act}", bits)
+            is_fused = self.config.observer != "learned_step"
+            self._record(result, ("batch_norm" if act == "none" else f"batch_norm, {act}") if is_fused else "", bits)
         return result
 
     def _quantize_value(self, node: fx.Node, bits: int) -> None:

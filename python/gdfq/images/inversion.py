@@ -37,11 +37,11 @@ def invert(
     device: torch.device,
     progress: bool = False,
 ) -> Tensor:
-    """Images `(config.images, *shape)` that minimise, over the image itself and all BN inputs l,
+    """Images `(config.images, *shape)` that minimize, over the image itself and all BN inputs l,
 
         sum_l |mean_l - mu_l|^2 + |std_l - sigma_l|^2        (ZeroQ, Eq. 3; per channel means of the squares)
 
-    with mu, sigma the running statistics, and 0, 1 for the image, which is in normalised pixels.
+    with mu, sigma the running statistics, and 0, 1 for the image, which is in normalized pixels.
     """
     random = torch.Generator(device).manual_seed(seed)
     images = torch.randn(config.images, *shape, generator=random, device=device)

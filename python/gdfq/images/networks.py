@@ -1,7 +1,7 @@
 """The networks of the paper's two generators: noise and a label in, an image of that class out (Eq. 2, 3).
 
-Images leave through a BatchNorm without parameters, so that every channel is about N(0, 1): the space of normalised
-pixels that the model was trained in. There is therefore nothing to know about the user's normalisation.
+Images leave through a BatchNorm without parameters, so that every channel is about N(0, 1): the space of normalized
+pixels that the model was trained in. There is therefore nothing to know about the user's normalization.
 """
 
 import math

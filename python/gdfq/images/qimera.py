@@ -14,7 +14,7 @@ from gdfq.registry import SECTIONS, SOURCES
 
 
 class QimeraConfig(Section):
-    """Qimera: superposed labels. They need `generator.architecture = "embedding"`."""
+    """Qimera: superposed labels. The generator is the one with embeddings, whatever `generator.architecture` says."""
 
     probability: float = Field(0.4, ge=0, le=1, description="with which a batch is superposed (0.7 for ResNet-50)")
     labels: int | None = Field(

@@ -115,7 +115,7 @@ def _stack(name: str, images: Sequence[Any], shape: tuple[int, int, int]) -> Ten
         if not isinstance(image, Tensor) or not image.is_floating_point():
             given = f"a tensor of {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
             raise GdfqError(
-                f"`{name}`: an image must be a float tensor (C, H, W), normalised as the model was trained; "
+                f"`{name}`: an image must be a float tensor (C, H, W), normalized as the model was trained; "
                 f"given: {given}"
             )
         if tuple(image.shape) != shape:

@@ -1,4 +1,4 @@
-"""The methods, one file each. All register themselves."""
+"""The methods. All register themselves when their files are imported."""
 
 from gdfq.methods import calibration, clipping, dfq, finetune, gdfq  # noqa: F401
 from gdfq.methods.method import Data, Method, Outcome, Task

@@ -167,7 +167,7 @@ def normal(mean: Tensor, variance: Tensor) -> ChannelStatistics:
 def activated(statistics: ChannelStatistics, act: str) -> ChannelStatistics:
     """What `none`, `relu` or `relu6` makes of normal channels: the clipped normal distribution (DFQ, appendix C).
 
-    With standardised ends a, b of [l, u], the normal density f and its integral F:
+    With standardized ends a, b of [l, u], the normal density f and its integral F:
 
         mean           l F(a) + u (1 - F(b)) + m (F(b) - F(a)) + s (f(a) - f(b))
         mean square    l^2 F(a) + u^2 (1 - F(b)) + (m^2 + s^2) (F(b) - F(a)) + 2 m s (f(a) - f(b))

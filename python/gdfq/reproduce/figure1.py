@@ -3,8 +3,8 @@
 Points are uniform in [-4, 4]^2 and have two labels. A small classifier with BN layers is trained on them, and then
 Gaussian noise, ZeroQ and GDFQ's generator each make points from the classifier alone.
 
-The paper leaves the labelling rule, the layers and the training open; they are chosen here. A point is to the
-classifier an image of two channels and one pixel, normalised like every image: so this is the package's own way from
+The paper leaves the labeling rule, the layers and the training open; they are chosen here. A point is to the
+classifier an image of two channels and one pixel, normalized like every image: so this is the package's own way from
 `gdfq.graph.capture` to the image sources, and the noise N(0, 1) has the mean and the variance of the real points from
 the start.
 """
@@ -123,7 +123,7 @@ def real_points() -> LabeledPoints:
 
 
 def to_images(points: Tensor) -> Tensor:
-    """Points `(N, 2)` as normalised images `(N, 2, 1, 1)`."""
+    """Points `(N, 2)` as normalized images `(N, 2, 1, 1)`."""
     return (points / STANDARD_DEVIATION)[:, :, None, None]
 
 
@@ -212,7 +212,7 @@ def compare(teacher: Teacher, data: LabeledPoints, reference: LabeledPoints) -> 
 
     Returns:
         Shares of the points, 0 to 1: `label_by_classifier` and `label_by_rule`, whose label is the classifier's or the
-        labelling rule's; `near_boundary`, which the classifier gives no class with a probability of 0.9;
+        labeling rule's; `near_boundary`, which the classifier gives no class with a probability of 0.9;
         `inside_square`. And the `energy_distance` to `reference`: `classes`, one for each label's points, `class_mean`,
         and `all`, regardless of the labels.
     """

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from gdfq.config import Config, QuantizerConfig
@@ -78,14 +79,20 @@ def load_quantized(path: str | Path, model: nn.Module, device: torch.device | st
     tensors, metadata = load_tensors(path)
     if "quantizer" not in metadata:
         raise GdfqError(f"{path} is a safetensors file, but not a quantized model written by this package")
+    try:
+        config = QuantizerConfig.model_validate_json(metadata["quantizer"])
+    except ValidationError:
+        raise GdfqError(
+            f"{path} was written by a version whose quantizer had other settings; read it with that one"
+        ) from None
     channels, *size = json.loads(metadata["image_shape"])
     captured = capture(model, tuple(size), channels, device)
-    student, _ = build_quantized(captured, QuantizerConfig.model_validate_json(metadata["quantizer"]))
+    student, _ = build_quantized(captured, config)
     try:
         student.load_state_dict(tensors)
         student.to(device)  # stored weights come from the file's
-        for name, act in json.loads(metadata.get("activations", "{}")).items():
+        for name, act in json.loads(metadata["activations"]).items():
             student.get_submodule(name).act = act
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError, IndexError) as error:
         raise GdfqError(f"{path} does not fit this architecture: {error}") from None
     return student
