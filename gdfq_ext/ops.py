@@ -66,15 +66,16 @@ def fake_quantize(
         upper: u; like `lower`.
         bits: k, 2..8.
         axis: the dimension that has a range of its own per index; None: one range for the tensor.
-        straight_through: "identity" passes the gradient unchanged; "clipped" makes it zero where `round(scale * x - zero)` was
-            clamped.
+        straight_through: "identity" passes the gradient unchanged; "clipped" makes it zero where
+            `round(scale * x - zero)` was clamped.
 
     Returns:
         y, with the shape and type of `x`.
 
     Raises:
         TypeError: `x` is not of an allowed type.
-        ValueError: `bits`, `axis` or `straight_through` is out of range, or a range has the wrong number of elements or device.
+        ValueError: `bits`, `axis` or `straight_through` is out of range, or a range has the wrong number of elements or
+            device.
     """
     check_input("x", x)
     check_bits(bits)
@@ -96,7 +97,8 @@ def fake_quantize_weight(weight: Tensor, bits: int, *, straight_through: Straigh
     Args:
         weight: `(out_channels, ...)`; float32, float16 or bfloat16.
         bits: k, 2..8.
-        straight_through: see `fake_quantize`. With "clipped" only the rare maximum that rounds past the top level has no gradient.
+        straight_through: see `fake_quantize`. With "clipped" only the rare maximum that rounds past the top level has
+            no gradient.
 
     Returns:
         The quantized weight, with the shape and type of `weight`.
