@@ -26,6 +26,8 @@ VALUE_PRESERVING = {
     aten.channel_shuffle.default, aten.upsample_nearest2d.vec, aten.index_select.default, aten.expand_as.default,
     operator.getitem,
 }  # fmt: skip
+_ACTIVATIONS = {aten.relu.default: "relu", aten.relu6.default: "relu6"}
+BOUNDS: dict[str, tuple[float, float | None]] = {"relu": (0.0, None), "relu6": (0.0, 6.0)}  # what they clamp to
 # Shape arithmetic and checks: no activation is computed there.
 BOOKKEEPING = {aten.sym_size.int, aten._assert_tensor_metadata.default, aten._assert_scalar.default}
 
@@ -47,13 +49,12 @@ def activation_name(node: fx.Node) -> str:
     """`relu`, `relu6`, or an empty string if `node` is neither, however it was written."""
     if node.op != "call_function":
         return ""
+    if node.target in _ACTIVATIONS:
+        return _ACTIVATIONS[node.target]
+    if node.target not in (aten.clamp.default, aten.hardtanh.default, aten.clamp_min.default):
+        return ""
     bounds = tuple(node.args[1:]) + tuple(node.kwargs.get(name) for name in ("min", "max") if name in node.kwargs)
-    clamped = node.target in (aten.clamp.default, aten.hardtanh.default, aten.clamp_min.default)
-    if node.target is aten.relu.default or (clamped and bounds in ((0,), (0, None))):
-        return "relu"
-    if node.target is aten.relu6.default or (clamped and bounds == (0, 6)):
-        return "relu6"
-    return ""
+    return next((name for name, clamped in BOUNDS.items() if (*bounds, None)[:2] == clamped), "")
 
 
 def name_of(node: fx.Node) -> str:

@@ -19,7 +19,7 @@ from torch.special import ndtr
 import gdfq_ext
 from gdfq.calibrate import calibrate, end_pass
 from gdfq.graph import CapturedModel, QuantizedLayer, quantized_layers, quantizer_of
-from gdfq.graph.nodes import activation_name, aten, batch_norm_act
+from gdfq.graph.nodes import BOUNDS, activation_name, aten, batch_norm_act
 from gdfq.methods.calibration import calibrating
 from gdfq.methods.method import Method
 from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize
@@ -27,7 +27,6 @@ from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize
 _EQUALIZATION_SWEEPS, _EQUALIZATION_TOLERANCE = 100, 1e-3
 _ABSORBED_DEVIATIONS = 3  # a channel stays above beta - 3 gamma with a probability of 0.9987
 _RANGE_DEVIATIONS = 6
-_BOUNDS = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 # Operators that leave the channels where they are, and their statistics nearly. (Max pooling raises the mean; its
 # input's is the nearest thing known.)
 _KEEPS_CHANNELS = {
@@ -176,7 +175,7 @@ def activated(statistics: ChannelStatistics, act: str) -> ChannelStatistics:
     if act == "none":
         return statistics
     m, s = statistics.mean, statistics.variance.sqrt().clamp_min(1e-12)
-    lower, upper = (bound.clamp(*_BOUNDS[act]) for bound in (statistics.lower, statistics.upper))
+    lower, upper = (bound.clamp(*BOUNDS[act]) for bound in (statistics.lower, statistics.upper))
     a, b = (lower - m) / s, (upper - m) / s
     below, inside, above = ndtr(a), ndtr(b) - ndtr(a), ndtr(-b)
     f_a, f_b = (torch.exp(-end.square() / 2) / math.sqrt(2 * math.pi) for end in (a, b))

@@ -21,7 +21,7 @@ from gdfq.nn import activation_quantizers
 from gdfq.registry import SOURCES
 from gdfq.run import folder as run_folder
 from gdfq.run.checkpoint import load_checkpoint, save_checkpoint
-from gdfq.run.files import load_tensors
+from gdfq.run.files import load_tensors, save_tensors
 from gdfq.train.trainer import Trainer
 
 SHORT = {
@@ -192,6 +192,13 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
         load_checkpoint(path, {"quantizer.weight_bits": 3, "weights": "abc"})
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(GdfqError, match=r"truncated|not a safetensors"):
+        load_checkpoint(path, {})
+
+
+def test_a_checkpoint_of_an_older_form_is_refused_in_words(tmp_path):
+    path = tmp_path / "c.safetensors"
+    save_tensors(path, {"x": torch.zeros(1)}, {"state": "{}", "identity": "{}"})
+    with pytest.raises(GdfqError, match=r"checkpoint in an older form.*start the run anew"):
         load_checkpoint(path, {})
 
 
