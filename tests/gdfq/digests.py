@@ -4,8 +4,8 @@
     python tests/gdfq/digests.py > after.json       # on the same machine; diff says what is not bit for bit the same
 
 Every case goes through all phases on a small network: presets, ablations, fine-tuning, baselines, with every operator
-called and with iterations replayed (`recorded_graph`). Digests differ between machines, so none are kept. Where a change
-is to a kernel's order of summation, GDFQ_EXT=reference shows whether anything else has changed.
+called and with iterations replayed (`recorded_graph`). Digests differ between machines, so none are kept. Where a
+kernel's order of summation changes, GDFQ_EXT=reference shows whether anything else has.
 """
 
 import hashlib

@@ -87,13 +87,14 @@ class AIT(torch.optim.Optimizer):
 
 def choose_kappas(weights: list[Tensor], directions: list[Tensor], bits: list[int], lr: Tensor, tau: Tensor) -> Tensor:
     """kappa of every weight, `(len(weights),)` float32, see `AIT`."""
-    elements = torch.tensor([weight.numel() for weight in weights], device=lr.device)[:, None]
+    # Made of tau, not of a list: a copy from the host cannot be captured.
+    least = torch.stack(torch._foreach_mul([tau] * len(weights), [weight.numel() for weight in weights]))[:, None]
     powers = 2.0 ** torch.arange(KAPPAS, device=lr.device)
 
     def first_that_changes_enough(directions: list[Tensor], kappas: Tensor) -> Tensor:
         """Index of the first kappa for which enough codes change, the last where none does."""
         counts = gdfq_ext.count_changed_codes(weights, directions, bits, lr, kappas)
-        enough = counts >= tau * elements
+        enough = counts >= least
         enough[:, -1] = True
         return enough.int().argmax(1)
 

@@ -57,6 +57,8 @@ def assert_same(one: Trainer, other: Trainer) -> None:
         {"student__fixed_bns": False, "quantizer__target": "paper", "student__momentum": 0.0},
         {"run__precision": "bfloat16", "schedule__reestimate_ranges": False},
         {"schedule__generator_epochs": 4},
+        {"student__optimizer": "ait", "images__source": "qimera"},
+        {"images__transforms": {"low_pass": {"cutoff": 3.0}}, "quantizer__observer": "learned_step"},
     ],
 )
 def test_replayed_iterations_equal_eager_ones_bit_for_bit(graphs, changes):
