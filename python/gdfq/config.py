@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, create_model, model_validator
 
 from gdfq.errors import GdfqError
 from gdfq.registry import ALL, SECTIONS
@@ -38,11 +38,20 @@ class ModelConfig(Section):
 Bits = Annotated[int, Field(ge=2, le=8)]
 
 
+def _bits_or_float(value: Any) -> Any:
+    if value == "float" or (type(value) is int and 2 <= value <= 8):
+        return value
+    raise ValueError('bits are a number from 2 to 8, or "float"')
+
+
+BitsOrFloat = Annotated[int | Literal["float"], PlainValidator(_bits_or_float)]
+
+
 class LayerBits(Section):
     """Bits of one layer: of its weight and of its input. A number or "float" alone stands for both."""
 
-    weights: Bits | Literal["float"]
-    activations: Bits | Literal["float"]
+    weights: BitsOrFloat
+    activations: BitsOrFloat
 
     @model_validator(mode="before")
     @classmethod
@@ -253,7 +262,7 @@ def _check_names(config: Config) -> None:
             if unknown:
                 raise GdfqError(
                     f"setting '{setting}': there is no {' and no '.join(map(repr, unknown))}; there are: "
-                    + ", ".join(registry)
+                    + (", ".join(registry) or "none")
                 )
 
 
