@@ -76,13 +76,18 @@ class CannotRunError(RuntimeError):
 
 
 class Worker:
-    """A provider in its own process, idle except between a question and its answer."""
+    """A provider in its own process, idle except between a question and its answer.
 
-    def __init__(self, provider: str, task: Task, warmup: int, threads: int) -> None:
+    Args:
+        tree: whose code it runs; None: this one's.
+    """
+
+    def __init__(self, provider: str, task: Task, warmup: int, threads: int, tree: Path | None = None) -> None:
         self.provider = provider
+        code = [str(Path(__file__).resolve().parent.parent)] if tree is None else [f"{tree}/python", str(tree)]
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parent.parent), *filter(None, sys.path)]),
+            "PYTHONPATH": os.pathsep.join([*code, *filter(None, sys.path)]),
             "OMP_NUM_THREADS": str(threads),
             "KINETO_LOG_LEVEL": "9",  # the profiler's own messages
         }
@@ -90,7 +95,12 @@ class Worker:
             environment["GDFQ_EXT"] = "reference"
         command = [sys.executable, "-m", "benchmarks.step_worker", provider, json.dumps(asdict(task)), str(warmup)]
         self.process = subprocess.Popen(
-            [*command, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [*command, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=tree,  # where -m looks first
         )
 
     def answer(self) -> dict[str, Any]:

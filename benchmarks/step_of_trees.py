@@ -6,42 +6,14 @@ Says how much longer an iteration takes here: the median over the rounds of the 
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from benchmarks.step import Worker
 from benchmarks.step_providers import new_task
 
 HERE = Path(__file__).parents[1]
 WARMUP = 3
-
-
-class Worker:
-    """`benchmarks.step_worker` of a tree."""
-
-    def __init__(self, tree: Path, arguments: list[str]) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join((f"{tree}/python", str(tree)))}
-        command = [sys.executable, "-m", "benchmarks.step_worker", *arguments]
-        self.process = subprocess.Popen(
-            command, cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a worker ended with code {self.process.wait()}")
-        return json.loads(line)
-
-    def seconds(self, iterations: int) -> float:
-        assert self.process.stdin is not None
-        print(f"run {iterations}", file=self.process.stdin, flush=True)
-        return self.answer()["seconds"] / iterations
 
 
 def main() -> None:
@@ -54,16 +26,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--iterations", type=int, default=2, help="in a round; default: %(default)s")
     args = parser.parse_args()
-    task = json.dumps(asdict(new_task(args.model, batch=args.batch)))
-    arguments = [args.provider, task, str(WARMUP), str(args.threads)]
-    workers = [Worker(tree.absolute(), arguments) for tree in (args.other, HERE)]
+    task = new_task(args.model, batch=args.batch)
+    workers = [Worker(args.provider, task, WARMUP, args.threads, tree.absolute()) for tree in (args.other, HERE)]
     for worker in workers:
         worker.answer()
     rounds = []
     for number in range(args.rounds):
         order = workers if number % 2 else workers[::-1]
-        seconds = {worker: worker.seconds(args.iterations) for worker in order}
+        seconds = {worker: worker.ask(f"run {args.iterations}")["seconds"] / args.iterations for worker in order}
         rounds.append([seconds[worker] for worker in workers])
+    for worker in workers:
+        worker.close()
     other, here = (1e3 * statistics.median(values) for values in zip(*rounds, strict=True))
     ratios = sorted(here / other for other, here in rounds)
     quartiles = statistics.quantiles(ratios, n=4)

@@ -6,6 +6,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 
+def labels_of(targets: Tensor) -> Tensor:
+    """`(N,)` int64: the likeliest class of soft targets, and labels as they are."""
+    return targets if targets.dim() == 1 else targets.argmax(1)
+
+
 class Batch(NamedTuple):
     """Images, and what they are to be taken for.
 
@@ -25,8 +30,7 @@ class Batch(NamedTuple):
 
     @property
     def labels(self) -> Tensor:
-        """`(N,)` int64: the likeliest class of soft targets."""
-        return self.targets if self.targets.dim() == 1 else self.targets.argmax(1)
+        return labels_of(self.targets)
 
     def detached(self) -> "Batch":
         """The same without gradients to what made the images."""

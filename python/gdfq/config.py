@@ -161,6 +161,11 @@ class ScheduleConfig(Section):
     )
     decay: float = Field(0.1, gt=0, le=1)
 
+    @property
+    def range_images(self) -> int:
+        """How many images a re-estimation or calibration looks at."""
+        return self.range_batches * self.batch_size
+
 
 class CalibrationConfig(Section):
     """Images that the baselines calibrate on where no real ones are given."""
@@ -212,6 +217,11 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     run: RunConfig = RunConfig()
+
+    @property
+    def calibration_images(self) -> int:
+        """How many images a method without training calibrates on."""
+        return self.calibration.count or self.schedule.range_images
 
     if TYPE_CHECKING:  # sections that others have added
 

@@ -59,8 +59,6 @@ class WeightFakeQuantize(nn.Module):
             step, zero_point = state_dict[key], state_dict[f"{of_weight}zero_point"]
             index = int(of_weight.removeprefix(f"{prefix}stored.").removesuffix("."))
             self.store(index, step, zero_point, state_dict.get(f"{of_weight}rounding"))
-            device = next(iter(state_dict.values())).device
-            self.stored[str(index)].to(device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

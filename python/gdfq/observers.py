@@ -112,7 +112,7 @@ class LearnedStep(Observer):
     step's scaled by 1 / sqrt(numel * (2^k - 1)). It begins at the range that has been observed by its moving average.
 
     Attributes:
-        step: `()` float32, NaN until `begin`.
+        step: `()` float32, NaN until `end_pass`.
         zero_point: `()` float32, an integer.
     """
 

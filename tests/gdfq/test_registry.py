@@ -105,7 +105,7 @@ def test_an_image_source():
             images, _ = super().images(count)
             return images / 2, torch.zeros(count, dtype=torch.int64)
 
-    SOURCES["halves"] = lambda teacher, captured, config, device: Halves(teacher, captured.image_shape, config, device)
+    SOURCES["halves"] = lambda teacher, captured, *rest: Halves(teacher, captured.image_shape, *rest[:2])
     result = quantize(images__source="halves")
     assert result.generator is None
     assert result.report.choice is not None  # Q was trained

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdfq.batch import Batch
+from gdfq.batch import Batch, labels_of
 from gdfq.config import Config
 from gdfq.graph import CapturedModel, Teacher
 from gdfq.images.networks import Generator
@@ -127,8 +127,7 @@ class GeneratorImages(ImageSource):
     def held_out_accuracy(self) -> float:
         """Share of the held-out images that the teacher classifies as what they were made for, percent."""
         guesses = torch.cat([self.teacher(images).argmax(1) for images in self.held_out()])
-        targets = self.targets(self.held_out_latents)
-        labels = targets if targets.dim() == 1 else targets.argmax(1)
+        labels = labels_of(self.targets(self.held_out_latents))
         return 100 * (guesses == labels).double().mean().item()
 
     def read_metrics(self) -> dict[str, float | None]:
@@ -169,7 +168,9 @@ class GeneratorImages(ImageSource):
         self.averages.sums.copy_(state["sums"])
 
 
-def generator(teacher: Teacher, captured: CapturedModel, config: Config, device: torch.device) -> GeneratorImages:
+def generator(
+    teacher: Teacher, captured: CapturedModel, config: Config, device: torch.device, progress: bool = False
+) -> GeneratorImages:
     """With the paper's generator, its parameters drawn from the seed."""
     shape, num_classes = captured.image_shape, captured.num_classes
     network = seeded(config, device, lambda: Generator(shape, num_classes, config.generator))

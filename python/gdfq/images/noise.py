@@ -33,7 +33,9 @@ def gaussian_images(
         yield torch.randn(min(batch_size, count - start), *shape, generator=random, device=device)
 
 
-def gaussian(teacher: Teacher, captured: CapturedModel, config: Config, device: torch.device) -> GaussianImages:
+def gaussian(
+    teacher: Teacher, captured: CapturedModel, config: Config, device: torch.device, progress: bool = False
+) -> GaussianImages:
     return GaussianImages(teacher, captured.image_shape, config, device)
 
 

@@ -54,7 +54,9 @@ class QimeraImages(GeneratorImages):
         return shares.new_zeros(len(labels), self.num_classes).scatter_add_(1, labels, shares)
 
 
-def qimera(teacher: Teacher, captured: CapturedModel, config: Config, device: torch.device) -> QimeraImages:
+def qimera(
+    teacher: Teacher, captured: CapturedModel, config: Config, device: torch.device, progress: bool = False
+) -> QimeraImages:
     shape, num_classes = captured.image_shape, captured.num_classes
     settings = config.generator.model_copy(update={"architecture": "embedding"})
     network = seeded(config, device, lambda: SuperposedGenerator(shape, num_classes, settings))

@@ -29,9 +29,8 @@ def calibration_batches(
         GdfqError: it is empty, or an image is not float, not of `shape`, or not finite.
     """
     _check_dataset("calibrate_on", dataset)
-    count = config.calibration.count or config.schedule.range_batches * config.schedule.batch_size
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.run.seed))
-    for chosen in order[:count].split(config.schedule.batch_size):
+    for chosen in order[: config.calibration_images].split(config.schedule.batch_size):
         items = [dataset[index] for index in chosen.tolist()]
         images = [item[0] if isinstance(item, (tuple, list)) else item for item in items]
         yield _stack("calibrate_on", images, shape).to(device)

@@ -89,9 +89,7 @@ class ImageSource:
 
     def calibration(self) -> Iterator[Tensor]:
         """Batches to observe ranges on: `calibration.count` images."""
-        schedule = self.config.schedule
-        count = self.config.calibration.count or schedule.range_batches * schedule.batch_size
-        return self.batches(count)
+        return self.batches(self.config.calibration_images)
 
     def begin_epoch(self, epoch: int, rate: float) -> None:
         """Epochs count from 0; `rate` is a factor on all learning rates."""

@@ -56,12 +56,7 @@ class LowPass:
         columns = torch.fft.rfftfreq(width, 1 / width, device=images.device)
         gain = torch.exp((rows[:, None] ** 2 + columns**2) / (-2 * self.cutoff**2))
         filtered = torch.fft.irfft2(torch.fft.rfft2(images.float()) * gain, s=(height, width))
-        return filtered.to(images.dtype).contiguous(memory_format=_layout(images))
-
-
-def _layout(images: Tensor) -> torch.memory_format:
-    last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
+        return torch.empty_like(images).copy_(filtered)  # in their type and layout
 
 
 TRANSFORMS["low_pass"] = LowPass

@@ -8,12 +8,9 @@ from torch import Tensor
 from gdfq.calibrate import calibrate
 from gdfq.config import Config
 from gdfq.images import ImageSource
-from gdfq.images.inversion import zeroq
-from gdfq.images.noise import gaussian
 from gdfq.images.real import calibration_batches
 from gdfq.methods.method import Data, Method, Outcome, Task
-from gdfq.methods.training import train
-from gdfq.registry import SOURCES
+from gdfq.methods.training import source_of, train
 
 
 def calibrating(
@@ -28,7 +25,7 @@ def calibrating(
     def run(task: Task) -> Outcome:
         start = time.monotonic()
         if source is None and task.calibrate_on is not None:
-            images = gaussian(task.teacher, task.captured, task.config, task.device)
+            images = source_of(task, "gaussian")
             batches = calibration_batches(task.calibrate_on, task.captured.image_shape, task.config, task.device)
         else:
             images = _images(task, source or task.config.calibration.images)
@@ -41,9 +38,7 @@ def calibrating(
 
 def _images(task: Task, name: str) -> ImageSource:
     """Those of a source that has learned what it learns before Q is trained."""
-    if name == "zeroq":
-        return zeroq(task.teacher, task.captured, task.config, task.device, task.progress)
-    source = SOURCES[name](task.teacher, task.captured, task.config, task.device)
+    source = source_of(task, name)
     if source.learns:
         train(task, source, warm_up_only(task.config))
     return source

@@ -5,13 +5,12 @@ from gdfq.evaluate import agreement
 from gdfq.graph import build_quantized
 from gdfq.images.generator import GeneratorImages
 from gdfq.methods.method import Method, Outcome, Task
-from gdfq.methods.training import train
-from gdfq.registry import SOURCES
+from gdfq.methods.training import source_of, train
 from gdfq.train.trainer import Trainer
 
 
 def gdfq(task: Task) -> Outcome:
-    source = SOURCES[task.config.images.source](task.teacher, task.captured, task.config, task.device)
+    source = source_of(task, task.config.images.source)
     trainer, seconds = train(task, source, task.config)
     return Outcome(
         source.held_out(),
@@ -33,7 +32,7 @@ def _calibration_is_better(task: Task, trainer: Trainer) -> bool:
     if not schedule.compare_with_calibration or min(quantizer.weight_bits, quantizer.activation_bits) < 6:
         return False
     calibrated, _ = build_quantized(task.captured, quantizer)
-    calibrate(calibrated, trainer.source.batches(schedule.range_batches * schedule.batch_size))
+    calibrate(calibrated, trainer.source.batches(schedule.range_images))
     trained = trainer.held_out_agreement()
     if agreement(task.teacher, calibrated, trainer.source.held_out()).kl >= trained.kl:
         return False

@@ -9,8 +9,14 @@ from gdfq.config import Config
 from gdfq.graph import CapturedModel
 from gdfq.images import ImageSource
 from gdfq.methods.method import Task
+from gdfq.registry import SOURCES
 from gdfq.run.training_run import TrainingRun
 from gdfq.train.trainer import Trainer
+
+
+def source_of(task: Task, name: str) -> ImageSource:
+    """The image source of that name, for the task's model."""
+    return SOURCES[name](task.teacher, task.captured, task.config, task.device, task.progress)
 
 
 def train(task: Task, source: ImageSource, config: Config) -> tuple[Trainer, float]:

@@ -114,7 +114,7 @@ class Trainer:
         if self.epoch == schedule.range_epochs:
             end_pass(self.student)
         if self.epoch == max(schedule.warmup_epochs, schedule.range_epochs) and schedule.reestimate_ranges:
-            calibrate(self.student, self.source.batches(schedule.range_batches * schedule.batch_size))
+            calibrate(self.student, self.source.batches(schedule.range_images))
 
     def _iteration(self, phase: str, learns: bool) -> None:
         """What the device does in one iteration, and nothing else: Python is not here when a graph is replayed."""
