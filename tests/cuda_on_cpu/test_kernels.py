@@ -123,16 +123,6 @@ def test_many_shares(shape, layout):
     compare(OPS, "batch_norm_act_fake_quantize_backward", (small, x, *bn, i.lower, i.upper, 4, 1e-5, 1, True))
 
 
-def test_sums_over_shares_are_joined_in_double():
-    """Every share's sums are whole numbers that float32 holds, those of all shares are not, and the variance is a
-    thousandth of the mean square."""
-    x = torch.randint(16, 18, (1, 1, 512, 512), generator=torch.Generator().manual_seed(0)).float()
-    zero, one = torch.zeros(1), torch.ones(1)
-    _, mean, var = OPS.batch_norm_act_moments(x, zero, one, None, None, 1e-5, 1)
-    torch.testing.assert_close(mean.double(), x.double().mean()[None], rtol=1e-7, atol=0)
-    torch.testing.assert_close(var.double(), x.double().var(correction=0)[None], rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_range_takes_in_every_element(dtype, offset):
@@ -168,8 +158,24 @@ def test_changed_codes_of_short_and_long_channels(kappas, offset):
     compare(Placed(OPS, offset=offset), "count_changed_codes", (weights, directions, [2, 3, 4, 5, 6, 8], *sizes))
 
 
+def test_no_warp_reads_the_sizes_of_steps_before_they_are_there():
+    """In memory that blocks share lie those of the call before."""
+    weights, directions = torch.randn(8, 5), torch.randn(8, 5)
+    for seed in range(1, 33):  # of the order of threads, and which warp is late
+        emulation.set_seed(seed)
+        sizes = torch.tensor(1e-2), torch.tensor([2.0 ** (seed % 7), 4.0])
+        compare(OPS, "count_changed_codes", ([weights], [directions], [4], *sizes))
+
+
+def test_steps_of_weights_without_elements():
+    weights = [torch.zeros(4, 0), torch.zeros(0, 3)]
+    sizes = torch.tensor(1.0), torch.tensor([1.0, 2.0])
+    compare(OPS, "count_changed_codes", (weights, weights, [4, 4], *sizes))
+
+
 def test_shares_are_joined_in_double():
-    """A block's sums are integers that float32 holds, their sum over all blocks is not."""
+    """A block's sums are integers that float32 holds, their sum over all blocks is not; and in the second tensor the
+    variance is a thousandth of the mean square, so that rounding the sums to float32 shows."""
     x = torch.full((1, 1, 1024, 1200), 62.0)
     x[..., ::2] = 64.0
     y, mean, var = OPS.batch_norm_act_moments(x, torch.zeros(1), torch.ones(1), None, None, 0.0, 0)
@@ -179,6 +185,11 @@ def test_shares_are_joined_in_double():
     _, mean, inv_std, _, _ = OPS.conditional_batch_norm_act(x, *tables, labels, *statistics, 0.1, 0.0, 1.0)
     assert (mean.item(), inv_std.item()) == (63.0, 1.0)
     assert torch.equal(y, x)
+
+    x = torch.randint(16, 18, (1, 1, 512, 512), generator=torch.Generator().manual_seed(0)).float()
+    _, mean, var = OPS.batch_norm_act_moments(x, torch.zeros(1), torch.ones(1), None, None, 1e-5, 1)
+    torch.testing.assert_close(mean.double(), x.double().mean()[None], rtol=1e-7, atol=0)
+    torch.testing.assert_close(var.double(), x.double().var(correction=0)[None], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
