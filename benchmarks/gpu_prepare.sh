@@ -4,7 +4,7 @@
 #     benchmarks/gpu_prepare.sh FOLDER [--images TEST_NPZ --weights SAFETENSORS]
 #
 #   wheels/      what such a machine lacks besides torch, for Python 3.12 on x86-64 Linux
-#   gdfq_ext/    the library, compiled for the GPU beforehand: it serves where the build there fails
+#   gdfq_ext/    the library, compiled for the GPU beforehand; built there only where it does not fit
 #   cifar10/     CIFAR-10's test images as a JPEG archive (gdfq.data) and weights of examples/custom_resnet20.py
 #   commit       what the tree was made of, for it is copied without its history
 #

@@ -177,7 +177,7 @@ export GDFQ_EXT=require
 # --- the two calls ---
 
 pytest=("$PYTHON" -m pytest -q --tb=short -p no:cacheprovider -m gpu)
-suite=("$PYTHON" -m benchmarks.step_suite)
+suite=("$PYTHON" -m benchmarks.step_suite --together)
 
 first() {
     tables() {
@@ -187,7 +187,7 @@ first() {
         show head 1900 resnet20/suite.txt
         show tail 1300 gpu-tests.log
     }
-    local workers=8 zero=() ops=() resnet20=(--batch 200) resnet18=(--batch 16) rows20 rows18
+    local workers=8 zero=() ops=() resnet20=(--batch 200 --patience 50) resnet18=(--batch 16 --patience 65) rows20 rows18
     ops=(--layer resnet18-64x56 --mb 64 --dtype fp32 --dtype bf16 --minutes 1.1
         --provider eager --provider compile --provider ours)
     rows20=(released compile compile-reduce-overhead ours floor)
@@ -200,7 +200,7 @@ first() {
         resnet20=(--batch 4 "${rounds[@]}") rows20=(ours floor)
         resnet18=(--batch 2 --image-size 32 "${rounds[@]}") rows18=(ours@contiguous)
     fi
-    build || prebuilt || without_library
+    prebuilt || build || without_library
     # One test at a time to a worker: those of training take long and come first.
     try gpu-tests 55 env OMP_NUM_THREADS=2 "${pytest[@]}" -n "$workers" --maxschedchunk 1 \
         tests/gpu/test_training.py tests/gpu/test_gpu.py
@@ -220,7 +220,7 @@ second() {
         show tail 2500 accuracy.log
     }
     local cifar=() sanitizer=() training shape=() small=()
-    prebuilt || build || without_library # the first call has built; the time is for training
+    prebuilt || build || without_library
     # Training takes what a killed run and huge tensors leave, and the sanitizer what is left then.
     training=$(($(left) - 75 - 25))
     ((training > 180)) && training=180

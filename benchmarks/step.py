@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import os
+import select
 import signal
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,7 @@ class Plan:
         threads: of each provider.
         tolerance, student_tolerance: see `disagreements`.
         together: the providers warm up at the same time, else one after the other.
+        patience: seconds after which a provider that is not warmed up is left out; None: no limit.
     """
 
     providers: tuple[str, ...]
@@ -69,6 +72,7 @@ class Plan:
     tolerance: float
     student_tolerance: float
     together: bool = False
+    patience: float | None = None
 
 
 class CannotRunError(RuntimeError):
@@ -103,12 +107,16 @@ class Worker:
             cwd=tree,  # where -m looks first
         )
 
-    def answer(self) -> dict[str, Any]:
-        """Wait for the next answer.
+    def answer(self, deadline: float | None = None) -> dict[str, Any]:
+        """Wait for the next answer, until `time.monotonic` is at the deadline.
 
         Raises:
-            RuntimeError: the worker failed or is gone; `CannotRunError` where it lacks memory or is optional.
+            RuntimeError: the worker failed or is gone; `CannotRunError` where it lacks memory or time, or is optional.
         """
+        if deadline is not None:
+            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise CannotRunError(f"{self.provider}: not warmed up in time")
         line = self.process.stdout.readline()
         answer = json.loads(line) if line else {"error": f"the process ended with code {self.process.wait()}"}
         return checked(self.provider, answer)
@@ -168,10 +176,11 @@ class Workers:
         for provider in self.plan.providers if self.plan.together else ():
             self._begin(provider)
         ready = {}
+        deadline = None if self.plan.patience is None else time.monotonic() + self.plan.patience
         for provider in self.plan.providers:
             if provider not in self.running:
                 self._begin(provider)
-            if answer := self._attempt(provider, self.running[provider].answer):
+            if answer := self._attempt(provider, partial(self.running[provider].answer, deadline)):
                 ready[provider] = answer
         return ready
 
@@ -193,7 +202,7 @@ class Workers:
         except RuntimeError as error:
             reasons = self.skipped if isinstance(error, CannotRunError) else self.failed
             reasons[provider] = str(error)
-            self.running.pop(provider).close()
+            self.running.pop(provider).close(patience=5)
             return None
 
 
@@ -338,6 +347,10 @@ def add_plan_arguments(parser: argparse.ArgumentParser, bits: int) -> None:
         "--together", action="store_true", help="warm up all providers at the same time, where there are the cores"
     )
     parser.add_argument(
+        "--patience", type=float, metavar="SECONDS",
+        help="leave out a provider that is not warmed up by then (default: no limit)",
+    )  # fmt: skip
+    parser.add_argument(
         "--providers", nargs="+", type=provider_name, default=list(DEFAULT), metavar="NAME",
         help=f"of {', '.join(PROVIDERS)}, each also with {', '.join(CHANGES)} behind it (default: {' '.join(DEFAULT)})",
     )  # fmt: skip
@@ -365,7 +378,7 @@ def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 def plan_from(args: argparse.Namespace) -> Plan:
     return Plan(
         tuple(dict.fromkeys(args.providers)), args.iterations, args.repeat, args.warmup, args.threads, args.tolerance,
-        args.student_tolerance, args.together,
+        args.student_tolerance, args.together, args.patience,
     )  # fmt: skip
 
 

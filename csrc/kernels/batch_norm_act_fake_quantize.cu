@@ -16,17 +16,15 @@ struct Forward : ChannelOperation<T, 1, 0, true> {
   FrozenBatchNorm norm;
   Bounds activation;
   Ranges ranges;
+  FastQuantizer quantizer;
 
-  // The quantizer is the same in every group: the compiler makes it once.
-  struct Group {
-    Affine affine;
-    Quantizer quantizer;
-  };
+  using Group = Affine;
 
-  __device__ Group group(std::int64_t c) const { return {norm.affine(c), ranges.quantizer()}; }
+  __device__ void prepare() { quantizer = make_fast(ranges.quantizer()); }
+  __device__ Group group(std::int64_t c) const { return norm.affine(c); }
 
-  __device__ float operator()(const float (&in)[1], const Group& group, float (&)[1]) const {
-    return fake_quantize(activate(apply_affine(in[0], group.affine), activation), group.quantizer);
+  __device__ float operator()(const float (&in)[1], const Group& affine, float (&)[1]) const {
+    return fake_quantize(activate(apply_affine(in[0], affine), activation), quantizer);
   }
 };
 
@@ -37,21 +35,21 @@ struct Backward : ChannelOperation<T, 2, 2, true> {
   Bounds activation;
   Ranges ranges;
   bool clipped;
+  Quantizer quantizer;
 
   struct Group {
     Affine affine;
-    Quantizer quantizer;
     float mean;
   };
 
-  __device__ Group group(std::int64_t c) const { return {norm.affine(c), ranges.quantizer(), norm.running_mean[c]}; }
+  __device__ void prepare() { quantizer = ranges.quantizer(); }
+  __device__ Group group(std::int64_t c) const { return {norm.affine(c), norm.running_mean[c]}; }
 
   __device__ float operator()(const float (&in)[2], const Group& group, float (&sums)[2]) const {
     const float x = in[1];
     const float z = apply_affine(x, group.affine);
     bool passes = is_active(z, activation);
-    if (clipped)
-      passes = passes && is_inside(round_to_level(activate(z, activation), group.quantizer), group.quantizer);
+    if (clipped) passes = passes && is_inside(round_to_level(activate(z, activation), quantizer), quantizer);
     const float grad_z = passes ? in[0] : 0.0f;
     sums[0] += grad_z * (x - group.mean);
     sums[1] += grad_z;

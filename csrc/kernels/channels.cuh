@@ -7,7 +7,8 @@
 //   planes        inner > 1, NCHW: a block takes one group, or a share of it, and runs along its planes. The parameters
 //                 are the same for the whole block. 7 x 7 planes are not made of vectors: there, one element at a time.
 //   interleaved   inner = 1, channels_last: a thread keeps to the channels of one vector, whose parameters stay in
-//                 registers, and walks down the rows; the threads of a block cover neighbouring vectors and rows.
+//                 registers, and walks down the rows; the threads of a block cover neighbouring vectors and rows, and
+//                 make the parameters of its channels once, in shared memory.
 //
 // Sums take two stages, with no atomics: each block leaves its partial sums, and `sum_of_shares` adds a group's shares
 // in a fixed order. How a tensor is divided depends on its shape and alignment alone, so results repeat bit for bit.
@@ -34,6 +35,7 @@ struct GroupedShape {
 };
 
 // What an operation on elements is made of. `T` is the type of the tensors; derived classes add
+//   void prepare()                                                   parameters of all groups; may be left out
 //   Group group(int64 g) const                                       the parameters of a group
 //   float operator()(const float (&in)[kInputs], const Group&, float (&sums)[kSums]) const
 template <class Element, int inputs, int sums, bool has_output>
@@ -47,6 +49,8 @@ struct ChannelOperation {
   const T* input[inputs];
   T* output;
   float* partial;  // [sum][group][share]
+
+  __device__ void prepare() {}
 };
 
 // The shares' partial sums, as the second stage reads them.
@@ -114,6 +118,7 @@ __global__ void __launch_bounds__(kThreads, 2) planes_kernel(Operation operation
   using T = typename Operation::T;
   constexpr int unroll = kUnroll<Operation, N>;
   const std::int64_t group = blockIdx.x;
+  operation.prepare();
   const typename Operation::Group parameters = operation.group(group);
   typename Operation::Group groups[N];
   float sums[N][Operation::kAccumulators] = {};
@@ -179,15 +184,24 @@ __global__ void __launch_bounds__(kThreads) interleaved_kernel(Operation operati
   const int block_row = static_cast<int>(threadIdx.x) / shape.columns;
   const int block_rows = static_cast<int>(blockDim.x) / shape.columns;
   const std::int64_t sample = blockIdx.x / shape.tiles;
-  const std::int64_t channel = (blockIdx.x % shape.tiles * shape.columns + column) * N;
-  const std::int64_t group = sample * shape.channels + channel;
+  const std::int64_t first_channel = blockIdx.x % shape.tiles * shape.columns * N;
+  const std::int64_t channel = first_channel + column * N;
   const bool is_inside = channel < shape.channels && block_row < block_rows;
-  typename Operation::Group groups[N];
   float sums[N][Operation::kAccumulators] = {};
 
+  operation.prepare();
+  __shared__ typename Operation::Group of_channel[kWarp * N];
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < shape.columns * N; i += static_cast<int>(blockDim.x)) {
+    const std::int64_t c = first_channel + i;
+    if (c < shape.channels) of_channel[i] = operation.group(sample * shape.channels + c);
+  }
+  __syncthreads();
+
   if (is_inside) {
+    typename Operation::Group groups[N];
 #pragma unroll
-    for (int v = 0; v < N; ++v) groups[v] = operation.group(group + v);
+    for (int v = 0; v < N; ++v) groups[v] = of_channel[column * N + v];
     const std::int64_t base = sample * shape.rows * shape.channels + channel;
     const std::int64_t begin = blockIdx.y * shape.rows_of_share;
     const std::int64_t share_end = begin + shape.rows_of_share;
@@ -221,11 +235,11 @@ __global__ void __launch_bounds__(kThreads) interleaved_kernel(Operation operati
       __syncthreads();
       // The threads of the block's first rows add one channel each, down the rows.
       for (int i = static_cast<int>(threadIdx.x); i < shape.columns * N; i += static_cast<int>(blockDim.x)) {
-        const std::int64_t of_sample = blockIdx.x % shape.tiles * shape.columns * N + i;
-        if (of_sample >= shape.channels) continue;
+        const std::int64_t c = first_channel + i;
+        if (c >= shape.channels) continue;
         float sum = 0.0f;
         for (int row = 0; row < block_rows; ++row) sum += of_thread[i % N][row * shape.columns + i / N];
-        operation.partial[(k * all_groups + sample * shape.channels + of_sample) * gridDim.y + blockIdx.y] = sum;
+        operation.partial[(k * all_groups + sample * shape.channels + c) * gridDim.y + blockIdx.y] = sum;
       }
     }
   }

@@ -33,11 +33,12 @@ struct ChannelDividers {
 
 // Walks along elements from `first` on, with the quantizer of each: here the same for all.
 struct RangeOfTensor {
-  Quantizer quantizer;
+  FastQuantizer quantizer;
 
-  __device__ explicit RangeOfTensor(const Ranges& ranges, const ChannelDividers&) : quantizer(ranges.quantizer()) {}
+  __device__ explicit RangeOfTensor(const Ranges& ranges, const ChannelDividers&)
+      : quantizer(make_fast(ranges.quantizer())) {}
   __device__ void start(std::int64_t) {}
-  __device__ Quantizer next() const { return quantizer; }
+  __device__ FastQuantizer next() const { return quantizer; }
 };
 
 // The channel of an element is (index / inner) % channels.
@@ -117,10 +118,10 @@ __device__ __forceinline__ void store_flags(std::uint8_t* mask, std::int64_t fir
 template <class T, int N, class RangeOf>
 __global__ void __launch_bounds__(kThreads)
     fake_quantize_kernel(const T* x, T* y, std::uint8_t* mask, std::int64_t numel, Ranges ranges, ChannelDividers by) {
-  RangeOf walk(ranges, by);
   Vector<T, N> in[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) in[u] = load_some<N>(x, first_element<N>(u), numel);
+  RangeOf walk(ranges, by);  // makes a quantizer while the elements are on their way
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const std::int64_t first = first_element<N>(u);
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kThreads)
     if (first < numel) walk.start(first);
 #pragma unroll
     for (int v = 0; v < N; ++v) {
-      const Quantizer quantizer = walk.next();
+      const auto quantizer = walk.next();
       const float level = round_to_level(to_float(in[u].at[v]), quantizer);
       out.at[v] = from_float<T>(dequantize(clamp_level(level, quantizer), quantizer));
       if (is_inside(level, quantizer)) flags |= 1u << v;

@@ -29,7 +29,7 @@ static_assert(sizeof(Layers) <= kMaxArguments);
 
 template <class T, int N>
 __device__ void quantize_channel(const T* x, T* y, std::int64_t length, int bits, Team team) {
-  const Quantizer quantizer = quantizer_of<T, N>(x, length, bits, team);
+  const FastQuantizer quantizer = make_fast(quantizer_of<T, N>(x, length, bits, team));
 #pragma unroll 4
   for (std::int64_t i = team.rank * N; i < length; i += team.size * N) {
     const Vector<T, N> in = load<N>(x + i);

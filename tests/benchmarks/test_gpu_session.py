@@ -215,7 +215,7 @@ def test_a_failed_build_without_another_library_ends_the_visit(machine):
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_the_prebuilt_library_serves_where_the_build_fails(machine, visit, fits):
+def test_the_prebuilt_library_serves_if_it_fits(machine, visit, fits):
     machine.python_then(f"[[ $1 == setup.py ]] && exit 1; [[ $1 == -c && $3 == cuda ]] && exit {1 - fits}; exit 0")
     code, output = machine.session("first", GDFQ_VISIT=str(visit))
     assert ("library: the prebuilt one" in output) == fits
@@ -373,7 +373,7 @@ def test_preparing(machine):
 
 @pytest.mark.slow
 def test_dry_run(tmp_path):
-    """The first call builds; the second takes the library that lies in the tree for the prebuilt one."""
+    """Nothing is carried for the first call, which builds; for the second, the library that lies in the tree is."""
     variables = {**os.environ, "PYTHON": sys.executable, "TMPDIR": str(tmp_path)}
     variables.pop("GDFQ_VISIT", None)
     (tmp_path / "visit/gdfq_ext").mkdir(parents=True)

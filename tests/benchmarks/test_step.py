@@ -188,7 +188,7 @@ class FakeWorker:
         self.provider = provider
         self.log.append((provider, "new"))
 
-    def answer(self):
+    def answer(self, deadline=None):
         return self.ask("start")
 
     def ask(self, question):
@@ -256,6 +256,16 @@ def test_providers_warm_up_one_after_the_other_or_together(fake_workers):
     fake_workers.log.clear()
     step.measure(TINY, replace(PLAN, together=True))
     assert fake_workers.log[:8] == [(name, what) for what in ("new", "start") for name in PLAN.providers]
+
+
+def test_who_is_not_warmed_up_in_time_is_left_out(monkeypatch, tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match="released: not warmed up in time; eager: not warmed up in time"):
+        step.measure(TINY, replace(PLAN, providers=("released", "eager"), together=True, patience=0.2))
+    assert time.monotonic() - begun < 30
 
 
 @pytest.mark.parametrize("value", [1.02, float("nan")])

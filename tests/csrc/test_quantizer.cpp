@@ -1,6 +1,8 @@
 // The arithmetic of one element: closed-form values, ties, and what is not finite.
 #include "kernels/quantizer.h"
 
+#include <iterator>
+
 #include "testing.h"
 
 using namespace gdfq;
@@ -54,6 +56,50 @@ void test_empty_range() {
   CHECK(quantizer.scale == 15.0f / 1e-8f);
 }
 
+bool same_bits(float a, float b) {
+  return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b));
+}
+
+FastQuantizer fast_with(float scale, float zero) { return make_fast({scale, zero, -128.0f, 127.0f}); }
+
+// The quotients of a level and its zero point without a division are those of the division: every numerator of a range
+// that has 0 in it, up to powers of two, for one of 37 of all divisors, up to powers of two.
+void test_quotients() {
+  for (std::uint32_t mantissa = 0; mantissa < 1u << 23; mantissa += 37) {
+    const float scale =
+        std::ldexp(1.0f + static_cast<float>(mantissa) * 0x1p-23f, static_cast<int>(mantissa % 61) - 40);
+    const FastQuantizer fast = fast_with(scale, 0.0f);
+    for (float numerator = 1.0f; numerator < 512.0f; numerator += 2.0f) {
+      CHECK(dequantize(numerator, fast) == numerator / scale);
+    }
+  }
+}
+
+// Whatever the range: one that begins far from 0, an empty one, one of a single huge number, inverted, infinite, NaN.
+void test_every_level_of_any_range() {
+  std::mt19937 random(0);
+  std::uniform_real_distribution<float> mantissa(-2.0f, 2.0f);
+  std::uniform_int_distribution<int> exponent(-149, 127);
+  const float special[] = {0.0f, -0.0f, kNan, kInfinity, -kInfinity, 0x1p127f, -0x1p127f, 3e38f, -3e38f, 1e-45f};
+  for (int i = 0; i < 300'000; ++i) {
+    float bounds[2];
+    for (float& bound : bounds) {
+      bound =
+          random() % 16 == 0 ? special[random() % std::size(special)] : std::ldexp(mantissa(random), exponent(random));
+    }
+    if (random() % 4 == 0) bounds[1] = bounds[0] * (1.0f + std::ldexp(1.0f, -static_cast<int>(random() % 24)));
+    const int bits = 2 + static_cast<int>(random() % 7);
+    const Quantizer quantizer = make_quantizer(std::fmin(bounds[0], bounds[1]), std::fmax(bounds[0], bounds[1]), bits);
+    const FastQuantizer fast = make_fast(quantizer);
+    const bool within = std::fmax(std::abs(bounds[0]), std::abs(bounds[1])) < 0x1p125f;
+    for (const float level : {quantizer.low, quantizer.low + 1.0f, -1.0f, -0.0f, 1.0f, quantizer.high, kNan}) {
+      const float quotient = dequantize(level, quantizer), value = dequantize(level, fast);
+      const bool next = value == std::nextafter(quotient, kInfinity) || value == std::nextafter(quotient, -kInfinity);
+      CHECK(same_bits(value, quotient) || (!within && next));
+    }
+  }
+}
+
 void test_activation() {
   const Bounds none = bounds_of(Activation::kNone), relu = bounds_of(Activation::kRelu);
   const Bounds relu6 = bounds_of(Activation::kRelu6);
@@ -78,6 +124,8 @@ int main() {
   test_ties_go_to_even();
   test_levels();
   test_not_finite();
+  test_quotients();
+  test_every_level_of_any_range();
   test_empty_range();
   test_activation();
   test_affine();
