@@ -43,6 +43,9 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
+# Some compilers put libstdc++ into the library. If its symbols are not hidden, some calls land in torch's: numbers in a
+# message then end it, or the process.
+LINK_FLAGS = ["-Wl,--exclude-libs,ALL"]
 # In csrc, by the part of the build that compiles them; CMakeLists.txt takes the same folders.
 SOURCES = {
     "kernels": "cpu/*.cpp",
@@ -104,7 +107,7 @@ def compiled_parts() -> Mapping:
         # Other people's headers as system headers: our warnings are about our code only.
         extra_compile_args=[*flags, TARGET_FLAG, *system_includes([*include_paths(), *cuda_include])],
         # libtorch alone brings in the CUDA half where torch has one: one binary serves both.
-        extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch", *LINK_FLAGS],
         library_dirs=[*library_paths(), *cuda_library],
         libraries=["cudart_static", "rt", "dl"] if cuda else [],
         language="c++",
@@ -120,6 +123,7 @@ def compiled_parts() -> Mapping:
             ("GDFQ_CUDA_ARCHITECTURES", quoted(" ".join(cuda_architectures()))),
         ],
         extra_compile_args=[*flags, *system_includes([pybind11.get_include()])],
+        extra_link_args=LINK_FLAGS,
         language="c++",
     )
 

@@ -137,8 +137,8 @@ without_library() {
 say "gdfq, $call call, $total s$( ((dry)) && echo ", dry run")"
 cd "$tree" && tar --exclude='*.so' --exclude=__pycache__ --exclude=benchmarks/results -cf - benchmarks csrc examples \
     gdfq_ext python tests setup.py pyproject.toml README.md LICENSE | tar -xf - -C "$scratch/tree" || exit 2
-# Copies have no history.
-revision=$({ git describe --always --dirty --abbrev=40 --exclude='*' || cat "$visit/commit"; } 2> /dev/null)
+# Copies have no history, or that of another commit.
+revision=$({ cat "$visit/commit" || git describe --always --dirty --abbrev=40 --exclude='*'; } 2> /dev/null)
 cd "$scratch/tree" || exit 2
 export GDFQ_COMMIT=${GDFQ_COMMIT:-$revision}
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1

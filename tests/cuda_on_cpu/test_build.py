@@ -20,6 +20,7 @@ SETTINGS = {
     "TORCH_CUDA_ARCH_LIST": "9.0",
     "GDFQ_WERROR": "1",
     "GDFQ_EXT": "require",
+    "LDFLAGS": "-static-libstdc++",  # as some compilers do unasked
     "CUDA_VISIBLE_DEVICES": "",
 }
 USE = """
@@ -28,6 +29,10 @@ y = gdfq_ext.fake_quantize(torch.tensor([0.4, 2.6]), torch.zeros(1), torch.tenso
 assert y.tolist() == [0.0, 3.0]
 y, mean, var = gdfq_ext.batch_norm_act_moments(torch.ones(2, 3, 4, 4), torch.ones(3), torch.ones(3), None, None)
 assert y.eq(0).all() and mean.eq(1).all() and var.eq(0).all()
+try:
+    torch.ops.gdfq_ext.fake_quantize(torch.ones(2), torch.zeros(2), torch.ones(1), 2, -1)
+except RuntimeError as error:
+    assert "lower has 2 elements where 1 are needed" in str(error), error
 print(json.dumps(gdfq_ext.backend_report().as_dict()))
 """
 
