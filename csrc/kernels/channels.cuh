@@ -177,7 +177,7 @@ struct Interleaved {
 };
 
 template <class Operation, int N>
-__global__ void __launch_bounds__(kThreads) interleaved_kernel(Operation operation, Interleaved shape) {
+__global__ void GDFQ_LAUNCH_BOUNDS(2) interleaved_kernel(Operation operation, Interleaved shape) {
   using T = typename Operation::T;
   constexpr int unroll = kUnroll<Operation, N>;
   const int column = static_cast<int>(threadIdx.x) % shape.columns;

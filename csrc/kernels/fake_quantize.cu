@@ -116,7 +116,7 @@ __device__ __forceinline__ void store_flags(std::uint8_t* mask, std::int64_t fir
 
 // mask: null where it is not wanted.
 template <class T, int N, class RangeOf>
-__global__ void __launch_bounds__(kThreads)
+__global__ void GDFQ_LAUNCH_BOUNDS(4)
     fake_quantize_kernel(const T* x, T* y, std::uint8_t* mask, std::int64_t numel, Ranges ranges, ChannelDividers by) {
   Vector<T, N> in[kUnroll];
 #pragma unroll

@@ -14,6 +14,14 @@
 #define GDFQ_LAUNCH(kernel, grid, block, stream, ...) (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__)
 #endif
 
+// Launch bounds of a kernel for which ptxas, left alone, aims at more blocks of a multiprocessor than registers allow,
+// and spills: so it does for compute capability 12.0, and not for the others.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#define GDFQ_LAUNCH_BOUNDS(blocks) __launch_bounds__(kThreads, blocks)
+#else
+#define GDFQ_LAUNCH_BOUNDS(blocks) __launch_bounds__(kThreads)
+#endif
+
 namespace gdfq::cuda {
 
 constexpr int kWarp = 32;

@@ -83,6 +83,12 @@ class QuantizerConfig(Section):
         "identity", description="gradient of the quantizer where the value was clipped: passed on, or zero"
     )
 
+    @property
+    def fewest_bits(self) -> int:
+        """Of all weights and activations, single layers' included."""
+        of_layers = [number for bits in self.layers.values() for number in (bits.weights, bits.activations)]
+        return min(self.weight_bits, self.activation_bits, *(number for number in of_layers if number != "float"))
+
 
 class ImagesConfig(Section):
     """What Q is trained on, where the method makes images."""
@@ -154,7 +160,8 @@ class ScheduleConfig(Section):
     reestimate_ranges: bool = Field(True, description="observe the ranges again, with the trained G, when warm-up ends")
     range_batches: int = Field(50, ge=1, description="batches that a re-estimation or calibration looks at")
     compare_with_calibration: bool = Field(
-        True, description="from 6 bits on, keep plain calibration where it is better on held-out synthetic images"
+        True,
+        description="from 6 bits on in all layers, keep calibration where it is better on held-out synthetic images",
     )
     milestones: tuple[int, ...] = Field(
         (100, 200, 300), description="epochs at which both learning rates are multiplied"

@@ -84,8 +84,8 @@ PLANTED = [
     ),
     PlantedBug(
         "channels.cuh",
-        "+ of_sample) * gridDim.y + blockIdx.y] = sum",
-        "+ of_sample) * gridDim.y] = sum",
+        "+ c) * gridDim.y + blockIdx.y] = sum",
+        "+ c) * gridDim.y] = sum",
         "all shares of a channel write to one place",
     ),
     PlantedBug(

@@ -163,10 +163,13 @@ class _Rewriter:
         """Name every input of a quantized layer or residual add, every weight, and every operator, that stays float."""
         for node in self.graph.nodes:
             bits = self.of_layer.get(node)
+            as_set = bits is not None and bits.activations == "float"
             for source in quantized_inputs(node):
-                if source not in self.on_grid:
+                if source in self.on_grid:
+                    if as_set:
+                        self.summary.overruled.append(name_of(node))
+                else:
                     what = "image" if is_image(source) else "activation"
-                    as_set = bits is not None and bits.activations == "float"
                     reason = _AS_SET if as_set else f"target '{self.target.name}' quantizes ReLU and ReLU6 only"
                     self._stays_float(node, f"input {what} of {op_of(node)}", reason)
             if bits is not None and bits.weights == "float":

@@ -35,11 +35,16 @@ class FloatEntry:
 
 @dataclass
 class Summary:
-    """What was quantized and what stayed float, and why. `str()` is for people, `to_dict()` for machines."""
+    """What was quantized and what stayed float, and why. `str()` is for people, `to_dict()` for machines.
+
+    Attributes:
+        overruled: layers that were to read float and do not, since another layer reads the same activation in bits.
+    """
 
     weights: list[WeightEntry] = field(default_factory=list)
     activations: list[ActivationEntry] = field(default_factory=list)
     stayed_float: list[FloatEntry] = field(default_factory=list)
+    overruled: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -54,10 +59,15 @@ class Summary:
         by_reason: dict[str, list[str]] = {}
         for entry in self.stayed_float:
             by_reason.setdefault(f"{entry.op}: {entry.reason}", []).append(entry.name)
-        for reason, names in by_reason.items():
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            lines.append(f"stayed float {len(names)} x {reason} ({shown})")
+        lines += [f"stayed float {len(names)} x {reason} ({_some(names)})" for reason, names in by_reason.items()]
+        if self.overruled:
+            count, names = len(self.overruled), _some(self.overruled)
+            lines.append(f"quantized    {count} x input set to float: another layer reads it in bits ({names})")
         return "\n".join(lines)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _bits(entries: list[WeightEntry] | list[ActivationEntry]) -> str:

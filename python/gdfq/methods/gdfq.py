@@ -29,7 +29,7 @@ def _calibration_is_better(task: Task, trainer: Trainer) -> bool:
     From 6 bits on published GDFQ can fall below it (ResNet-18 at W8A8); the criterion is the KL on held-out images.
     """
     quantizer, schedule = task.config.quantizer, task.config.schedule
-    if not schedule.compare_with_calibration or min(quantizer.weight_bits, quantizer.activation_bits) < 6:
+    if not schedule.compare_with_calibration or quantizer.fewest_bits < 6:
         return False
     calibrated, _ = build_quantized(task.captured, quantizer)
     calibrate(calibrated, trainer.source.batches(schedule.range_images))

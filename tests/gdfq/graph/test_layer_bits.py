@@ -94,6 +94,9 @@ def test_an_activation_takes_the_most_bits_that_a_reader_wants(layers, expected)
     assert {entry.name: entry.bits for entry in summary.activations}.get("bn") == expected
     of_bn = [quantizer.bits for name, quantizer in activation_quantizers(student).items() if ".bn." in name]
     assert of_bn == ([] if expected is None else [expected])
+    wants_float = [name for name, bits in layers.items() if bits == "float"]
+    assert summary.overruled == (wants_float if expected else [])
+    assert ("set to float: another layer reads it in bits (left)" in str(summary)) == bool(summary.overruled)
 
 
 def test_the_image_takes_the_bits_of_the_layer_that_reads_it():

@@ -249,6 +249,9 @@ def test_from_six_bits_on_calibration_is_kept_where_it_is_better():
         model, short_config(**bits, **ruined, schedule__compare_with_calibration=False), progress=False
     )
     assert result.report.selected == "trained"
+    of_one = {"quantizer__layers": {"fc": {"weights": 8, "activations": 5}}}
+    result = gdfq.quantize(model, short_config(**bits, **ruined, **of_one), progress=False)
+    assert result.report.selected == "trained"
 
 
 SCRIPT = """
