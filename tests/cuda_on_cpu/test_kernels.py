@@ -200,6 +200,13 @@ def test_what_is_infinite_or_too_large_for_the_type_becomes_infinite(dtype):
     assert y[0].tolist() == [torch.inf, -torch.inf, torch.inf, -3.0]
 
 
+def test_the_greatest_level_of_a_range_may_be_infinite():
+    x = torch.tensor([3.4e38, 3.2e38, -torch.inf, torch.nan])
+    lower, upper = torch.tensor([3.1e38]), torch.tensor([3.4028e38])  # a step is more than is left above the range
+    assert OPS.fake_quantize(x, lower, upper, 2, -1)[0] == torch.inf
+    compare(OPS, "fake_quantize", (x, lower, upper, 2, -1))
+
+
 def test_gradients_at_the_corners_of_activations():
     x = torch.tensor([[0.0, -0.0, 6.0, -1e-45]]).expand(3, 4).contiguous()
     zeros, ones = torch.zeros(4), torch.ones(4)

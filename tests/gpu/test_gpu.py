@@ -21,6 +21,7 @@ from test_kernels import (  # noqa: F401
     test_one_of_two_inputs_is_misaligned,
     test_shares_are_joined_in_double,
     test_small_cases,
+    test_the_greatest_level_of_a_range_may_be_infinite,
     test_the_range_takes_in_every_block,
     test_the_range_takes_in_every_element,
     test_variance_far_from_the_running_mean,
