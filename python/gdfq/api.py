@@ -1,6 +1,7 @@
 """`quantize(model, config)`: from a trained model to a quantized one and a report."""
 
 import copy
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gdfq import ambient
 from gdfq.config import Config
 from gdfq.errors import GdfqError
 from gdfq.evaluate import Agreement, agreement, evaluate
-from gdfq.graph import CapturedModel, Summary, build_quantized, build_teacher, capture, size_in_bytes
+from gdfq.graph import CapturedModel, Summary, build_quantized, build_teacher, capture, size_in_bytes, unwrapped
 from gdfq.images.generator import images_per_class
 from gdfq.images.networks import Generator
 from gdfq.methods import Data, Method, Outcome, Task
@@ -45,6 +47,7 @@ class Result:
 
 
 @products_in_tf32(False)
+@ambient.of_its_own()
 def quantize(
     model: nn.Module,
     config: Config | None = None,
@@ -77,6 +80,7 @@ def quantize(
         GdfqError: whatever the model, the settings or the files can have wrong, in words.
         gdfq.Stopped: Ctrl-C or SIGTERM.
     """
+    model = unwrapped(model)
     config = config or Config.load(default_preset(model))
     method = METHODS[config.method]
     _check_real_images(method, calibrate_on, train_on)
@@ -145,11 +149,14 @@ def _write(folder: Path, result: Result, captured: CapturedModel) -> None:
     run_folder.save_quantized(
         folder / run_folder.MODEL, result.model, result.report.config.quantizer, captured.image_shape
     )
+    write_text(folder / run_folder.REPORT, result.report.to_json())
     if isinstance(result.generator, Generator):
         save_tensors(folder / run_folder.GENERATOR, result.generator.state_dict())
         rows = images_per_class(result.generator, min(captured.num_classes, 10), count=10)
-        save_picture(folder / run_folder.PICTURE, rows, [f"class {label}" for label in range(len(rows))])
-    write_text(folder / run_folder.REPORT, result.report.to_json())
+        try:
+            save_picture(folder / run_folder.PICTURE, rows, [f"class {label}" for label in range(len(rows))])
+        except Exception as error:  # it decorates a result, which is there
+            warnings.warn(f"{run_folder.PICTURE} was not drawn: {error}", stacklevel=4)
 
 
 # --- checks ------------------------------------------------------------------------------------------------------

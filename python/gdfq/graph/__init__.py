@@ -1,6 +1,6 @@
 """The user's model as a graph, and its two rewritings: the teacher and the quantized model."""
 
-from gdfq.graph.capture import CapturedModel, capture
+from gdfq.graph.capture import CapturedModel, capture, unwrapped
 from gdfq.graph.quantize import build_quantized
 from gdfq.graph.query import QuantizedLayer, quantized_layers, quantizer_of
 from gdfq.graph.summary import Summary, size_in_bytes
@@ -18,4 +18,5 @@ __all__ = [
     "quantized_layers",
     "quantizer_of",
     "size_in_bytes",
+    "unwrapped",
 ]

@@ -7,11 +7,14 @@ rewritings of it.
 """
 
 import copy
+import itertools
 import operator
 import traceback
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -44,7 +47,8 @@ def capture(
     channels: int | None = None,
     device: torch.device | str = "cpu",
 ) -> CapturedModel:
-    """Capture `model` in eval mode with a dynamic batch. The model itself is not changed.
+    """Capture `model` in eval mode with a dynamic batch. The model itself is not changed: what is captured is a copy,
+    without a wrapper for several devices or a compiler and in float32; where it had others, a warning says so.
 
     Args:
         model: takes one image batch `(N, channels, height, width)` and returns logits `(N, classes)`.
@@ -54,13 +58,12 @@ def capture(
         device: where the copy lives.
 
     Raises:
-        GdfqError: no BN layer with running statistics, shape not known or rejected, not capturable (with the line).
+        GdfqError: no BN layer with running statistics, shape not known or rejected, a single logit, not capturable
+            (with the line).
     """
+    model = unwrapped(model)
     shape = _image_shape(model, image_size, channels)
-    try:
-        model = copy.deepcopy(model).to(device).eval().requires_grad_(False)
-    except Exception as error:
-        raise GdfqError(f"the model cannot be copied: {error}") from error
+    model = _copied(model).to(device).eval().requires_grad_(False)
     example = torch.randn(2, *shape, device=device)
     num_classes = _try_model(model, example)
     module = fx.GraphModule(*_export(model, example))
@@ -91,6 +94,49 @@ def _image_shape(
     return channels, int(height), int(width)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What a wrapper for several devices or a compiler holds; a warning says that it is without."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            inner = model._orig_mod
+        else:
+            return model
+        warnings.warn(f"the model in the {type(model).__name__} is quantized, without the wrapper", stacklevel=3)
+        model = inner
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A float32 copy. Tensors that were computed, as kept features or a pruned weight, have a history that PyTorch does
+    not copy; their values are."""
+    computed = {
+        id(tensor): tensor.detach().clone()
+        for module in model.modules()
+        for tensor in _tensors_in(vars(module))
+        if tensor.grad_fn is not None
+    }
+    try:
+        model = copy.deepcopy(model, computed)
+    except Exception as error:
+        raise GdfqError(f"the model cannot be copied: {_first_line(error)}") from error
+    stored = itertools.chain(model.parameters(), model.buffers())
+    others = {tensor.dtype for tensor in stored if tensor.is_floating_point()} - {torch.float32}
+    if others:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
+        warnings.warn(f"the model is in {names}: it is quantized from a float32 copy", stacklevel=4)
+    return model.float()
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Those in dictionaries, lists and tuples, however deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for element in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(element)
+
+
 @torch.no_grad()
 def _try_model(model: nn.Module, example: Tensor) -> int:
     """Run the model once and return the number of classes."""
@@ -107,6 +153,11 @@ def _try_model(model: nn.Module, example: Tensor) -> int:
         raise GdfqError(
             f"the model must return logits (N, classes) for images (N, channels, height, width), but returned {what} "
             f"for {tuple(example.shape)}; wrap it in a module that picks the logits"
+        )
+    if logits.shape[1] == 1:
+        raise GdfqError(
+            "the model returns one logit an image, whose softmax is always 1: no loss says anything of it. Of a binary "
+            "classifier, wrap it in a module that returns two, torch.cat([torch.zeros_like(logit), logit], 1)"
         )
     if not logits.isfinite().all():
         raise GdfqError("the model's logits are NaN or Inf on Gaussian noise: its weights or BN statistics are broken")

@@ -36,6 +36,7 @@ _NOT_QUANTIZED = {
     "layer_norm": "normalization by the input's own statistics",
     "instance_norm": "normalization by the input's own statistics",
 }
+_ADDED = ("weight_quantizers", "activation_quantizers", "batch_norms")
 _AS_SET = "the setting 'quantizer.layers' says so"
 
 
@@ -43,8 +44,8 @@ def build_quantized(captured: CapturedModel, config: QuantizerConfig) -> tuple[f
     """Rewrite the captured model into Q: quantizers where the target has them, ranges not observed yet.
 
     The parameters are a copy that takes gradients. New modules are `weight_quantizers.*`, `activation_quantizers.*` and
-    `batch_norms.*`; only what they store (ranges, what observers keep, weight quantizers that were stored) enters the
-    state dict, everything else in it has its old name.
+    `batch_norms.*`, with a `_` behind a name that the model has already; only what they store (ranges, what observers
+    keep, weight quantizers that were stored) enters the state dict, everything else in it has its old name.
 
     Returns:
         the model, an ordinary module `(N, C, H, W) -> (N, classes)`, and the summary of what was done.
@@ -66,9 +67,10 @@ class _Rewriter:
         self.summary = Summary()
         self.on_grid: set[fx.Node] = set()
         self.of_layer = _bits_by_layer(self.graph, config)
-        module.weight_quantizers = nn.ModuleDict()
-        module.activation_quantizers = nn.ModuleDict()
-        module.batch_norms = nn.ModuleDict()
+        # Under names that the model has not taken itself.
+        self.added = {name: _free_name(module, name) for name in _ADDED}
+        for name in self.added.values():
+            module.add_module(name, nn.ModuleDict())
 
     def run(self) -> tuple[fx.GraphModule, Summary]:
         wanted = self._values_to_quantize()
@@ -84,8 +86,8 @@ class _Rewriter:
         self.graph.eliminate_dead_code()
         self.graph.lint()
         self.module.recompile()
-        for added in (self.module.weight_quantizers, self.module.activation_quantizers, self.module.batch_norms):
-            added.to(next(self.module.parameters()).device)
+        for name in self.added.values():
+            self.module.get_submodule(name).to(next(self.module.parameters()).device)
         for parameter in self.module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         return self.module, self.summary
@@ -147,6 +149,7 @@ class _Rewriter:
         return FakeQuantize(bits, self.config.straight_through, observer)
 
     def _call(self, container: str, name: str, module: nn.Module, args: tuple) -> fx.Node:
+        container = self.added[container]
         modules = self.module.get_submodule(container)
         base = name.replace(".", "_")
         key = next(k for k in (base if i == 0 else f"{base}_{i}" for i in range(len(modules) + 1)) if k not in modules)
@@ -194,8 +197,10 @@ class _Rewriter:
             if node.target in WEIGHTED:
                 bits = self.of_layer[node].weights if node in self.of_layer else self.config.weight_bits
                 if bits != "float":
-                    bits_of.setdefault(node.args[1], bits)
-                    entries.append(WeightEntry(name_of(node), op_of(node), bits_of[node.args[1]]))
+                    weight = node.args[1]
+                    bits_of.setdefault(weight, bits)
+                    parameter = weight.target if weight.op == "get_attr" else ""
+                    entries.append(WeightEntry(name_of(node), op_of(node), bits_of[weight], parameter))
         self.summary.weights.extend(dict.fromkeys(entries))  # a layer that is called twice is one layer
         stored = [weight for weight in bits_of if weight.op == "get_attr"]
         groups = {"stored": stored} if stored else {}
@@ -213,6 +218,10 @@ class _Rewriter:
 
     def _has_quantized_weight(self, node: fx.Node) -> bool:
         return node.target in WEIGHTED and (node not in self.of_layer or self.of_layer[node].weights != "float")
+
+
+def _free_name(module: nn.Module, name: str) -> str:
+    return name if not hasattr(module, name) else _free_name(module, f"{name}_")
 
 
 def _bits_by_layer(graph: fx.Graph, config: QuantizerConfig) -> dict[fx.Node, LayerBits]:

@@ -8,11 +8,12 @@ from gdfq.graph.capture import CapturedModel
 
 @dataclass(frozen=True)
 class WeightEntry:
-    """A layer whose weight is quantized."""
+    """A layer whose weight is quantized; `parameter` is the weight's name, empty where the graph computes it."""
 
     name: str
     op: str
     bits: int
+    parameter: str
 
 
 @dataclass(frozen=True)
@@ -77,5 +78,5 @@ def _bits(entries: list[WeightEntry] | list[ActivationEntry]) -> str:
 def size_in_bytes(captured: CapturedModel, summary: Summary) -> tuple[int, int]:
     """Bytes of the parameters in float32 and with the quantized weights packed at their bits (ranges not counted)."""
     parameters = {name: value.numel() for name, value in captured.module.named_parameters()}
-    bits = {f"{entry.name}.weight": entry.bits for entry in summary.weights}
+    bits = {entry.parameter: entry.bits for entry in summary.weights}
     return 4 * sum(parameters.values()), math.ceil(sum(n * bits.get(name, 32) for name, n in parameters.items()) / 8)

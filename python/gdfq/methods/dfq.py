@@ -22,7 +22,7 @@ from gdfq.graph import CapturedModel, QuantizedLayer, quantized_layers, quantize
 from gdfq.graph.nodes import BOUNDS, activation_name, aten, batch_norm_act
 from gdfq.methods.calibration import calibrating
 from gdfq.methods.method import Method
-from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize
+from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize
 
 _EQUALIZATION_SWEEPS, _EQUALIZATION_TOLERANCE = 100, 1e-3
 _ABSORBED_DEVIATIONS = 3  # a channel stays above beta - 3 gamma with a probability of 0.9987
@@ -274,7 +274,10 @@ def _uses(student: fx.GraphModule) -> Counter[str]:
     uses = Counter(layer.weight for layer in quantized_layers(student))
     for node in student.graph.nodes:
         for user in node.users if node.op == "get_attr" else ():
-            uses[node.target] += not str(user.target).startswith("weight_quantizers.")
+            is_quantized = user.op == "call_module" and isinstance(
+                student.get_submodule(user.target), WeightFakeQuantize
+            )
+            uses[node.target] += not is_quantized
     return uses
 
 

@@ -89,7 +89,8 @@ def save_picture(path: str | Path, rows: list[Tensor], names: list[str]) -> None
     """A PNG with one row of images per class.
 
     Args:
-        rows: per class images `(n, C, H, W)` in any range; each is stretched to its own minimum and maximum.
+        rows: per class images `(n, C, H, W)` in any range; each is stretched to its own minimum and maximum. Three
+            channels and more are red, green and blue, one or two are shown as their mean.
         names: one per row.
     """
     columns = max(len(row) for row in rows)
@@ -101,7 +102,7 @@ def save_picture(path: str | Path, rows: list[Tensor], names: list[str]) -> None
         for axis, image in zip(line, row.cpu().float(), strict=False):
             low, high = image.min(), image.max()
             pixels = ((image - low) / (high - low).clamp_min(1e-6)).permute(1, 2, 0).numpy()
-            axis.imshow(pixels[..., 0] if pixels.shape[2] == 1 else pixels[..., :3], cmap="gray", vmin=0, vmax=1)
+            axis.imshow(pixels.mean(2) if pixels.shape[2] < 3 else pixels[..., :3], cmap="gray", vmin=0, vmax=1)
         line[0].text(-0.3, 0.5, name, ha="right", va="center", transform=line[0].transAxes)
     figure.subplots_adjust(
         left=1.5 / (columns * 0.7 + 1.5), right=0.99, top=0.99, bottom=0.01, wspace=0.05, hspace=0.08
