@@ -187,7 +187,8 @@ first() {
         show head 1900 resnet20/suite.txt
         show tail 1300 gpu-tests.log
     }
-    local workers=8 zero=() ops=() resnet20=(--batch 200 --patience 50) resnet18=(--batch 16 --patience 65) rows20 rows18
+    local workers=8 zero=() ops=() rows20 rows18
+    local resnet20=(--batch 200 --patience 50) resnet18=(--batch 16 --patience 65)
     ops=(--layer resnet18-64x56 --mb 64 --dtype fp32 --dtype bf16 --minutes 1.1
         --provider eager --provider compile --provider ours)
     rows20=(released compile compile-reduce-overhead ours floor)

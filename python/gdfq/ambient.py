@@ -14,7 +14,7 @@ def of_its_own() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
         stack.callback(torch.set_default_dtype, dtype)
         stack.callback(torch.use_deterministic_algorithms, deterministic[0], warn_only=deterministic[1])
         torch.set_default_dtype(torch.float32)

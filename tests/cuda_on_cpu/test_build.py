@@ -33,6 +33,8 @@ try:
     torch.ops.gdfq_ext.fake_quantize(torch.ones(2), torch.zeros(2), torch.ones(1), 2, -1)
 except RuntimeError as error:
     assert "lower has 2 elements where 1 are needed" in str(error), error
+else:
+    raise AssertionError("two bounds for one channel were taken")
 print(json.dumps(gdfq_ext.backend_report().as_dict()))
 """
 
