@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,17 @@ from gdfq import ambient
 from gdfq.config import Config
 from gdfq.errors import GdfqError
 from gdfq.evaluate import Agreement, agreement, evaluate
-from gdfq.graph import CapturedModel, Summary, build_quantized, build_teacher, capture, size_in_bytes, unwrapped
+from gdfq.fit import Fit, fit
+from gdfq.graph import (
+    CapturedModel,
+    Summary,
+    build_quantized,
+    build_teacher,
+    capture,
+    pixels_of,
+    size_in_bytes,
+    unwrapped,
+)
 from gdfq.images.generator import images_per_class
 from gdfq.images.networks import Generator
 from gdfq.methods import Data, Method, Outcome, Task
@@ -93,13 +103,15 @@ def quantize(
         run_folder.open_run(folder, config, device, resume, source)
 
     teacher = build_teacher(captured)
+    captured = replace(captured, pixels=pixels_of(model, teacher, captured.image_shape, config.model))
     captured = method.prepare(captured)
     student, summary = build_quantized(captured, config.quantizer)
     task = Task(captured, teacher, student, config, device, folder, resume, progress, calibrate_on, train_on)
     outcome = method.run(task)
 
     held_out = list(outcome.held_out if held_out_images is None else held_out_images)
-    report = _report(task, summary, outcome, agreement(teacher, student, held_out))
+    judged = fit(teacher, held_out, captured.pixels, outcome.same_source and held_out_images is None)
+    report = _report(task, summary, outcome, agreement(teacher, student, held_out), judged)
     if evaluate_on is not None:
         report.top1 = _top1(task, outcome, evaluate_on)
     result = Result(student, report, outcome.generator, held_out, outcome.choice_state or None)
@@ -118,12 +130,14 @@ def default_preset(model: nn.Module, image_size: int | None = None) -> str:
 # --- report and files --------------------------------------------------------------------------------------------
 
 
-def _report(task: Task, summary: Summary, outcome: Outcome, data_free: Agreement) -> Report:
+def _report(task: Task, summary: Summary, outcome: Outcome, data_free: Agreement, judged: Fit) -> Report:
     float_bytes, quantized_bytes = size_in_bytes(task.captured, summary)
     return Report(
         config=task.config,
         summary=summary,
+        pixels=task.captured.pixels,
         data_free=data_free,
+        fit=judged,
         choice=outcome.choice,
         float_bytes=float_bytes,
         quantized_bytes=quantized_bytes,

@@ -45,7 +45,7 @@ def calibrate(
 def end_pass(student: nn.Module) -> None:
     """All images that the activation ranges are observed on have been seen; raises as `check_ranges`."""
     for quantizer in activation_quantizers(student).values():
-        quantizer.observer.end_pass(quantizer.range, quantizer.bits)
+        quantizer.end_pass()
     check_ranges(student)
 
 

@@ -27,11 +27,22 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+PerChannel = float | tuple[float, ...] | Literal["auto"]
+Positive = Annotated[float, Field(gt=0)]
+PerPositiveChannel = Positive | tuple[Positive, ...] | Literal["auto"]
+
+
 class ModelConfig(Section):
     """What the model takes and gives. Everything is inferred from the model where that is possible."""
 
     image_size: int | tuple[int, int] | None = Field(None, description="height and width of the input, pixels")
     channels: int | None = Field(None, ge=1, description="channels of the input")
+    input_mean: PerChannel = Field(
+        "auto",
+        description="of each channel of the images as the model takes them (0 where pixels are standardized), a number "
+        "or one for each; auto: inferred from the network (see `gdfq.graph.pixels`)",
+    )
+    input_std: PerPositiveChannel = Field("auto", description="as input_mean; 1 where pixels are standardized")
     num_classes: int | None = Field(None, ge=2, description="length of the logits; given, it is checked")
 
 
@@ -111,6 +122,11 @@ class GeneratorConfig(Section):
     latent_size: int = Field(100, ge=1, description="length of the noise z")
     batch_norm_eps: float = Field(
         0.8, gt=0, description="eps of the BNs after a convolution (0.8 in the released code)"
+    )
+    learn_scale: bool = Field(
+        True,
+        description="mean and standard deviation of each channel of the images are trained along, from what pixels are "
+        "taken to have; or stay as they are",
     )
     learning_rate: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = Field((0.5, 0.999), description="of Adam")

@@ -117,19 +117,27 @@ class FakeQuantize(nn.Module):
         bits: 2 to 8.
         straight_through: `identity` or `clipped` (see `gdfq_ext.fake_quantize`).
         observer: where the range comes from, see `gdfq.observers`; default: a moving average.
+        reach: `(2,)` float32, what the range holds at least, whatever was observed.
 
     Attributes:
         observing: while true, the observer sees every input first.
         range: `(2,)` float32, the lower and the upper end.
     """
 
-    def __init__(self, bits: int, straight_through: str = "identity", observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        bits: int,
+        straight_through: str = "identity",
+        observer: Observer | None = None,
+        reach: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.bits = bits
         self.straight_through = straight_through
         self.observer = observer or MovingAverage()
         self.observing = False
         self.register_buffer("range", torch.full((2,), torch.nan))
+        self.register_buffer("reach", reach, persistent=False)
 
     def reset(self) -> None:
         """Forget the range, as if nothing had been observed."""
@@ -138,6 +146,17 @@ class FakeQuantize(nn.Module):
 
     def observe(self, x: Tensor) -> None:
         self.observer.observe(x.detach(), self.range)
+        self._widen()
+
+    def end_pass(self) -> None:
+        """All images that the range is observed on have been seen."""
+        self.observer.end_pass(self.range, self.bits)
+        self._widen()
+
+    def _widen(self) -> None:
+        if self.reach is not None:
+            self.range[0].clamp_(max=self.reach[0])
+            self.range[1].clamp_(min=self.reach[1])
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observing:

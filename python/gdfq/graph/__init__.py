@@ -1,6 +1,7 @@
 """The user's model as a graph, and its two rewritings: the teacher and the quantized model."""
 
-from gdfq.graph.capture import CapturedModel, capture, unwrapped
+from gdfq.graph.capture import CapturedModel, Pixels, capture, unwrapped
+from gdfq.graph.pixels import pixels_of
 from gdfq.graph.quantize import build_quantized
 from gdfq.graph.query import QuantizedLayer, quantized_layers, quantizer_of
 from gdfq.graph.summary import Summary, size_in_bytes
@@ -9,12 +10,14 @@ from gdfq.graph.teacher import BatchNormStatistics, Teacher, build_teacher
 __all__ = [
     "BatchNormStatistics",
     "CapturedModel",
+    "Pixels",
     "QuantizedLayer",
     "Summary",
     "Teacher",
     "build_quantized",
     "build_teacher",
     "capture",
+    "pixels_of",
     "quantized_layers",
     "quantizer_of",
     "size_in_bytes",

@@ -23,7 +23,49 @@ from torch.fx.graph import CodeGen
 from gdfq.errors import GdfqError
 from gdfq.graph.nodes import activation_name, aten, batch_norm_act, name_of
 
+REACH = 3.0  # ImageNet's pixels reach from -2.1 to 2.6, MNIST's from -0.4 to 2.8
 _FROZEN_BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What a model's images are like, as it takes them: numbers for each channel. See `gdfq.graph.pixels`.
+
+    Attributes:
+        mean, std: over all images, of any size.
+        low, high: what a pixel can be.
+        origin: where this is from, in words.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    origin: str
+
+    @classmethod
+    def standardized(cls, channels: int) -> "Pixels":
+        """Of mean 0 and standard deviation 1."""
+        return cls.around((0.0,) * channels, (1.0,) * channels, "standardized")
+
+    @classmethod
+    def around(cls, mean: tuple[float, ...], std: tuple[float, ...], origin: str) -> "Pixels":
+        """With bounds of `REACH` standard deviations, where nobody says how far a pixel can be from the mean."""
+        low = tuple(m - REACH * s for m, s in zip(mean, std, strict=True))
+        high = tuple(m + REACH * s for m, s in zip(mean, std, strict=True))
+        return cls(mean, std, low, high, origin)
+
+    def __str__(self) -> str:
+        rows = ((name, getattr(self, name)) for name in ("mean", "std", "low", "high"))
+        text = ", ".join(f"{name} " + "/".join(f"{value:.3g}" for value in values[:4]) for name, values in rows)
+        return f"{text}, {self.origin}"
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Images `(N, C, H, W)` of mean 0 and standard deviation 1, brought to this scale."""
+        if not any(self.mean) and set(self.std) == {1.0}:
+            return x
+        mean, std = (torch.tensor(values, device=x.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        return x * std + mean
 
 
 @dataclass(frozen=True)
@@ -34,11 +76,13 @@ class CapturedModel:
         module: the graph; its parameters and buffers have the names of the user's model, and are a copy.
         image_shape: `(channels, height, width)`.
         num_classes: length of the logits.
+        pixels: what its images are like; None where nobody has asked.
     """
 
     module: fx.GraphModule
     image_shape: tuple[int, int, int]
     num_classes: int
+    pixels: Pixels | None = None
 
 
 def capture(

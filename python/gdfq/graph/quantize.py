@@ -4,7 +4,7 @@ import copy
 import operator
 from fnmatch import fnmatchcase
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from gdfq.config import LayerBits, QuantizerConfig
 from gdfq.errors import GdfqError
@@ -20,6 +20,7 @@ from gdfq.graph.nodes import (
     preserves_values,
     quantized_inputs,
 )
+from gdfq.graph.pixels import reach_of
 from gdfq.graph.summary import ActivationEntry, FloatEntry, Summary, WeightEntry
 from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize
 from gdfq.observers import LearnedStep
@@ -53,20 +54,21 @@ def build_quantized(captured: CapturedModel, config: QuantizerConfig) -> tuple[f
     Raises:
         GdfqError: a pattern of `quantizer.layers` fits no layer.
     """
-    return _Rewriter(copy.deepcopy(captured.module), config).run()
+    return _Rewriter(captured, config).run()
 
 
 class _Rewriter:
     """One pass over a captured graph that turns it into a quantized one."""
 
-    def __init__(self, module: fx.GraphModule, config: QuantizerConfig) -> None:
-        self.module = module
+    def __init__(self, captured: CapturedModel, config: QuantizerConfig) -> None:
+        self.module = module = copy.deepcopy(captured.module)
         self.graph = module.graph
         self.config = config
         self.target: Target = TARGETS[config.target]
         self.summary = Summary()
         self.on_grid: set[fx.Node] = set()
         self.of_layer = _bits_by_layer(self.graph, config)
+        self.pixels = captured.pixels
         # Under names that the model has not taken itself.
         self.added = {name: _free_name(module, name) for name in _ADDED}
         for name in self.added.values():
@@ -74,11 +76,13 @@ class _Rewriter:
 
     def run(self) -> tuple[fx.GraphModule, Summary]:
         wanted = self._values_to_quantize()
+        images = [value for value in wanted if is_image(value)]
+        reaches = reach_of(self.module, images, self.pixels) if self.pixels else {}
         for node in list(self.graph.nodes):
             bits = wanted.get(node)
-            result = self._rewrite_batch_norm(node, bits) if node.target is batch_norm_act else node
+            result = self._rewrite_batch_norm(node, bits, reaches.get(node)) if node.target is batch_norm_act else node
             if bits and result not in self.on_grid and not self._keeps_grid(result):
-                self._quantize_value(result, bits)
+                self._quantize_value(result, bits, reaches.get(node))
             elif self._keeps_grid(result):
                 self.on_grid.add(result)
         self._account_for_float()
@@ -118,13 +122,13 @@ class _Rewriter:
     def _keeps_grid(self, node: fx.Node) -> bool:
         return preserves_values(node) and node.all_input_nodes[0] in self.on_grid
 
-    def _rewrite_batch_norm(self, node: fx.Node, bits: int | None) -> fx.Node:
+    def _rewrite_batch_norm(self, node: fx.Node, bits: int | None, reach: Tensor | None) -> fx.Node:
         *tensors, eps, act = node.args
         name = node.meta.get("name") or name_of(node)
         new: nn.Module = BatchNormAct(eps, act)
         container = "batch_norms"
         if bits:
-            new = BatchNormActFakeQuantize(new, self._new_quantizer(bits))
+            new = BatchNormActFakeQuantize(new, self._new_quantizer(bits, reach))
             container = "activation_quantizers"
         with self.graph.inserting_before(node):
             result = self._call(container, name, new, tuple(tensors))
@@ -136,17 +140,17 @@ class _Rewriter:
             self._record(result, ("batch_norm" if act == "none" else f"batch_norm, {act}") if is_fused else "", bits)
         return result
 
-    def _quantize_value(self, node: fx.Node, bits: int) -> None:
-        quantizer = self._new_quantizer(bits)
+    def _quantize_value(self, node: fx.Node, bits: int, reach: Tensor | None) -> None:
+        quantizer = self._new_quantizer(bits, reach)
         with self.graph.inserting_after(node):
             result = self._call("activation_quantizers", name_of(node), quantizer, (node,))
         result.meta = dict(node.meta)
         node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
         self._record(result, "", bits)
 
-    def _new_quantizer(self, bits: int) -> FakeQuantize:
+    def _new_quantizer(self, bits: int, reach: Tensor | None) -> FakeQuantize:
         observer = LearnedStep() if self.config.observer == "learned_step" else None
-        return FakeQuantize(bits, self.config.straight_through, observer)
+        return FakeQuantize(bits, self.config.straight_through, observer, reach)
 
     def _call(self, container: str, name: str, module: nn.Module, args: tuple) -> fx.Node:
         container = self.added[container]

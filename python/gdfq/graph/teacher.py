@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 import gdfq_ext
 from gdfq.graph.capture import CapturedModel
-from gdfq.graph.nodes import batch_norm_act
+from gdfq.graph.nodes import batch_norm_act, name_of
 
 
 class BatchNormStatistics(NamedTuple):
@@ -50,10 +50,12 @@ class Teacher(nn.Module):
     Args:
         module: the captured model, every BN of which also gives the moments of its input, in the same pass.
         readings: what can be read in a forward pass, as nodes of its graph: see `READINGS`.
+        layers: names of the BN layers, in the order of "statistics".
     """
 
-    def __init__(self, module: fx.GraphModule, readings: dict[str, Any]) -> None:
+    def __init__(self, module: fx.GraphModule, readings: dict[str, Any], layers: list[str]) -> None:
         super().__init__()
+        self.layers = layers
         self.module = module.requires_grad_(False)
         self._readings = readings
         self._rewritten: dict[tuple[str, ...], fx.GraphModule] = {}
@@ -68,17 +70,23 @@ class Teacher(nn.Module):
     def read(self, x: Tensor, names: Iterable[str]) -> tuple[Tensor, dict[str, Any]]:
         return self.reader(names)(x)
 
+    def front(self) -> Reader:
+        """As `reader` of "first_statistics", computing no more than these need: None in place of the logits."""
+        names = ("first_statistics",)
+        return Reader(self._rewrite(names, logits=False), names)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.reader(())(x)[0]
 
-    def _rewrite(self, names: tuple[str, ...]) -> fx.GraphModule:
+    def _rewrite(self, names: tuple[str, ...], logits: bool = True) -> fx.GraphModule:
         """The graph with what is wanted as its second output; all share the parameters."""
         graph = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
-        logits = graph.graph_copy(self.module.graph, copied)
+        result = graph.graph_copy(self.module.graph, copied)
         wanted = tuple(self._readings[name] for name in names)
-        graph.output((logits, fx.node.map_arg(wanted, copied.__getitem__)))
+        graph.output((result if logits else None, fx.node.map_arg(wanted, copied.__getitem__)))
         graph.set_codegen(fx.graph.CodeGen())
+        graph.eliminate_dead_code()
         graph.lint()
         return fx.GraphModule(self.module, graph)
 
@@ -86,6 +94,7 @@ class Teacher(nn.Module):
 # What a term of a loss can declare to read, and what becomes of the nodes' values.
 READINGS: dict[str, Callable[[Any], Any]] = {
     "statistics": lambda values: BatchNormStatistics(*values),  # of the input of every BN layer
+    "first_statistics": lambda values: BatchNormStatistics(*values),  # of those that have no BN layer before them
     "features": lambda value: value,  # the last activation (N, C, ...) that has a spatial dimension
 }
 
@@ -94,22 +103,31 @@ def build_teacher(captured: CapturedModel) -> Teacher:
     """Rewrite the captured model so that every BN also gives the moments of its input, in the same pass."""
     module = copy.deepcopy(captured.module)
     graph = module.graph
-    statistics = BatchNormStatistics([], [], [], [])
+    statistics, first = BatchNormStatistics([], [], [], []), BatchNormStatistics([], [], [], [])
+    layers: list[str] = []
+    behind: set[fx.Node] = set()  # a BN layer
     features = None
     for node in list(graph.nodes):
+        if not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
         if node.target is batch_norm_act:
+            of = (statistics,) if node in behind else (statistics, first)
             *tensors, eps, act = node.args
+            layers.append(node.meta.get("name") or name_of(node))
             with graph.inserting_before(node):
                 fused = graph.call_function(gdfq_ext.batch_norm_act_moments, tuple(tensors), {"eps": eps, "act": act})
                 y, mean, var = (graph.call_function(operator.getitem, (fused, i)) for i in range(3))
             y.meta = dict(node.meta)
             node.replace_all_uses_with(y)
             graph.erase_node(node)
-            for values, value in zip(statistics, (mean, var, *tensors[1:3]), strict=True):
-                values.append(value)
+            for lists in of:
+                for values, value in zip(lists, (mean, var, *tensors[1:3]), strict=True):
+                    values.append(value)
+            behind.add(y)
             node = y
         if node.op != "get_attr" and math.prod(getattr(node.meta.get("val"), "shape", ())[2:]) > 1:
             features = node
     graph.lint()
     module.recompile()
-    return Teacher(module, {"statistics": tuple(statistics), "features": features})
+    readings = {"statistics": tuple(statistics), "first_statistics": tuple(first), "features": features}
+    return Teacher(module, readings, layers)

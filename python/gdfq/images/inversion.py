@@ -7,7 +7,7 @@ from tqdm import trange
 
 import gdfq_ext
 from gdfq.config import Config, Section
-from gdfq.graph import CapturedModel, Teacher
+from gdfq.graph import CapturedModel, Pixels, Teacher
 from gdfq.images.bank import Bank
 from gdfq.registry import SECTIONS, SOURCES
 
@@ -24,8 +24,11 @@ def zeroq(
     teacher: Teacher, captured: CapturedModel, config: Config, device: torch.device, progress: bool = False
 ) -> Bank:
     """A bank of images that are inverted when they are first asked for."""
-    shape, own = captured.image_shape, config.zeroq
-    return Bank(teacher, shape, config, device, lambda seed: invert(teacher, shape, own, seed, device, progress))
+    own = config.zeroq
+    return Bank(
+        teacher, captured.image_shape, config, device,
+        lambda seed: invert(teacher, captured.image_shape, own, seed, device, progress, captured.pixels),
+    )  # fmt: skip
 
 
 @torch.enable_grad()  # images may be made when a calibration asks for them, which itself needs no gradients
@@ -36,13 +39,16 @@ def invert(
     seed: int,
     device: torch.device,
     progress: bool = False,
+    pixels: Pixels | None = None,
 ) -> Tensor:
     """Images `(config.images, *shape)` that minimize, over the image itself and all BN inputs l,
 
         sum_l |mean_l - mu_l|^2 + |std_l - sigma_l|^2        (ZeroQ, Eq. 3; per channel means of the squares)
 
-    with mu, sigma the running statistics, and 0, 1 for the image, which is in normalized pixels.
+    with mu, sigma the running statistics, and those of the model's images for the image. What is optimized is the
+    standardized image, to whose scale the learning rate belongs.
     """
+    pixels = pixels or Pixels.standardized(shape[0])
     random = torch.Generator(device).manual_seed(seed)
     images = torch.randn(config.images, *shape, generator=random, device=device)
     images = images.contiguous(memory_format=torch.channels_last).requires_grad_(True)
@@ -50,7 +56,7 @@ def invert(
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, min_lr=1e-4, patience=100)
     zero, one = torch.zeros(shape[0], device=device), torch.ones(shape[0], device=device)
     for _ in trange(config.iterations, disable=not progress, desc="ZeroQ images", unit="it", dynamic_ncols=True):
-        layers = teacher.read(images, ("statistics",))[1]["statistics"]
+        layers = teacher.read(pixels.scaled(images), ("statistics",))[1]["statistics"]
         image_variance, image_mean = torch.var_mean(images, (0, 2, 3), correction=0)
         loss = gdfq_ext.bns_loss(
             [image_mean, *layers.means],
@@ -63,7 +69,7 @@ def invert(
         loss.backward()
         optimizer.step()
         schedule.step(loss.detach())
-    return images.detach()
+    return pixels.scaled(images.detach())
 
 
 def _std(variance: Tensor) -> Tensor:

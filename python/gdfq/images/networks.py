@@ -1,7 +1,7 @@
 """The networks of the paper's two generators: noise and a label in, an image of that class out (Eq. 2, 3).
 
-Images leave through a BatchNorm without parameters, so that every channel is about N(0, 1): the space of normalized
-pixels that the model was trained in. There is therefore nothing to know about the user's normalization.
+Images leave through a BatchNorm, so that every channel has the mean and the standard deviation that the model's images
+have: 0 and 1 where it was trained on standardized pixels.
 """
 
 import math
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import gdfq_ext
 from gdfq.config import GeneratorConfig
+from gdfq.graph import Pixels
 
 
 class ConditionalBatchNorm(nn.Module):
@@ -73,6 +74,30 @@ class UpsampledConvolution(nn.Conv2d):
         return F.conv_transpose2d(x, sums.flip(2, 3).transpose(0, 1), self.bias, stride=2, padding=1)
 
 
+class ToPixels(nn.BatchNorm2d):
+    """BatchNorm without parameters, and then the scale of the model's images.
+
+    Args:
+        channels: C.
+        pixels: mean and standard deviation of each.
+        learned: whether G's training moves both.
+    """
+
+    def __init__(self, channels: int, pixels: Pixels, learned: bool) -> None:
+        super().__init__(channels, affine=False)
+        self.pixels = pixels
+        self.shift = self.log_gain = None
+        if learned:
+            self.shift = nn.Parameter(torch.zeros(channels, 1, 1))
+            self.log_gain = nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        if self.shift is not None and self.log_gain is not None:
+            x = x * self.log_gain.exp() + self.shift
+        return self.pixels.scaled(x)
+
+
 class Generator(nn.Module):
     """Linear -> BN -> Up2 -> Conv 128 -> BN -> LeakyReLU -> Up2 -> Conv 64 -> BN -> LeakyReLU -> Conv -> Tanh -> BN.
 
@@ -82,11 +107,18 @@ class Generator(nn.Module):
     Args:
         image_shape: `(channels, height, width)`, any size: the grid starts at a quarter, rounded up, and is cropped.
         num_classes: labels are below it.
+        pixels: the scale of the images, see `ToPixels`; default: standardized.
         config: `architecture` is `embedding` (the noise is multiplied by an embedding of the label; the paper's for
             CIFAR) or `conditional` (the BNs are conditional on the label; the paper's for ImageNet).
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, config: GeneratorConfig) -> None:
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        config: GeneratorConfig,
+        pixels: Pixels | None = None,
+    ) -> None:
         super().__init__()
         channels, self.height, self.width = image_shape
         self.conditional = config.architecture == "conditional"
@@ -102,7 +134,7 @@ class Generator(nn.Module):
         self.conv2 = UpsampledConvolution(128, 64)
         self.norm2 = ConditionalBatchNorm(64, norm_classes, eps, negative_slope=0.2)
         self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
-        self.to_pixels = nn.BatchNorm2d(channels, affine=False)
+        self.to_pixels = ToPixels(channels, pixels or Pixels.standardized(channels), config.learn_scale)
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         if self.embedding is not None:

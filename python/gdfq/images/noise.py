@@ -1,4 +1,4 @@
-"""Images of N(0, 1) noise: what is left where nothing better is known."""
+"""Images of Gaussian noise at the scale of the model's images: what is left where nothing better is known."""
 
 from collections.abc import Iterator
 
@@ -6,22 +6,38 @@ import torch
 from torch import Tensor
 
 from gdfq.config import Config
-from gdfq.graph import CapturedModel, Teacher
+from gdfq.graph import CapturedModel, Pixels, Teacher
 from gdfq.images.source import ImageSource
 from gdfq.registry import SOURCES
 
 
 class GaussianImages(ImageSource):
-    """N(0, 1) noise, labeled by P."""
+    """Gaussian noise, labeled by P.
+
+    Args:
+        teacher, shape, config, device: see `ImageSource`.
+        pixels: its scale; default: N(0, 1).
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        shape: tuple[int, int, int],
+        config: Config,
+        device: torch.device,
+        pixels: Pixels | None = None,
+    ) -> None:
+        super().__init__(teacher, shape, config, device)
+        self.pixels = pixels or Pixels.standardized(shape[0])
 
     def images(self, count: int) -> tuple[Tensor, None]:
         noise = torch.randn(count, *self.shape, generator=self.random.generator, device=self.device)
-        return self.transform(noise), None
+        return self.transform(self.pixels.scaled(noise)), None
 
     def held_out(self) -> Iterator[Tensor]:
         size, count = self.config.schedule.batch_size, self.config.run.held_out_images
         for images in gaussian_images(self.shape, count, size, self.config.run.seed + 1, self.device):
-            yield self.transform(images)
+            yield self.transform(self.pixels.scaled(images))
 
 
 def gaussian_images(
@@ -36,7 +52,7 @@ def gaussian_images(
 def gaussian(
     teacher: Teacher, captured: CapturedModel, config: Config, device: torch.device, progress: bool = False
 ) -> GaussianImages:
-    return GaussianImages(teacher, captured.image_shape, config, device)
+    return GaussianImages(teacher, captured.image_shape, config, device, captured.pixels)
 
 
 SOURCES["gaussian"] = gaussian

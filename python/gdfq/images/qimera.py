@@ -59,7 +59,7 @@ def qimera(
 ) -> QimeraImages:
     shape, num_classes = captured.image_shape, captured.num_classes
     settings = config.generator.model_copy(update={"architecture": "embedding"})
-    network = seeded(config, device, lambda: SuperposedGenerator(shape, num_classes, settings))
+    network = seeded(config, device, lambda: SuperposedGenerator(shape, num_classes, settings, captured.pixels))
     return QimeraImages(teacher, shape, num_classes, config, device, network)
 
 

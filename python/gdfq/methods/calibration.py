@@ -24,14 +24,15 @@ def calibrating(
 
     def run(task: Task) -> Outcome:
         start = time.monotonic()
-        if source is None and task.calibrate_on is not None:
+        is_given = source is None and task.calibrate_on is not None
+        if is_given:
             images = source_of(task, "gaussian")
             batches = calibration_batches(task.calibrate_on, task.captured.image_shape, task.config, task.device)
         else:
             images = _images(task, source or task.config.calibration.images)
             batches = images.calibration()
         apply(task, batches)
-        return Outcome(images.held_out(), time.monotonic() - start)
+        return Outcome(images.held_out(), time.monotonic() - start, same_source=not is_given)
 
     return run
 

@@ -24,6 +24,7 @@ def finetune(task: Task) -> Outcome:
         choice=trainer.choice,
         choice_state=trainer.choice_state,
         iterations=trainer.runner.description,
+        same_source=False,
     )
 
 

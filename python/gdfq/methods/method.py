@@ -53,6 +53,7 @@ class Outcome:
 
     Attributes:
         held_out: images for the data-free figures.
+        same_source: whether they are of the source whose images the student was made with.
         seconds: that it took.
         generator: G, where one was trained.
         selected: `trained` or `calibrated`.
@@ -68,6 +69,7 @@ class Outcome:
     choice: tuple[int, Agreement] | None = None
     choice_state: dict[str, Tensor] | None = None
     iterations: str = "eager"
+    same_source: bool = True
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gdfq.config import Config
 from gdfq.evaluate import Agreement
-from gdfq.graph import Summary
+from gdfq.fit import Fit
+from gdfq.graph import Pixels, Summary
 from gdfq.provenance import versions
 from gdfq.run.pictures import new_figure, save_figure
 
@@ -20,7 +21,9 @@ class Report:
     Attributes:
         config: what the run was told.
         summary: what was quantized and what stayed float, and why.
+        pixels: what the model's images were taken to be like.
         data_free: Q against P on held-out synthetic images, after the last epoch.
+        fit: how well these images fit the network, and so what `data_free` is worth.
         choice: the epoch that the agreement on those images would have chosen, and its figures; None without
             training.
         float_bytes, quantized_bytes: size of the parameters before and after.
@@ -35,7 +38,9 @@ class Report:
 
     config: Config
     summary: Summary
+    pixels: Pixels
     data_free: Agreement
+    fit: Fit
     float_bytes: int
     quantized_bytes: int
     seconds: float
@@ -48,7 +53,8 @@ class Report:
     def to_dict(self) -> dict:
         """Nested dicts, lists, numbers and text, fit for JSON."""
         result = {name: value for name, value in vars(self).items() if name not in ("config", "summary")}
-        result["data_free"] = asdict(self.data_free)
+        result |= {name: asdict(getattr(self, name)) for name in ("pixels", "data_free", "fit")}
+        result["warnings"] = self.fit.problems
         if self.choice is not None:
             epoch, figures = self.choice
             result["choice"] = {"epoch": epoch, **asdict(figures)}
@@ -64,8 +70,12 @@ class Report:
             f"target '{quantizer.target}', {self.seconds:.0f} s on {self.versions['device']}",
             str(self.summary),
             f"size         {self.float_bytes / 1e6:.2f} MB in float32, {self.quantized_bytes / 1e6:.2f} MB packed",
+            f"pixels       {self.pixels}",
             f"data-free    {_figures(self.data_free)} ({self.data_free.images} held-out synthetic images)",
+            f"             {self.fit}",
         ]
+        if self.fit.problems:
+            lines.append("WARNING      these figures say nothing of real images: " + "; ".join(self.fit.problems))
         if self.iterations != "eager":
             lines.insert(1, f"iterations   {self.iterations}")
         if self.selected == "calibrated" and self.config.method == "gdfq":
