@@ -20,6 +20,7 @@ from gdfq.graph.nodes import (
     preserves_values,
     quantized_inputs,
 )
+from gdfq.graph.sizes import refuse_other_sizes
 from gdfq.graph.summary import ActivationEntry, FloatEntry, Summary, WeightEntry
 from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize
 from gdfq.observers import LearnedStep
@@ -53,7 +54,9 @@ def build_quantized(captured: CapturedModel, config: QuantizerConfig) -> tuple[f
     Raises:
         GdfqError: a pattern of `quantizer.layers` fits no layer.
     """
-    return _Rewriter(copy.deepcopy(captured.module), config).run()
+    student, summary = _Rewriter(copy.deepcopy(captured.module), config).run()
+    refuse_other_sizes(student, captured.sizes)
+    return student, summary
 
 
 class _Rewriter:

@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 
 from gdfq.graph.capture import CapturedModel
+from gdfq.graph.nodes import some
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,11 @@ class Summary:
         by_reason: dict[str, list[str]] = {}
         for entry in self.stayed_float:
             by_reason.setdefault(f"{entry.op}: {entry.reason}", []).append(entry.name)
-        lines += [f"stayed float {len(names)} x {reason} ({_some(names)})" for reason, names in by_reason.items()]
+        lines += [f"stayed float {len(names)} x {reason} ({some(names)})" for reason, names in by_reason.items()]
         if self.overruled:
-            count, names = len(self.overruled), _some(self.overruled)
+            count, names = len(self.overruled), some(self.overruled)
             lines.append(f"quantized    {count} x input set to float: another layer reads it in bits ({names})")
         return "\n".join(lines)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _bits(entries: list[WeightEntry] | list[ActivationEntry]) -> str:

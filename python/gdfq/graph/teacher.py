@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 import gdfq_ext
 from gdfq.graph.capture import CapturedModel
 from gdfq.graph.nodes import batch_norm_act
+from gdfq.graph.sizes import refuse_other_sizes
 
 
 class BatchNormStatistics(NamedTuple):
@@ -108,8 +109,8 @@ def build_teacher(captured: CapturedModel) -> Teacher:
             for values, value in zip(statistics, (mean, var, *tensors[1:3]), strict=True):
                 values.append(value)
             node = y
-        if node.op != "get_attr" and math.prod(getattr(node.meta.get("val"), "shape", ())[2:]) > 1:
+        if node.op != "get_attr" and math.prod(map(int, getattr(node.meta.get("val"), "shape", ())[2:])) > 1:
             features = node
+    refuse_other_sizes(module, captured.sizes)
     graph.lint()
-    module.recompile()
     return Teacher(module, {"statistics": tuple(statistics), "features": features})
