@@ -23,11 +23,11 @@ _MOVES = """
     flatten hsplit lift_fresh linalg_diagonal mH mT matrix_H movedim narrow numpy_T permute positive ravel real
     reshape reshape_as resolve_conj resolve_neg select slice split split_with_sizes squeeze t tensor_split
     transpose unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as vsplit
-    alias_copy as_strided_copy channel_shuffle clone conj_physical diag diag_embed diagflat diagonal_copy
-    expand_copy fft_fftshift fft_ifftshift flip fliplr flipud lift_fresh_copy narrow_copy permute_copy
-    pixel_shuffle pixel_unshuffle repeat repeat_interleave roll rot90 split_with_sizes_copy squeeze_copy t_copy
-    tile to transpose_copy tril triu unbind_copy unfold_copy unsqueeze_copy view_copy _to_copy
-    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_nearest1d
+    alias_copy as_strided_copy channel_shuffle clone combinations im2col conj_physical diag diag_embed diagflat
+    diagonal_copy expand_copy fft_fftshift fft_ifftshift flip fliplr flipud lift_fresh_copy narrow_copy
+    permute_copy pixel_shuffle pixel_unshuffle repeat repeat_interleave roll rot90 split_with_sizes_copy
+    squeeze_copy t_copy tile to transpose_copy tril triu unbind_copy unfold_copy unsqueeze_copy view_copy
+    _to_copy _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_nearest1d
     upsample_nearest2d upsample_nearest3d
     adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax amin aminmax cummax cummin embedding gather
     hardshrink index index_select kthvalue masked_select max max_pool1d max_pool1d_with_indices max_pool2d
@@ -78,9 +78,16 @@ def name_of(node: fx.Node) -> str:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path, kind = (stack[-1][0], str(stack[-1][1])) if stack else ("", "")
     is_layer = kind.startswith("torch.nn.modules.") and not kind.startswith("torch.nn.modules.container")
-    if path and is_layer:
+    if path and is_layer and not (node.target in WEIGHTED and _is_one_of_several(node)):
         return path
     return f"{path}.{node.name}".lstrip(".")
+
+
+def _is_one_of_several(layer: fx.Node) -> bool:
+    """Whether the same call of a module calls another layer, too, as attention does."""
+    call = list(layer.meta["nn_module_stack"])
+    layers = [node for node in layer.graph.nodes if node.target in WEIGHTED and node.args[1].op != "get_attr"]
+    return sum(list(node.meta.get("nn_module_stack") or ()) == call for node in layers) > 1
 
 
 def quantized_inputs(node: fx.Node) -> list[fx.Node]:
@@ -124,8 +131,8 @@ def _types(node: fx.Node) -> set[torch.dtype]:
 def computes_in_float(node: fx.Node) -> bool:
     if node.op != "call_function" or not _types(node):
         return False  # sizes, indices, masks
-    if not any(isinstance(source.meta.get("val"), Tensor) for source in node.all_input_nodes):
-        return False  # constants
+    if not node.meta.get("of_image"):
+        return False  # constants, weights
     return not (node.target in WEIGHTED or preserves_values(node) or activation_name(node) or quantized_inputs(node))
 
 
