@@ -40,7 +40,7 @@ class ModelConfig(Section):
     input_mean: PerChannel = Field(
         "auto",
         description="of each channel of the images as the model takes them (0 where pixels are standardized), a number "
-        "or one for each; auto: inferred from the network (see `gdfq.graph.pixels`)",
+        "or one for each; auto: inferred from the network (see `gdfq.graph.scale`)",
     )
     input_std: PerPositiveChannel = Field("auto", description="as input_mean; 1 where pixels are standardized")
     num_classes: int | None = Field(None, ge=2, description="length of the logits; given, it is checked")

@@ -1,9 +1,10 @@
 """The user's model as a graph, and its two rewritings: the teacher and the quantized model."""
 
-from gdfq.graph.capture import CapturedModel, Pixels, capture, unwrapped
-from gdfq.graph.pixels import pixels_of
+from gdfq.graph.capture import CapturedModel, capture, unwrapped
+from gdfq.graph.pixels import Pixels
 from gdfq.graph.quantize import build_quantized
 from gdfq.graph.query import QuantizedLayer, quantized_layers, quantizer_of
+from gdfq.graph.scale import pixels_of
 from gdfq.graph.summary import Summary, size_in_bytes
 from gdfq.graph.teacher import BatchNormStatistics, Teacher, build_teacher
 

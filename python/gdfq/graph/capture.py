@@ -17,55 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.fx.experimental._config as fx_config
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 
 from gdfq.errors import GdfqError
-from gdfq.graph.nodes import activation_name, aten, batch_norm_act, name_of
+from gdfq.graph.image import mark_image
+from gdfq.graph.nodes import activation_name, aten, batch_norm_act, name_of, some
+from gdfq.graph.pixels import Pixels
+from gdfq.graph.prepared import frozen_batch_norms, replace_frozen_batch_norms, to_eval_mode
+from gdfq.graph.sizes import ImageSizes, fixed, sizes_of
 
-REACH = 3.0  # ImageNet's pixels reach from -2.1 to 2.6, MNIST's from -0.4 to 2.8
+_TOLERANCE = 1e-3  # of the largest logit: rounding, which many BNs in a row magnify
+_NO_BATCH_SIZE = "nor may it depend on the batch size, as it does by `len(x)`, but not by `x.shape[0]`"
+# Checks, and what a model writes into its buffers: in eval mode nothing that its logits depend on.
+_LEFT_OUT = (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.copy_.default)
 _FROZEN_BATCH_NORM = aten._native_batch_norm_legit_no_training.default
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """What a model's images are like, as it takes them: numbers for each channel. See `gdfq.graph.pixels`.
-
-    Attributes:
-        mean, std: over all images, of any size.
-        low, high: what a pixel can be.
-        origin: where this is from, in words.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    origin: str
-
-    @classmethod
-    def standardized(cls, channels: int) -> "Pixels":
-        """Of mean 0 and standard deviation 1."""
-        return cls.around((0.0,) * channels, (1.0,) * channels, "standardized")
-
-    @classmethod
-    def around(cls, mean: tuple[float, ...], std: tuple[float, ...], origin: str) -> "Pixels":
-        """With bounds of `REACH` standard deviations, where nobody says how far a pixel can be from the mean."""
-        low = tuple(m - REACH * s for m, s in zip(mean, std, strict=True))
-        high = tuple(m + REACH * s for m, s in zip(mean, std, strict=True))
-        return cls(mean, std, low, high, origin)
-
-    def __str__(self) -> str:
-        rows = ((name, getattr(self, name)) for name in ("mean", "std", "low", "high"))
-        text = ", ".join(f"{name} " + "/".join(f"{value:.3g}" for value in values[:4]) for name, values in rows)
-        return f"{text}, {self.origin}"
-
-    def scaled(self, x: Tensor) -> Tensor:
-        """Images `(N, C, H, W)` of mean 0 and standard deviation 1, brought to this scale."""
-        if not any(self.mean) and set(self.std) == {1.0}:
-            return x
-        mean, std = (torch.tensor(values, device=x.device).view(-1, 1, 1) for values in (self.mean, self.std))
-        return x * std + mean
 
 
 @dataclass(frozen=True)
@@ -76,12 +43,14 @@ class CapturedModel:
         module: the graph; its parameters and buffers have the names of the user's model, and are a copy.
         image_shape: `(channels, height, width)`.
         num_classes: length of the logits.
+        sizes: for which images the graph is right; to be called ahead of it, see `refuse_other_sizes`.
         pixels: what its images are like; None where nobody has asked.
     """
 
     module: fx.GraphModule
     image_shape: tuple[int, int, int]
     num_classes: int
+    sizes: ImageSizes
     pixels: Pixels | None = None
 
 
@@ -91,13 +60,14 @@ def capture(
     channels: int | None = None,
     device: torch.device | str = "cpu",
 ) -> CapturedModel:
-    """Capture `model` in eval mode with a dynamic batch. The model itself is not changed: what is captured is a copy,
-    without a wrapper for several devices or a compiler and in float32; where it had others, a warning says so.
+    """Capture `model` in eval mode, for any batch and, where that can be known, any image size. The model itself is not
+    changed: what is captured is a copy, without a wrapper for several devices or a compiler and in float32; where it
+    had others, a warning says so.
 
     Args:
         model: takes one image batch `(N, channels, height, width)` and returns logits `(N, classes)`.
-        image_size: height and width, or one number for both; default: what the model says of itself (`in_size` of
-            pytorchcv, `default_cfg` of timm).
+        image_size: height and width to capture at, or one number for both; default: what the model says of itself
+            (`in_size` of pytorchcv, `default_cfg` of timm).
         channels: default: the input channels of its first convolution.
         device: where the copy lives.
 
@@ -107,17 +77,37 @@ def capture(
     """
     model = unwrapped(model)
     shape = _image_shape(model, image_size, channels)
-    model = _copied(model).to(device).eval().requires_grad_(False)
+    model = _copied(model).to(device).requires_grad_(False)
+    to_eval_mode(model)
+    replace_frozen_batch_norms(model)
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    fresh = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     example = torch.randn(2, *shape, device=device)
-    num_classes = _try_model(model, example)
-    module = fx.GraphModule(*_export(model, example))
+    expected = _try_model(model, example)
+    module, sizes = _export(model, example)
+    sizes = _tried(model, fresh, module, sizes, example, expected)
     _to_normal_form(module)
-    if not any(node.target is batch_norm_act for node in module.graph.nodes):
+    _check_batch_norms(model, module.graph)
+    return CapturedModel(module, shape, expected.shape[1], sizes)
+
+
+def _check_batch_norms(model: nn.Module, graph: fx.Graph) -> None:
+    found = [node for node in graph.nodes if node.target is batch_norm_act]
+    paths = {path for node in found for path, _ in (node.meta.get("nn_module_stack") or {}).values()}
+    others = [path for path in frozen_batch_norms(model) if path not in paths]
+    advice = (
+        f"{some(others)} of {type(model.get_submodule(others[0])).__name__} keep such statistics, but do not compute "
+        "what nn.BatchNorm2d does: put nn.BatchNorm2d with the same numbers in their place."
+        if others
+        else "If BatchNorm was folded into the convolutions, use the model from before that."
+    )
+    if not found:
         raise GdfqError(
             "the model has no BatchNorm layer with running statistics: the generator learns from them, so there is "
-            "nothing to learn from. If BatchNorm was folded into the convolutions, use the model from before that."
+            f"nothing to learn from. {advice}"
         )
-    return CapturedModel(module, shape, num_classes)
+    if others:
+        warnings.warn(f"the generator learns from some of the model's BatchNorms only: {advice}", stacklevel=3)
 
 
 def _image_shape(
@@ -182,11 +172,11 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _try_model(model: nn.Module, example: Tensor) -> int:
-    """Run the model once and return the number of classes."""
+def _try_model(model: nn.Module, example: Tensor) -> Tensor:
+    """Run the model and return its logits."""
     shape = tuple(example.shape[1:])
     try:
-        logits = model(example)
+        logits = model(example.clone())  # which it may write into
     except Exception as error:
         raise GdfqError(
             f"the model rejects images of shape {shape} (channels, height, width){_user_line(error)}: "
@@ -205,28 +195,102 @@ def _try_model(model: nn.Module, example: Tensor) -> int:
         )
     if not logits.isfinite().all():
         raise GdfqError("the model's logits are NaN or Inf on Gaussian noise: its weights or BN statistics are broken")
-    return logits.shape[1]
-
-
-def _export(model: nn.Module, example: Tensor) -> tuple[nn.Module, fx.Graph]:
-    """Export, functionalize (no in-place operator is left) and return root and graph with one input, one output."""
-    dynamic_batch = ({0: torch.export.Dim.DYNAMIC},)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(model, (example,), dynamic_shapes=dynamic_batch, strict=False)
-            module = program.run_decompositions({}).module(check_guards=False)
-    except Exception as error:
+    if not _close(model(example.clone()), logits):
         raise GdfqError(
-            f"the model cannot be captured as a graph{_user_line(error)}: {_first_line(error)}\n"
-            "Its forward pass must not depend on the values of tensors, nor on the batch size."
-        ) from error
+            "the model's logits are others each time that it sees the same images, though it is in eval mode: "
+            "something in it is random, as F.dropout without training=self.training, or changes with every call"
+        )
+    return logits
+
+
+def _export(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, ImageSizes]:
+    """Export and functionalize (no in-place operator is left): a graph with one input and one output, and its sizes.
+
+    It is exported for any height and width first, and where that fails for those of the example alone.
+    """
+    any_size = torch.export.Dim.AUTO
+    shape = tuple(example.shape[1:])
+    try:
+        with fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined] # 1 is a size like others
+            program = _program(model, example, {0: any_size, 2: any_size, 3: any_size})
+        sizes = sizes_of(program, shape)
+    except Exception:
+        sizes = None
+    if sizes is None:
+        try:
+            program = _program(model, example, {0: torch.export.Dim.DYNAMIC})
+        except Exception as error:
+            raise GdfqError(
+                f"the model cannot be captured as a graph{_user_line(error)}: {_first_line(error)}\n"
+                f"Its forward pass must not depend on the values of tensors; {_NO_BATCH_SIZE}"
+            ) from error
+        sizes = sizes_of(program, shape) or ImageSizes(shape, fixed(shape))
+    module = program.module(check_guards=False)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(module.graph, copied)
     graph.output(output[0] if isinstance(output, (tuple, list)) else output)
     graph.set_codegen(CodeGen())
-    return module, graph
+    return fx.GraphModule(module, graph), sizes
+
+
+def _program(model: nn.Module, example: Tensor, dims: dict[int, Any]) -> torch.export.ExportedProgram:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(model, (example,), dynamic_shapes=(dims,), strict=False).run_decompositions({})
+
+
+@torch.no_grad()
+def _tried(
+    model: nn.Module,
+    fresh: nn.Module,
+    module: fx.GraphModule,
+    sizes: ImageSizes,
+    example: Tensor,
+    expected: Tensor,
+) -> ImageSizes:
+    """Hold the graph against the model: at the captured size, with a single image, and at another size; `sizes` without
+    those at which they differ. `fresh` is the model before it has seen an image: it may have kept something of one."""
+    if not _close(module(example.clone()), expected):
+        raise GdfqError(
+            "the captured graph computes other logits than the model: its forward pass must depend on nothing but the "
+            "images and its parameters and buffers, and change none of them"
+        )
+    channels, height, width = sizes.shape
+    random = torch.Generator().manual_seed(0)
+    three, other = (
+        torch.randn(3, channels, height + more, width + 2 * more, generator=random).to(example) for more in (0, 32)
+    )
+    if not _agree(model, module, three):
+        raise GdfqError(f"the model takes two images of {height} x {width}, but not three; {_NO_BATCH_SIZE}")
+    if not _close(model(three.clone())[:2], model(three[:2].clone())):
+        warnings.warn(
+            "an image's logits depend on the others of its batch, in eval mode, too: something in the model is "
+            "normalized by what a batch happens to hold, as a BatchNorm without running statistics",
+            stacklevel=4,
+        )
+    conditions = sizes.conditions
+    if sizes.right_at(other.shape) and _agree(fresh, module, other) is False:
+        conditions = (*conditions, *fixed(sizes.shape))
+    return ImageSizes(sizes.shape, conditions, single=_agree(model, module, example[:1]) is True)
+
+
+def _agree(model: nn.Module, module: fx.GraphModule, images: Tensor) -> bool | None:
+    """Whether both give the same logits; None where the model takes no such images."""
+    try:
+        expected = model(images.clone())
+    except Exception:
+        return None
+    try:
+        return _close(module(images.clone()), expected)
+    except Exception:
+        return False
+
+
+def _close(found: Any, expected: Any) -> bool:
+    if not (isinstance(found, Tensor) and isinstance(expected, Tensor) and found.shape == expected.shape):
+        return False
+    return bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
 
 
 def _user_line(error: BaseException) -> str:
@@ -252,10 +316,15 @@ def _to_normal_form(module: fx.GraphModule) -> None:
         elif node.target is aten.copy.default:  # what `y[...] = x` becomes; it has no derivative
             destination, source = node.args[:2]
             node.target, node.args = aten.expand_as.default, (source, destination)
-        elif node.target in (aten._assert_tensor_metadata.default, aten._assert_scalar.default):
+        elif node.target in _LEFT_OUT:
             graph.erase_node(node)
+        elif node.target is aten.convolution.default and not node.args[6]:
+            dimensions = node.args[0].meta["val"].ndim - 2
+            node.target = (aten.conv1d, aten.conv2d, aten.conv3d)[dimensions - 1].default
+            node.args = (*node.args[:6], node.args[8])
         elif node.target is _FROZEN_BATCH_NORM:
             _merge_batch_norm(graph, node)
+    mark_image(module)
     for node in graph.nodes:
         if node.target is batch_norm_act and len(node.users) == 1:
             (user,) = node.users
@@ -263,6 +332,7 @@ def _to_normal_form(module: fx.GraphModule) -> None:
             if act:
                 node.args = (*node.args[:-1], act)
                 node.meta["name"] = node.meta.get("name") or name_of(node)
+                node.meta["image"] = False
                 user.replace_all_uses_with(node)
                 graph.erase_node(user)
     graph.eliminate_dead_code()

@@ -15,21 +15,28 @@ CONVOLUTIONS = {
 }
 WEIGHTED = {**CONVOLUTIONS, aten.linear.default: "linear"}
 
-# Operators that move or pick values and compute none: what comes out is on the same grid as what went in. Zero is a
-# point of every grid (the zero point of Eq. 6 is an integer), so padding with zeros is one of them.
-VALUE_PRESERVING = {
-    aten.reshape.default, aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.select.int,
-    aten.clone.default, aten.expand.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.unsqueeze.default, aten.flip.default, aten.split.Tensor, aten.split_with_sizes.default,
-    aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.max_pool2d_with_indices.default,
-    aten.adaptive_max_pool2d.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
-    aten.channel_shuffle.default, aten.upsample_nearest2d.vec, aten.index_select.default, aten.expand_as.default,
-    operator.getitem,
-}  # fmt: skip
-_ACTIVATIONS = {aten.relu.default: "relu", aten.relu6.default: "relu6"}
+# Operators that move or pick values of their first argument and compute none (views, copies, picks): what comes out is
+# on the same grid as what went in. Zero is a point of every grid (the zero point of Eq. 6 is an integer), so padding
+# with zeros is one of them. `tests/gdfq/graph/test_operators.py` finds out which operators do that.
+_MOVES = """
+    alias as_strided atleast_1d atleast_2d atleast_3d broadcast_to chunk detach diagonal dsplit expand expand_as
+    flatten hsplit lift_fresh linalg_diagonal mH mT matrix_H movedim narrow numpy_T permute positive ravel real
+    reshape reshape_as resolve_conj resolve_neg select slice split split_with_sizes squeeze t tensor_split
+    transpose unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as vsplit
+    alias_copy as_strided_copy channel_shuffle clone combinations im2col conj_physical diag diag_embed diagflat
+    diagonal_copy expand_copy fft_fftshift fft_ifftshift flip fliplr flipud lift_fresh_copy narrow_copy
+    permute_copy pixel_shuffle pixel_unshuffle repeat repeat_interleave roll rot90 split_with_sizes_copy
+    squeeze_copy t_copy tile to transpose_copy tril triu unbind_copy unfold_copy unsqueeze_copy view_copy
+    _to_copy _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_nearest1d
+    upsample_nearest2d upsample_nearest3d
+    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax amin aminmax cummax cummin embedding gather
+    hardshrink index index_select kthvalue masked_select max max_pool1d max_pool1d_with_indices max_pool2d
+    max_pool2d_with_indices max_pool3d max_pool3d_with_indices max_unpool2d max_unpool3d median min mode msort
+    nanmedian sort take take_along_dim topk
+"""
+MOVES = frozenset(_MOVES.split())
 BOUNDS: dict[str, tuple[float, float | None]] = {"relu": (0.0, None), "relu6": (0.0, 6.0)}  # what they clamp to
-# Shape arithmetic and checks: no activation is computed there.
-BOOKKEEPING = {aten.sym_size.int, aten._assert_tensor_metadata.default, aten._assert_scalar.default}
+_SHAPE_OF_SECOND = {"expand_as", "reshape_as", "view_as"}  # operators that read of another tensor its shape alone
 
 
 def batch_norm_act(
@@ -49,12 +56,19 @@ def activation_name(node: fx.Node) -> str:
     """`relu`, `relu6`, or an empty string if `node` is neither, however it was written."""
     if node.op != "call_function":
         return ""
-    if node.target in _ACTIVATIONS:
-        return _ACTIVATIONS[node.target]
-    if node.target not in (aten.clamp.default, aten.hardtanh.default, aten.clamp_min.default):
+    if node.target in (aten.relu.default, aten.relu6.default):
+        return op_of(node)
+    if node.target is aten.threshold.default:
+        return "relu" if node.args[1:] == (0, 0) else ""
+    if node.target is aten.clamp_max.default or not is_clamp(node):
         return ""
     bounds = tuple(node.args[1:]) + tuple(node.kwargs.get(name) for name in ("min", "max") if name in node.kwargs)
     return next((name for name, clamped in BOUNDS.items() if (*bounds, None)[:2] == clamped), "")
+
+
+def is_clamp(node: fx.Node) -> bool:
+    clamps = (aten.clamp.default, aten.hardtanh.default, aten.clamp_min.default, aten.clamp_max.default)
+    return node.target in clamps
 
 
 def name_of(node: fx.Node) -> str:
@@ -64,17 +78,24 @@ def name_of(node: fx.Node) -> str:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path, kind = (stack[-1][0], str(stack[-1][1])) if stack else ("", "")
     is_layer = kind.startswith("torch.nn.modules.") and not kind.startswith("torch.nn.modules.container")
-    if path and is_layer:
+    if path and is_layer and not (node.target in WEIGHTED and _is_one_of_several(node)):
         return path
     return f"{path}.{node.name}".lstrip(".")
+
+
+def _is_one_of_several(layer: fx.Node) -> bool:
+    """Whether the same call of a module calls another layer, too, as attention does."""
+    call = list(layer.meta["nn_module_stack"])
+    layers = [node for node in layer.graph.nodes if node.target in WEIGHTED and node.args[1].op != "get_attr"]
+    return sum(list(node.meta.get("nn_module_stack") or ()) == call for node in layers) > 1
 
 
 def quantized_inputs(node: fx.Node) -> list[fx.Node]:
     """What an integer runtime reads as integers at `node`: the input of a layer, both inputs of a residual add."""
     if node.target in WEIGHTED:
         return [node.args[0]]
-    if node.target is aten.add.Tensor and len(node.args) == 2:
-        sources = [arg for arg in node.args if isinstance(arg, fx.Node) and arg.op != "get_attr"]
+    if node.target is aten.add.Tensor:
+        sources = [arg for arg in node.args[:2] if isinstance(arg, fx.Node) and arg.meta.get("of_image")]
         dims = [getattr(source.meta.get("val"), "ndim", 0) for source in sources]
         return sources if len(sources) == 2 and min(dims) > 1 else []
     return []
@@ -82,32 +103,49 @@ def quantized_inputs(node: fx.Node) -> list[fx.Node]:
 
 def preserves_values(node: fx.Node) -> bool:
     """Whether `node` only moves or picks values of its first input, so that they stay on their grid."""
-    if not node.all_input_nodes:
+    if node.op != "call_function" or not node.args or node.all_input_nodes[:1] != [node.args[0]]:
         return False
-    if node.target in VALUE_PRESERVING:
+    if node.target is operator.getitem:
         return True
-    if node.target is aten.constant_pad_nd.default:
-        return not node.args[2:] or node.args[2] == 0
-    return node.target is aten.pad.default and (
-        not node.args[2:] or node.args[2] != "constant" or not any(node.args[3:])
+    op, value = op_of(node), node.args[2] if len(node.args) > 2 else 0
+    if op == "constant_pad_nd" or op == "masked_fill":
+        return value == 0
+    if op == "pad":
+        return value != "constant" or not any(node.args[3:])
+    others = [] if op in _SHAPE_OF_SECOND else node.all_input_nodes[1:]
+    return (
+        op in MOVES
+        and getattr(node.target, "namespace", "") == "aten"
+        and _types(node) == _types(node.all_input_nodes[0])
+        and not any(_types(other) for other in others)  # indices and masks alone; `max` has two operands, too
     )
 
 
+def _types(node: fx.Node) -> set[torch.dtype]:
+    """Of the floating numbers at `node`."""
+    found = node.meta.get("val")
+    values = found if isinstance(found, (tuple, list)) else [found]
+    return {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
+
+
 def computes_in_float(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    if node.op != "call_function" or not isinstance(value, Tensor) or not value.is_floating_point():
+    if node.op != "call_function" or not _types(node):
         return False  # sizes, indices, masks
-    if not any(isinstance(source.meta.get("val"), Tensor) for source in node.all_input_nodes):
-        return False  # constants
-    known = node.target in WEIGHTED or node.target in BOOKKEEPING
-    return not (known or preserves_values(node) or activation_name(node) or quantized_inputs(node))
+    if not node.meta.get("of_image"):
+        return False  # constants, weights
+    return not (node.target in WEIGHTED or preserves_values(node) or activation_name(node) or quantized_inputs(node))
 
 
 def is_image(node: fx.Node) -> bool:
-    """Whether `node` is the network's input, padded or cut at most."""
-    return node.op == "placeholder" or (preserves_values(node) and is_image(node.all_input_nodes[0]))
+    """Whether `node` is the network's input, as far as its bits go: see `gdfq.graph.image`."""
+    return node.meta.get("image", False)
 
 
 def op_of(node: fx.Node) -> str:
     target: Callable | str = node.target
     return WEIGHTED.get(target) or getattr(target, "_opname", None) or getattr(target, "__name__", str(target))
+
+
+def some(names: list[str]) -> str:
+    """The first of many names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

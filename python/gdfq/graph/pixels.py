@@ -1,96 +1,57 @@
-"""What the pixels of a network's images are like, as it takes them: known, or inferred from its first BN layers.
-
-A trained network remembers the scale of its images: the running statistics of a first BN are those of what the layers
-before it make of them. Images of another scale give no error, only nonsense.
-"""
+"""What a network's images are like, as it takes them."""
 
 import itertools
-import math
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import Tensor, fx
 
-from gdfq.config import ModelConfig
-from gdfq.errors import GdfqError
-from gdfq.graph.capture import Pixels
 from gdfq.graph.nodes import batch_norm_act
-from gdfq.graph.teacher import BatchNormStatistics, Reader, Teacher
 from gdfq.nn import BatchNormAct
 
-SAME = 1.35  # scales whose ratio is below this are taken for the same
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels in 0..1
-
-_SCALES = [2.0**power for power in range(-10, 11)]  # tried, as a start
-_ITERATIONS, _RATE = 200, 0.05  # of Adam
-_SPREAD = 0.2  # weight of how different the channels' scales are, of which a first layer says the least
+REACH = 3.0  # ImageNet's pixels reach from -2.1 to 2.6, MNIST's from -0.4 to 2.8
 
 
-def pixels_of(model: nn.Module, teacher: Teacher, shape: tuple[int, int, int], config: ModelConfig) -> Pixels:
-    """What the settings say; else a timm model's `default_cfg`, unless the BN statistics contradict it; else these.
+@dataclass(frozen=True)
+class Pixels:
+    """What a model's images are like, as it takes them: numbers for each channel. See `gdfq.graph.scale`.
 
-    Args:
-        model: the user's.
-        teacher: of it.
-        shape: `(channels, height, width)` of its images.
-        config: `input_mean` and `input_std` are read.
-
-    Raises:
-        GdfqError: a setting has neither one number nor one for each channel.
+    Attributes:
+        mean, std: over all images, of any size.
+        low, high: what a pixel can be.
+        origin: where this is from, in words.
     """
-    mean, std = (_per_channel(name, getattr(config, name), shape[0]) for name in ("input_mean", "input_std"))
-    if mean and std:
-        return Pixels.around(mean, std, "set")
-    inferred = infer(teacher, shape)
-    known = _of_timm(model, shape[0])
-    if known and alike(known, inferred):
-        inferred = known
-    elif known:
-        inferred = replace(inferred, origin=f"{inferred.origin}, which its default_cfg does not fit")
-    if mean or std:
-        name = "mean" if mean else "std"
-        return Pixels.around(mean or inferred.mean, std or inferred.std, f"{name} set, the other {inferred.origin}")
-    return inferred
 
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    origin: str
 
-def alike(one: Pixels, other: Pixels) -> bool:
-    """Whether scales and means are the same, as far as inferring can tell."""
-    return all(
-        1 / SAME < a / b < SAME and abs(m - n) < 0.5 * max(a, b)
-        for a, b, m, n in zip(one.std, other.std, one.mean, other.mean, strict=True)
-    )
+    @classmethod
+    def standardized(cls, channels: int) -> "Pixels":
+        """Of mean 0 and standard deviation 1."""
+        return cls.around((0.0,) * channels, (1.0,) * channels, "standardized")
 
+    @classmethod
+    def around(cls, mean: tuple[float, ...], std: tuple[float, ...], origin: str) -> "Pixels":
+        """With bounds of `REACH` standard deviations, where nobody says how far a pixel can be from the mean."""
+        low = tuple(m - REACH * s for m, s in zip(mean, std, strict=True))
+        high = tuple(m + REACH * s for m, s in zip(mean, std, strict=True))
+        return cls(mean, std, low, high, origin)
 
-def _per_channel(name: str, value: float | tuple[float, ...] | str, channels: int) -> tuple[float, ...] | None:
-    if value == "auto":
-        return None
-    values = value if isinstance(value, tuple) else (value,) * channels
-    if len(values) != channels:
-        raise GdfqError(
-            f"setting 'model.{name}' has {len(values)} numbers, but the model takes images of {channels} channels: "
-            "give one number for all, or one for each"
-        )
-    return tuple(float(number) for number in values)
+    def __str__(self) -> str:
+        rows = ((name, getattr(self, name)) for name in ("mean", "std", "low", "high"))
+        text = ", ".join(f"{name} " + "/".join(f"{value:.3g}" for value in values[:4]) for name, values in rows)
+        return f"{text}, {self.origin}"
 
-
-def _of_timm(model: nn.Module, channels: int) -> Pixels | None:
-    """By `default_cfg`, whose mean and std normalize pixels in 0..1: ImageNet's, if nothing else is known."""
-    config = getattr(model, "default_cfg", None) or {}
-    mean, std = config.get("mean"), config.get("std")
-    if not mean or not std or not len(mean) == len(std) == channels == len(_IMAGENET_MEAN):
-        return None
-    shift, scale = torch.tensor(mean), torch.tensor(std)
-
-    def of(pixel: Any) -> tuple[float, ...]:
-        return tuple(((torch.as_tensor(pixel) - shift) / scale).tolist())
-
-    spread = tuple((torch.tensor(_IMAGENET_STD) / scale).tolist())
-    return Pixels(of(_IMAGENET_MEAN), spread, of(0.0), of(1.0), "by the model's default_cfg")
-
-
-# --- bounds ------------------------------------------------------------------------------------------------------
+    def scaled(self, x: Tensor) -> Tensor:
+        """Images `(N, C, H, W)` of mean 0 and standard deviation 1, brought to this scale."""
+        if not any(self.mean) and set(self.std) == {1.0}:
+            return x
+        mean, std = (torch.tensor(values, device=x.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        return x * std + mean
 
 
 @torch.no_grad()
@@ -137,121 +98,3 @@ class _Evaluation(fx.Interpreter):
             x, mean, var, weight, bias, eps, act = args
             return BatchNormAct(eps, act)(x, mean, var, weight, bias)
         return super().call_function(target, args, kwargs)
-
-
-# --- inference ---------------------------------------------------------------------------------------------------
-
-
-@torch.enable_grad()
-def infer(teacher: Teacher, shape: tuple[int, int, int]) -> Pixels:
-    """Mean and standard deviation of each channel that give the first BN layers what they remember.
-
-    Of natural images the scale alone is unknown: those tried are `mean + std * field`, where a field is a sum of random
-    ones of all scales with a part that all channels share. Means come from least squares (what stands before a first BN
-    is affine in nearly every network), the scale from a search; both, and how the field is composed, are then refined
-    by gradient descent.
-
-    Args:
-        teacher: P.
-        shape: `(channels, height, width)`.
-    """
-    front = teacher.front()
-    device = next(teacher.parameters()).device
-    fields = _Fields(shape, device)
-    mean = _means_by_least_squares(front, shape, device)
-
-    def distance(mean: Tensor, std: Tensor) -> Tensor:
-        return _distance(front(mean.view(-1, 1, 1) + std.view(-1, 1, 1) * fields.compose())[1]["first_statistics"])
-
-    with torch.no_grad():
-        tried = torch.tensor([distance(mean, torch.full_like(mean, scale)).item() for scale in _SCALES])
-    scale = _SCALES[int(tried.nan_to_num(nan=math.inf).argmin())]
-    shift, log_gain = (torch.zeros(shape[0], device=device, requires_grad=True) for _ in range(2))
-    optimizer = torch.optim.Adam([shift, log_gain, *fields.parameters], _RATE)
-    for _ in range(_ITERATIONS):
-        optimizer.zero_grad()
-        loss = distance(mean + scale * shift, scale * log_gain.exp())
-        loss = loss + _SPREAD * (log_gain - log_gain.mean()).square().mean()
-        loss.backward()
-        optimizer.step()
-    mean, std = (mean + scale * shift).detach(), (scale * log_gain.exp()).detach()
-    return Pixels.around(tuple(mean.tolist()), tuple(std.tolist()), "inferred from its first BN layers")
-
-
-class _Fields:
-    """Random fields `(N, C, H, W)`, each channel of mean 0 and variance 1, composed of octaves.
-
-    Attributes:
-        parameters: how much of the variance each octave has, and how much all channels share.
-    """
-
-    def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
-        channels, height, width = shape
-        count = max(2, min(16, 2**18 // (height * width)))
-        random = torch.Generator(device).manual_seed(0)
-        octaves = []
-        step = 1
-        while True:
-            size = (math.ceil(height / step), math.ceil(width / step))
-            grid = torch.randn(count, channels + 1, *size, generator=random, device=device)
-            octaves.append(_standardized(F.interpolate(grid, (height, width), mode="bilinear")))
-            if max(size) == 1:
-                break
-            step *= 2
-        self.octaves = torch.stack(octaves)
-        shares = torch.zeros(len(octaves), device=device, requires_grad=True)
-        common = torch.zeros((), device=device, requires_grad=True)
-        self.parameters = [shares, common]
-
-    def compose(self) -> Tensor:
-        shares, common = self.parameters
-        field = torch.einsum("o,onchw->nchw", shares.softmax(0).sqrt(), self.octaves)
-        shared, own = field[:, :1], field[:, 1:]
-        part = common.sigmoid()
-        return _standardized(part.sqrt() * shared + (1 - part).sqrt() * own)
-
-
-def _standardized(x: Tensor) -> Tensor:
-    variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
-    return (x - mean) / (variance + 1e-12).sqrt()
-
-
-@torch.no_grad()
-def _means_by_least_squares(front: Reader, shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """The means `(C,)` whose constant image gives the first BN layers the running means that they remember."""
-
-    def response(mean: Tensor) -> Tensor:
-        image = mean.view(1, -1, 1, 1).expand(2, *shape).contiguous()
-        statistics = front(image)[1]["first_statistics"]
-        return torch.cat(
-            [
-                (m - running) / (var + _eps(var)).sqrt()
-                for m, running, var in zip(
-                    statistics.means, statistics.running_means, statistics.running_vars, strict=True
-                )
-            ]
-        )
-
-    zero = torch.zeros(shape[0], device=device)
-    offset = response(zero)
-    slopes = torch.stack([response(unit) - offset for unit in torch.eye(shape[0], device=device)], 1)
-    return torch.linalg.lstsq(slopes.cpu().double(), -offset.cpu().double(), driver="gelsd").solution.float().to(device)
-
-
-def _distance(statistics: BatchNormStatistics) -> Tensor:
-    """Between a batch's statistics and the running ones: of means in standard deviations, of these in logarithms."""
-    parts = []
-    for mean, var, running_mean, running_var in zip(*statistics, strict=True):
-        eps = _eps(running_var)
-        parts.append(_robust((mean - running_mean) / (running_var + eps).sqrt()))
-        parts.append(_robust(0.5 * ((var + eps) / (running_var + eps)).log()))
-    return torch.cat(parts).mean()
-
-
-def _eps(variance: Tensor) -> Tensor:
-    """What keeps dead channels, whose variance is almost nothing, from deciding."""
-    return 1e-3 * variance.mean() + 1e-12
-
-
-def _robust(x: Tensor) -> Tensor:
-    return F.smooth_l1_loss(x, torch.zeros_like(x), reduction="none")

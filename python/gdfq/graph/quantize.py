@@ -21,6 +21,7 @@ from gdfq.graph.nodes import (
     quantized_inputs,
 )
 from gdfq.graph.pixels import reach_of
+from gdfq.graph.sizes import refuse_other_sizes
 from gdfq.graph.summary import ActivationEntry, FloatEntry, Summary, WeightEntry
 from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize
 from gdfq.observers import LearnedStep
@@ -54,7 +55,9 @@ def build_quantized(captured: CapturedModel, config: QuantizerConfig) -> tuple[f
     Raises:
         GdfqError: a pattern of `quantizer.layers` fits no layer.
     """
-    return _Rewriter(captured, config).run()
+    student, summary = _Rewriter(captured, config).run()
+    refuse_other_sizes(student, captured.sizes)
+    return student, summary
 
 
 class _Rewriter:

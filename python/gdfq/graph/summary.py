@@ -1,9 +1,14 @@
 """What was quantized and what stayed float, and why; and the size."""
 
 import math
+from collections.abc import Container
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
+
+from torch import fx
 
 from gdfq.graph.capture import CapturedModel
+from gdfq.graph.nodes import WEIGHTED, name_of, some
 
 
 @dataclass(frozen=True)
@@ -60,15 +65,11 @@ class Summary:
         by_reason: dict[str, list[str]] = {}
         for entry in self.stayed_float:
             by_reason.setdefault(f"{entry.op}: {entry.reason}", []).append(entry.name)
-        lines += [f"stayed float {len(names)} x {reason} ({_some(names)})" for reason, names in by_reason.items()]
+        lines += [f"stayed float {len(names)} x {reason} ({some(names)})" for reason, names in by_reason.items()]
         if self.overruled:
-            count, names = len(self.overruled), _some(self.overruled)
+            count, names = len(self.overruled), some(self.overruled)
             lines.append(f"quantized    {count} x input set to float: another layer reads it in bits ({names})")
         return "\n".join(lines)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _bits(entries: list[WeightEntry] | list[ActivationEntry]) -> str:
@@ -76,7 +77,42 @@ def _bits(entries: list[WeightEntry] | list[ActivationEntry]) -> str:
 
 
 def size_in_bytes(captured: CapturedModel, summary: Summary) -> tuple[int, int]:
-    """Bytes of the parameters in float32 and with the quantized weights packed at their bits (ranges not counted)."""
-    parameters = {name: value.numel() for name, value in captured.module.named_parameters()}
-    bits = {entry.parameter: entry.bits for entry in summary.weights}
-    return 4 * sum(parameters.values()), math.ceil(sum(n * bits.get(name, 32) for name, n in parameters.items()) / 8)
+    """Bytes in float32, and with the quantized weights packed at their bits (ranges not counted): of all parameters and
+    of buffers that are weights of layers. A weight that the graph computes is stored as computed, and what it alone is
+    computed from is not.
+    """
+    graph, module = captured.module.graph, captured.module
+    bits_of = {entry.name: entry.bits for entry in summary.weights}
+    layers = {node: name_of(node) for node in graph.nodes if node.target in WEIGHTED and name_of(node) in bits_of}
+    stored = {name: value.numel() for name, value in module.named_parameters()}
+    packed: dict[str, int] = {}  # bits of each weight
+    readers: dict[str, list[bool]] = {}  # of what is stored: whether each is a quantized layer that takes it as weight
+    for layer, name in layers.items():
+        weight = layer.args[1]
+        if weight.op == "get_attr":
+            stored.setdefault(weight.target, attrgetter(weight.target)(module).numel())
+            packed[weight.target] = bits_of[name] * stored[weight.target]
+        else:
+            packed[_expression(weight)] = bits_of[name] * math.prod(map(int, weight.meta["val"].shape))
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            readers.setdefault(node.target, []).append(_is_weight_alone(node, layers))
+    floats = sum(count for name, count in stored.items() if not (name in readers and all(readers[name])))
+    return 4 * sum(stored.values()), math.ceil((sum(packed.values()) + 32 * floats) / 8)
+
+
+def _expression(node: fx.Node) -> str:
+    """The same for the same computation on the same parameters, as at two calls of a module."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _expression)
+    return str(node.target) if node.op == "get_attr" else f"{node.target}({args}, {kwargs})"
+
+
+def _is_weight_alone(node: fx.Node, layers: Container[fx.Node]) -> bool:
+    """Whether nothing reads the value but quantized layers, as their weight, or what is computed to be one."""
+    return bool(node.users) and all(
+        node not in (user.args[0], *user.args[2:])
+        if user in layers
+        else user.op == "call_function" and user.target not in WEIGHTED and not user.meta["of_image"]
+        and _is_weight_alone(user, layers)
+        for user in node.users
+    )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 import gdfq_ext
 from gdfq.graph.capture import CapturedModel
 from gdfq.graph.nodes import batch_norm_act, name_of
+from gdfq.graph.sizes import refuse_other_sizes
 
 
 class BatchNormStatistics(NamedTuple):
@@ -125,9 +126,9 @@ def build_teacher(captured: CapturedModel) -> Teacher:
                     values.append(value)
             behind.add(y)
             node = y
-        if node.op != "get_attr" and math.prod(getattr(node.meta.get("val"), "shape", ())[2:]) > 1:
+        if node.op != "get_attr" and math.prod(map(int, getattr(node.meta.get("val"), "shape", ())[2:])) > 1:
             features = node
+    refuse_other_sizes(module, captured.sizes)
     graph.lint()
-    module.recompile()
     readings = {"statistics": tuple(statistics), "first_statistics": tuple(first), "features": features}
     return Teacher(module, readings, layers)
