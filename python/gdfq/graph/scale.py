@@ -5,6 +5,7 @@ before it make of them. Images of another scale give no error, only nonsense.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +16,13 @@ from torch.nn import functional as F
 from gdfq.config import ModelConfig
 from gdfq.errors import GdfqError
 from gdfq.graph.pixels import Pixels
-from gdfq.graph.teacher import BatchNormStatistics, Reader, Teacher
+from gdfq.graph.teacher import BatchNormStatistics, Teacher
 
 SAME = 1.35  # scales whose ratio is below this are taken for the same
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels in 0..1
 
-_SCALES = [2.0**power for power in range(-10, 11)]  # tried, as a start
+_SCALES = [4.0**power for power in range(-6, 9)]  # of the standard deviation; the start
+_ROUNDS = 3  # of least squares
 _ITERATIONS, _RATE = 200, 0.05  # of Adam
 _SPREAD = 0.2  # weight of how different the channels' scales are, of which a first layer says the least
 
@@ -94,10 +96,9 @@ def _of_timm(model: nn.Module, channels: int) -> Pixels | None:
 def infer(teacher: Teacher, shape: tuple[int, int, int]) -> Pixels:
     """Mean and standard deviation of each channel that give the first BN layers what they remember.
 
-    Of natural images the scale alone is unknown: those tried are `mean + std * field`, where a field is a sum of random
-    ones of all scales with a part that all channels share. Means come from least squares (what stands before a first BN
-    is affine in nearly every network), the scale from a search; both, and how the field is composed, are then refined
-    by gradient descent.
+    Of natural images little but the scale is unknown: those tried are `mean + std * field`, where a field is a sum of
+    random ones of all octaves with a part that all channels share. For each of a range of scales the means come from
+    least squares; the best is refined by gradient descent, together with how the field is composed.
 
     Args:
         teacher: P.
@@ -106,19 +107,22 @@ def infer(teacher: Teacher, shape: tuple[int, int, int]) -> Pixels:
     front = teacher.front()
     device = next(teacher.parameters()).device
     fields = _Fields(shape, device)
-    mean = _means_by_least_squares(front, shape, device)
 
-    def distance(mean: Tensor, std: Tensor) -> Tensor:
-        return _distance(front(mean.view(-1, 1, 1) + std.view(-1, 1, 1) * fields.compose())[1]["first_statistics"])
+    def statistics(mean: Tensor, std: Tensor) -> BatchNormStatistics:
+        return front(mean.view(-1, 1, 1) + std.view(-1, 1, 1) * fields.compose())[1]["first_statistics"]
 
-    with torch.no_grad():
-        tried = torch.tensor([distance(mean, torch.full_like(mean, scale)).item() for scale in _SCALES])
-    scale = _SCALES[int(tried.nan_to_num(nan=math.inf).argmin())]
+    starts = []
+    for scale in _SCALES:
+        std = torch.full((shape[0],), scale, device=device)
+        mean = _means(lambda mean, std=std: statistics(mean, std), std)
+        starts.append((_distance(statistics(mean, std)).nan_to_num(nan=math.inf).item(), mean, scale))
+    _, mean, scale = min(starts, key=lambda start: start[0])
+
     shift, log_gain = (torch.zeros(shape[0], device=device, requires_grad=True) for _ in range(2))
     optimizer = torch.optim.Adam([shift, log_gain, *fields.parameters], _RATE)
     for _ in range(_ITERATIONS):
         optimizer.zero_grad()
-        loss = distance(mean + scale * shift, scale * log_gain.exp())
+        loss = _distance(statistics(mean + scale * shift, scale * log_gain.exp()))
         loss = loss + _SPREAD * (log_gain - log_gain.mean()).square().mean()
         loss.backward()
         optimizer.step()
@@ -165,25 +169,24 @@ def _standardized(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _means_by_least_squares(front: Reader, shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """The means `(C,)` whose constant image gives the first BN layers the running means that they remember."""
+def _means(statistics: Callable[[Tensor], BatchNormStatistics], std: Tensor) -> Tensor:
+    """The means `(C,)` that bring the first BN layers closest to the means they remember: least squares, repeated in
+    case the layers before them are not affine."""
 
-    def response(mean: Tensor) -> Tensor:
-        image = mean.view(1, -1, 1, 1).expand(2, *shape).contiguous()
-        statistics = front(image)[1]["first_statistics"]
-        return torch.cat(
-            [
-                (m - running) / (var + _eps(var)).sqrt()
-                for m, running, var in zip(
-                    statistics.means, statistics.running_means, statistics.running_vars, strict=True
-                )
-            ]
-        )
+    def misfit(mean: Tensor) -> Tensor:
+        found, _, running, variances = statistics(mean)
+        parts = zip(found, running, variances, strict=True)
+        return torch.cat([(m - r) / (var + _eps(var)).sqrt() for m, r, var in parts]).cpu().double()
 
-    zero = torch.zeros(shape[0], device=device)
-    offset = response(zero)
-    slopes = torch.stack([response(unit) - offset for unit in torch.eye(shape[0], device=device)], 1)
-    return torch.linalg.lstsq(slopes.cpu().double(), -offset.cpu().double(), driver="gelsd").solution.float().to(device)
+    mean = torch.zeros_like(std)
+    for _ in range(_ROUNDS):
+        at_mean = misfit(mean)
+        slopes = torch.stack([misfit(mean + step) - at_mean for step in torch.diag(std)], 1)
+        if not slopes.isfinite().all():
+            break
+        steps = torch.linalg.lstsq(slopes, -at_mean, driver="gelsd").solution
+        mean = mean + std * steps.to(mean)
+    return mean
 
 
 def _distance(statistics: BatchNormStatistics) -> Tensor:

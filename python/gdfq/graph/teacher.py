@@ -87,9 +87,12 @@ class Teacher(nn.Module):
         wanted = tuple(self._readings[name] for name in names)
         graph.output((result if logits else None, fx.node.map_arg(wanted, copied.__getitem__)))
         graph.set_codegen(fx.graph.CodeGen())
-        graph.eliminate_dead_code()
         graph.lint()
-        return fx.GraphModule(self.module, graph)
+        module = fx.GraphModule(self.module, graph)
+        if not logits:
+            module.graph.eliminate_dead_code()
+            module.recompile()
+        return module
 
 
 # What a term of a loss can declare to read, and what becomes of the nodes' values.
