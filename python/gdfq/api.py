@@ -18,7 +18,7 @@ from gdfq.graph import CapturedModel, Summary, build_quantized, build_teacher, c
 from gdfq.images.generator import images_per_class
 from gdfq.images.networks import Generator
 from gdfq.methods import Data, Method, Outcome, Task
-from gdfq.models import check_finite
+from gdfq.models import check_finite, stated_size
 from gdfq.precision import products_in_tf32
 from gdfq.provenance import versions
 from gdfq.registry import METHODS
@@ -99,7 +99,7 @@ def quantize(
     outcome = method.run(task)
 
     held_out = list(outcome.held_out if held_out_images is None else held_out_images)
-    report = _report(task, summary, outcome, agreement(teacher, student, held_out))
+    report = _report(task, summary, outcome, agreement(teacher, student, held_out), evaluate_on)
     if evaluate_on is not None:
         report.top1 = _top1(task, outcome, evaluate_on)
     result = Result(student, report, outcome.generator, held_out, outcome.choice_state or None)
@@ -108,17 +108,18 @@ def quantize(
     return result
 
 
-def default_preset(model: nn.Module, image_size: int | None = None) -> str:
+def default_preset(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> str:
     """The preset for images of the given size, or of the size that the model says of itself."""
-    timm_size = (getattr(model, "default_cfg", None) or {}).get("input_size", (0,))
-    size = image_size or getattr(model, "in_size", None) or timm_size[-1]
-    return "cifar" if max(size if isinstance(size, tuple) else (size,)) <= 64 else "imagenet"
+    size = image_size or stated_size(model) or 0
+    return "cifar" if max(size if isinstance(size, (tuple, list)) else (size,)) <= 64 else "imagenet"
 
 
 # --- report and files --------------------------------------------------------------------------------------------
 
 
-def _report(task: Task, summary: Summary, outcome: Outcome, data_free: Agreement) -> Report:
+def _report(task: Task, summary: Summary, outcome: Outcome, data_free: Agreement, evaluate_on: Any) -> Report:
+    given = {"calibration": task.calibrate_on, "training": task.train_on, "top-1": evaluate_on}
+    prepared = {name: getattr(dataset, "preparation", None) for name, dataset in given.items()}
     float_bytes, quantized_bytes = size_in_bytes(task.captured, summary)
     return Report(
         config=task.config,
@@ -131,6 +132,7 @@ def _report(task: Task, summary: Summary, outcome: Outcome, data_free: Agreement
         selected=outcome.selected,
         iterations=outcome.iterations,
         versions=versions(task.device),
+        images={name: str(images) for name, images in prepared.items() if images is not None},
     )
 
 

@@ -70,15 +70,25 @@ def save_quantized(
     save_tensors(path, model.state_dict(), about)
 
 
+def image_shape_of(path: str | Path) -> tuple[int, int, int]:
+    """`(channels, height, width)` of a stored Q's images; errors as those of `load_quantized`."""
+    return tuple(json.loads(_stored_model(path)[1]["image_shape"]))
+
+
+def _stored_model(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    tensors, metadata = load_tensors(path)
+    if "quantizer" not in metadata:
+        raise GdfqError(f"{path} is a safetensors file, but not a quantized model written by this package")
+    return tensors, metadata
+
+
 def load_quantized(path: str | Path, model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
     """Read a stored Q. `model` is the float model's architecture; its weights are not used and not changed.
 
     Raises:
         GdfqError: the file is broken, not a quantized model, or of another architecture.
     """
-    tensors, metadata = load_tensors(path)
-    if "quantizer" not in metadata:
-        raise GdfqError(f"{path} is a safetensors file, but not a quantized model written by this package")
+    tensors, metadata = _stored_model(path)
     try:
         config = QuantizerConfig.model_validate_json(metadata["quantizer"])
     except ValidationError:
