@@ -118,7 +118,8 @@ def quantize(
     training_data: TrainingDataOption = None,
     training_data_arg: TrainingDataArgsOption = None,
     resume: Annotated[
-        Path | None, typer.Option(help="go on with the run in this folder; no other option needed")
+        Path | None,
+        typer.Option(help="go on with the run in this folder; no other option needed; some settings may change"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -131,8 +132,24 @@ def quantize(
     from gdfq.api import quantize as run
     from gdfq.run import folder as run_folder
 
+    shortcuts = {
+        "method": method,
+        "quantizer.weight_bits": weight_bits,
+        "quantizer.activation_bits": activation_bits,
+        "quantizer.target": target,
+        "model.image_size": image_size,
+        "run.device": device,
+        "run.seed": seed,
+    }
+    overrides = dict(parse_override(text) for text in settings or [])
+    overrides |= {key: value for key, value in shortcuts.items() if value is not None}
     if resume is not None:
-        config, source = run_folder.read_run(resume)
+        _nothing_but_settings(
+            out=out, model=model, weights=weights, weights_entry=weights_entry, model_arg=model_arg, preset=preset,
+            data=data, data_kind=data_kind, data_arg=data_arg, calibration_data=calibration_data,
+            calibration_data_arg=calibration_data_arg, training_data=training_data, training_data_arg=training_data_arg,
+        )  # fmt: skip
+        config, source = run_folder.read_run(resume, overrides)
     elif model is None or out is None:
         raise GdfqError("say what to quantize and where the result goes: --model SPEC --out FOLDER (see --help)")
     else:
@@ -142,17 +159,6 @@ def quantize(
         source |= inputs.data_source(training_data, None, training_data_arg, inputs.TRAINING)
     network = inputs.model_of(source)
     if resume is None:
-        shortcuts = {
-            "method": method,
-            "quantizer.weight_bits": weight_bits,
-            "quantizer.activation_bits": activation_bits,
-            "quantizer.target": target,
-            "model.image_size": image_size,
-            "run.device": device,
-            "run.seed": seed,
-        }
-        overrides = dict(parse_override(text) for text in settings or [])
-        overrides |= {key: value for key, value in shortcuts.items() if value is not None}
         config = Config.load(preset or default_preset(network, overrides.get("model.image_size")), overrides)
     folder = resume or out
     result = run(
@@ -304,6 +310,14 @@ def doctor(as_json: JsonOption = False) -> None:
         for name, value in entries.items():
             typer.echo(f"  {name:18} {value}")
     typer.echo(str(backends))
+
+
+def _nothing_but_settings(**options: object) -> None:
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    if given:
+        raise GdfqError(
+            f"--resume goes on with the model and the data that the run was started with: leave out {', '.join(given)}"
+        )
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from gdfq.errors import GdfqError
+from gdfq.memory import explained, is_out_of_memory
 from gdfq.precision import products_in_tf32
 
 
@@ -69,7 +70,8 @@ def evaluate(
     start = time.perf_counter()
     top1 = top5 = 0
     classes = len(getattr(dataset, "classes", ()))
-    with _eval_mode(model), torch.inference_mode():
+    settings = {"the batch size": batch_size}
+    with explained("evaluating", settings), _eval_mode(model), torch.inference_mode():
         for images, labels in tqdm(_batches(loader), "evaluating", len(loader), disable=not progress):
             images = images.to(parameter.device, parameter.dtype, non_blocking=True, memory_format=memory_format)
             logits = _checked_logits(_forward(model, images), labels, num_classes)
@@ -126,9 +128,9 @@ def _batches(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 def _forward(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     try:
         return model(images)
-    except torch.OutOfMemoryError as error:
-        raise GdfqError(f"not enough memory for a batch of {len(images)} images; lower the batch size") from error
     except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         shape = tuple(images.shape[1:])
         raise GdfqError(f"the model rejects images of shape {shape} (channels, height, width): {error}") from error
 

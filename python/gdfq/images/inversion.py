@@ -9,6 +9,7 @@ import gdfq_ext
 from gdfq.config import Config, Section
 from gdfq.graph import CapturedModel, Teacher
 from gdfq.images.bank import Bank
+from gdfq.memory import explained
 from gdfq.registry import SECTIONS, SOURCES
 
 
@@ -25,7 +26,12 @@ def zeroq(
 ) -> Bank:
     """A bank of images that are inverted when they are first asked for."""
     shape, own = captured.image_shape, config.zeroq
-    return Bank(teacher, shape, config, device, lambda seed: invert(teacher, shape, own, seed, device, progress))
+
+    def make(seed: int) -> Tensor:
+        with explained("making ZeroQ's images", {"zeroq.images": own.images}):
+            return invert(teacher, shape, own, seed, device, progress)
+
+    return Bank(teacher, shape, config, device, make)
 
 
 @torch.enable_grad()  # images may be made when a calibration asks for them, which itself needs no gradients
