@@ -22,6 +22,7 @@ from gdfq.memory import images_at_once
 from gdfq.methods import Data, Method, Outcome, Task
 from gdfq.models import check_finite, stated_size
 from gdfq.precision import products_in_tf32
+from gdfq.progress import draws_bars, plan, say
 from gdfq.provenance import versions
 from gdfq.registry import METHODS
 from gdfq.run import folder as run_folder
@@ -75,7 +76,7 @@ def quantize(
             labels; default: images are made, as the setting `calibration.images` says.
         train_on: for the method `finetune`, a dataset of real `(image, label)` pairs.
         evaluate_on: a dataset of real `(image, label)` pairs; gives top-1 in the report and decides nothing.
-        progress: show progress bars on standard error.
+        progress: say on standard error what is done and how long it takes, with bars on a terminal.
         source: JSON values kept in `run_dir`: how the command line can load the model again.
 
     Raises:
@@ -97,6 +98,10 @@ def quantize(
     if folder is not None:
         run_folder.open_run(folder, config, device, resume, source)
 
+    if progress:
+        what = (captured.image_shape, captured.num_classes, config, method.help, method.trains, device, folder)
+        for line in plan(type(model).__name__, *what):
+            say(line)
     with memory.explained("the run", _sizes(config, captured), folder):
         teacher = build_teacher(captured)
         captured = method.prepare(captured)
@@ -156,12 +161,13 @@ def _add_top1(task: Task, outcome: Outcome, dataset: Any, report: Report) -> Non
 
 def _top1(task: Task, outcome: Outcome, dataset: Any) -> dict[str, float]:
     size = images_at_once(*task.captured.image_shape[1:])
+    progress = task.progress and draws_bars()
     models = {"float": task.teacher, "quantized": task.student}
     if outcome.choice_state:
         models["choice"] = copy.deepcopy(task.student)
         models["choice"].load_state_dict(outcome.choice_state)
     return {
-        name: evaluate(model, dataset, batch_size=size, device=task.device, progress=task.progress).top1
+        name: evaluate(model, dataset, batch_size=size, device=task.device, progress=progress).top1
         for name, model in models.items()
     }
 

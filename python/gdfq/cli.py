@@ -169,7 +169,7 @@ def quantize(
         calibrate_on=inputs.data_of(source, network, config.model, inputs.CALIBRATION),
         train_on=inputs.data_of(source, network, config.model, inputs.TRAINING),
         evaluate_on=inputs.data_of(source, network, config.model),
-        progress=not as_json and sys.stderr.isatty(),
+        progress=not as_json,
         source=source,
     )
     typer.echo(result.report.to_json() if as_json else f"{result.report}\nwritten      {folder}")

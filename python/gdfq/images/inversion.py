@@ -3,13 +3,13 @@
 import torch
 from pydantic import Field
 from torch import Tensor
-from tqdm import trange
 
 import gdfq_ext
 from gdfq.config import Config, Section
 from gdfq.graph import CapturedModel, Teacher
 from gdfq.images.bank import Bank
 from gdfq.memory import explained
+from gdfq.progress import steps
 from gdfq.registry import SECTIONS, SOURCES
 
 
@@ -55,7 +55,7 @@ def invert(
     optimizer = torch.optim.Adam([images], config.learning_rate)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, min_lr=1e-4, patience=100)
     zero, one = torch.zeros(shape[0], device=device), torch.ones(shape[0], device=device)
-    for _ in trange(config.iterations, disable=not progress, desc="ZeroQ images", unit="it", dynamic_ncols=True):
+    for _ in steps(config.iterations, "ZeroQ images", progress):
         layers = teacher.read(images, ("statistics",))[1]["statistics"]
         image_variance, image_mean = torch.var_mean(images, (0, 2, 3), correction=0)
         loss = gdfq_ext.bns_loss(

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gdfq.errors import GdfqError
+from gdfq.progress import draws_bars
 from gdfq.run import folder as run_folder
 from gdfq.run.files import write_text
 
@@ -23,11 +24,12 @@ class Monitor:
         folder: of the run, or None for a run that leaves no files.
         total: iterations of the run.
         done: iterations done before, when a run is resumed; later entries of an old log are dropped.
-        progress: show the bar.
+        progress: show the bar, on a terminal.
     """
 
     def __init__(self, folder: Path | None, total: int, done: int, progress: bool) -> None:
-        self.bar = tqdm(total=total, initial=done, disable=not progress, unit="it", dynamic_ncols=True, smoothing=0.05)
+        disable = not (progress and draws_bars())
+        self.bar = tqdm(total=total, initial=done, disable=disable, unit="it", dynamic_ncols=True, smoothing=0.05)
         self.start = time.monotonic()
         self.log = self.events = None
         if folder is not None:
