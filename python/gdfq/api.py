@@ -99,8 +99,11 @@ def quantize(
         run_folder.open_run(folder, config, device, resume, source)
 
     if progress:
-        what = (captured.image_shape, captured.num_classes, config, method.help, method.trains, device, folder)
-        for line in plan(type(model).__name__, *what):
+        images = _images(method, config, calibrate_on)
+        shape, classes = captured.image_shape, captured.num_classes
+        for line in plan(
+            type(model).__name__, shape, classes, config, method.help, images, method.trains, device, folder
+        ):
             say(line)
     with memory.explained("the run", _sizes(config, captured), folder):
         teacher = build_teacher(captured)
@@ -202,6 +205,15 @@ def _write_extras(folder: Path, result: Result, captured: CapturedModel) -> None
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
+
+
+def _images(method: Method, config: Config, calibrate_on: Any) -> str | None:
+    """Which ones Q is trained or calibrated on, in words, where the method alone does not say it."""
+    if method.data is Data.LABELED or calibrate_on is not None:
+        return "the images that were given"
+    if method.data is Data.IMAGES:
+        return f"images made as calibration.images = '{config.calibration.images}' says"
+    return f"images from '{config.images.source}'" if method.trains else None
 
 
 def _sizes(config: Config, captured: CapturedModel) -> dict[str, Any]:

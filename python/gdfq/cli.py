@@ -54,8 +54,8 @@ ModelArgsOption = Annotated[
 CalibrationDataOption = Annotated[
     str | None,
     typer.Option(
-        help=f"real images for the methods {_taking(Data.IMAGES)}: a folder as for --data; default: images are "
-        "made, see the setting calibration.images"
+        help=f"real images for the methods {_taking(Data.IMAGES)}: a folder as for --data, with classes or without; "
+        "default: images are made, see the setting calibration.images"
     ),
 ]
 CalibrationDataArgsOption = Annotated[

@@ -13,7 +13,7 @@ from gdfq.errors import GdfqError
 MAY_CHANGE = ("schedule.batch_size", "run.held_out_images", "run.precision", "zeroq.images", "calibration.count")
 _WORDS = (
     "out of memory", "allocate memory", "not enough memory", "bad_alloc", "bad alloc", "alloc_failed",
-    "memoryallocation", "could not create a memory", "insufficient memory",
+    "memoryallocation", "valid cudnn algorithm", "could not create a memory", "insufficient memory",
 )  # fmt: skip
 
 

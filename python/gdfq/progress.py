@@ -138,6 +138,7 @@ def plan(
     num_classes: int,
     config: Config,
     what: str,
+    images: str | None,
     trains: bool,
     device: torch.device,
     folder: Path | None,
@@ -147,6 +148,7 @@ def plan(
     Args:
         name: of the model's class.
         what: the method does, in words.
+        images: that Q is trained or calibrated on, in words; None where `what` says it.
         trains: whether it trains Q.
     """
     quantizer, schedule = config.quantizer, config.schedule
@@ -157,9 +159,8 @@ def plan(
         + ("no files" if folder is None else f"files in {folder}")
     )
     second = f"method '{config.method}': {what.removesuffix(' (default)')}"
+    if images is not None:
+        second += f"; {images}"
     if trains:
-        second += (
-            f"; images from '{config.images.source}', {schedule.epochs:,} epochs of {schedule.iterations:,} iterations "
-            f"of {schedule.batch_size} images"
-        )
+        second += f", {schedule.epochs:,} epochs of {schedule.iterations:,} iterations of {schedule.batch_size} images"
     return [first, second]

@@ -21,7 +21,10 @@ AVERAGES = {"ema", "swa", "averaged", "average", "avg", "shadow", "polyak"}
 NOT_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loops|grad", re.IGNORECASE)  # entries of a checkpoint
 COUNTERS = {"num_batches_tracked", "n_averaged", "num_updates", "decay", "initted", "step", "steps"}
 COUNTERS |= {"total_ops", "total_params"}  # thop's
-OF_TRAINING = re.compile(r"(criterion|metrics?|loss\w*|\w*_(loss|metrics?|acc|accuracy)|(train|val|valid|test)_\w+)\.")
+OF_TRAINING = re.compile(
+    r"(criterion|metrics?|loss\w*|\w*_(loss|metrics?|acc|accuracy)|(train|val|valid|test)_\w+)\.|"
+    r"(class_weights?|pos_weight)$"
+)
 CHOICE = "`--weights-entry NAME` (in Python `weights_entry`)"
 
 
@@ -91,7 +94,7 @@ def load_weights(model: nn.Module, path: str | Path, entry: str | None = None, c
     _say_left_out(left_out, stored, path)
     if entry is None:
         known = fitting + averages
-        _say_unread_averages([*_averages_in(stored, expected, known), *_inert_averages(content)], chosen, path)
+        _say_unread_averages([*_averages_in(stored, expected, known), *_unread_averages(content, known)], chosen, path)
     model.load_state_dict(chosen.tensors, strict=False)
 
 
@@ -212,7 +215,9 @@ def _misshapen(entry: Entry, expected: Mapping[str, Tensor]) -> list[str]:
 
 def _is_average(name: str) -> bool:
     """Of MMCV's `ema_conv_weight`, which may be either, it is not said."""
-    return not name.endswith("_") and not AVERAGES.isdisjoint(re.split(r"[._]", name.lower()))
+    return not name.endswith("_") and not AVERAGES.isdisjoint(
+        part.lower() for part in re.split(r"[._-]|(?<=[a-z])(?=[A-Z])", name)
+    )
 
 
 def _without_buffers(
@@ -240,7 +245,7 @@ def _listed(content: Mapping[Any, Any], fitting: list[Entry], model: nn.Module, 
         name = f"{place}.{key}".removeprefix(".")
         if isinstance(value, Mapping):
             found += _listed(value, fitting, model, name)
-        elif isinstance(value, (list, tuple)) and _is_average(str(key)) and len(raw) == 1:
+        elif isinstance(value, (list, tuple)) and _is_average(name) and "collected" not in name and len(raw) == 1:
             shapes = [tensor.shape for tensor in value if isinstance(tensor, Tensor)]
             if shapes == [parameter.shape for parameter in parameters.values()]:
                 tensors = dict(zip(parameters, value, strict=True))
@@ -345,8 +350,16 @@ def _averages_in(stored: Stored, expected: Mapping[str, Tensor], entries: list[E
     return [name for name in counted if _is_average(name) and not any(one.name and one.holds(name) for one in entries)]
 
 
-def _inert_averages(content: Mapping[Any, Any]) -> list[str]:
-    return [str(key) for key, value in content.items() if isinstance(value, _Inert) and _is_average(str(key))]
+def _unread_averages(content: Mapping[Any, Any], entries: list[Entry], place: str = "") -> Iterator[str]:
+    """Objects and lists that seem to be averaged weights and are none of the entries'."""
+    for key, value in content.items():
+        name = f"{place}.{key}".removeprefix(".")
+        if isinstance(value, Mapping):
+            yield from _unread_averages(value, entries, name)
+        elif _is_average(name) and not any(entry.name == name for entry in entries):
+            is_list = isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value)
+            if isinstance(value, _Inert) or (is_list and "collected" not in name):
+                yield name
 
 
 def _say_unread_averages(names: list[str], chosen: Entry, path: str | Path) -> None:

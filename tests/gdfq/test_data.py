@@ -14,6 +14,8 @@ from PIL import Image
 from gdfq.data import CIFAR10_CLASSES, load_dataset, read_idx
 from gdfq.errors import GdfqError
 
+pytestmark = pytest.mark.filterwarnings("ignore:images are cut to 224")
+
 RANDOM = np.random.default_rng(0)
 
 
@@ -385,7 +387,8 @@ def test_image_folder(folder):
 
 
 def test_image_folder_defaults(folder):
-    image = load_dataset(folder)[3][0]
+    with pytest.warns(UserWarning, match="cut to 224 x 224 pixels, since neither `image_size` nor `crop`"):
+        image = load_dataset(folder)[3][0]
     assert image.shape == (3, 224, 224)
     torch.testing.assert_close(
         image[:, 0, 0], torch.tensor([(0 - 0.485) / 0.229, (1 - 0.456) / 0.224, (0 - 0.406) / 0.225])

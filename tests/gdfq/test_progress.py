@@ -135,6 +135,22 @@ def test_a_run_says_what_it_does_unless_it_is_to_be_quiet(capsys):
     ]
 
 
+@pytest.mark.parametrize(
+    ("method", "data", "words"),
+    [
+        ("finetune", "train_on", "; the images that were given, 1 epochs of 1 iterations of 8 images"),
+        ("mse", "calibrate_on", "; the images that were given"),
+        ("mse", None, "; images made as calibration.images = 'gaussian' says"),
+    ],
+)
+def test_a_run_says_where_its_images_come_from(capsys, method, data, words):
+    settings = {"model.image_size": 8, "method": method, "schedule.batch_size": 8, "schedule.range_batches": 1}
+    settings |= {"schedule.epochs": 1, "schedule.iterations": 1, "run.held_out_images": 8}
+    given = {} if data is None else {data: [(torch.randn(3, 8, 8), 0)] * 8}
+    gdfq.quantize(randomize_batch_norm(Plain()), Config.load("cifar", settings), **given)
+    assert capsys.readouterr().err.splitlines()[1].endswith(words)
+
+
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_bars_are_for_terminals(capsys, monkeypatch, is_terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)

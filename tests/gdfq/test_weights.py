@@ -209,6 +209,12 @@ CHECKPOINTS = {
         "model_ema": {"n_averaged": torch.tensor(3), **under("module.", ema)},
     },
     "ema": lambda raw, ema: {"net": under("module.", raw), "ema": ema, "optimizer": {"state": {0: {"exp_avg": 1}}}},
+    "BasicSR": lambda raw, ema: {"params": raw, "params-EMA": ema},
+    "camel case": lambda raw, ema: {"netG": raw, "modelEma": ema},
+    "a callback's": lambda raw, ema: {
+        "state_dict": under("net.", raw),
+        "callbacks": {"Averaging": {"ema_state_dict": under("net.", ema)}},
+    },
     "nested": lambda raw, ema: {"model": raw, "ema": {"decay": 0.9, "module": ema}},
     "one flat dict": lambda raw, ema: (
         under("online_model.", raw) | under("ema_model.", ema) | {"step": torch.tensor(1)}
@@ -251,7 +257,11 @@ def test_an_average_of_the_parameters_alone_has_the_raw_buffers(tmp_path, spec, 
     raw, ema = sets
     raw["1.running_mean"] += 1
     shadow = {name: ema[name] for name in trained(spec)}
-    content = {"ema": shadow} if form == "shadow" else {"ema": {"decay": 0.9, "shadow_params": list(shadow.values())}}
+    content = (
+        {"ema": shadow}
+        if form == "shadow"
+        else {"ema": {"shadow_params": list(shadow.values()), "collected_params": [torch.ones(2)]}}
+    )
     torch.save({"state_dict": raw, **content}, tmp_path / "w.pth")
     with pytest.warns(UserWarning, match="the moving average is taken, 'ema"):
         assert same(load_model(spec, tmp_path / "w.pth"), raw | shadow)
@@ -275,9 +285,19 @@ def test_objects_beside_the_weights_are_not_read_and_no_obstacle(tmp_path, spec,
     torch.save({"state_dict": raw, "args": settings, "best": np.float64(0.9), "trainer": Trainer()}, tmp_path / "w.pth")
     with warnings.catch_warnings(action="error"):
         assert same(load_model(spec, tmp_path / "w.pth"), raw)
-    torch.save({"state_dict": raw, "ema": nn.Linear(2, 2)}, tmp_path / "w.pth")
-    with pytest.warns(UserWarning, match=r"seems to hold averaged weights, ema, .*taken are 'state_dict'"):
-        assert same(load_model(spec, tmp_path / "w.pth"), raw)
+    for average in (nn.Linear(2, 2), {"shadow_params": [torch.ones(3)]}):
+        torch.save({"state_dict": raw, "ema": average}, tmp_path / "w.pth")
+        with pytest.warns(UserWarning, match=r"seems to hold averaged weights, ema.*taken are 'state_dict'"):
+            assert same(load_model(spec, tmp_path / "w.pth"), raw)
+
+
+def test_several_averages_need_a_choice(tmp_path, spec, sets):
+    raw, ema = sets
+    content = {"net": raw, "ema_0.999": ema, "ema_0.9999": load_model(spec).state_dict()}
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(GdfqError, match=r"'ema_0.999', 'ema_0.9999', 'net': say which"):
+        load_model(spec, tmp_path / "w.pth")
+    assert same(load_model(spec, tmp_path / "w.pth", weights_entry="ema_0.999"), ema)
 
 
 @pytest.mark.parametrize("names", [("student", "teacher"), ("online_encoder.net", "target_encoder.net"), ("a", "ema_")])
@@ -332,8 +352,9 @@ def test_what_training_has_put_into_the_model_is_left_out(tmp_path, spec, sets):
     save_file(raw | beside, tmp_path / "w.safetensors")
     with warnings.catch_warnings(action="error"):
         assert same(load_model(spec, tmp_path / "w.safetensors"), raw)
-    save_file(raw | {"criterion.weight": torch.ones(4), "train_acc.tp": torch.ones(1)}, tmp_path / "w.safetensors")
-    with pytest.warns(UserWarning, match=r"left out: criterion\.weight, train_acc\.tp"):
+    beside = {"class_weights": torch.ones(4), "criterion.weight": torch.ones(4), "train_acc.tp": torch.ones(1)}
+    save_file(raw | beside, tmp_path / "w.safetensors")
+    with pytest.warns(UserWarning, match=r"left out: class_weights, criterion\.weight, train_acc\.tp"):
         assert same(load_model(spec, tmp_path / "w.safetensors"), raw)
 
 

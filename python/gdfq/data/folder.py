@@ -132,6 +132,11 @@ def _resize_and_crop(size: Size, resize: int | None, crop: Size, interpolation: 
         raise GdfqError(f"unknown interpolation {interpolation!r}; allowed: {', '.join(INTERPOLATIONS)}")
     if not isinstance(crop, int | tuple | list | None) or type(resize) not in (int, type(None)):
         raise GdfqError(f"crop and resize are whole numbers; given: crop {crop!r}, resize {resize!r}")
+    if size is None and crop is None:
+        warnings.warn(
+            "images are cut to 224 x 224 pixels, since neither `image_size` nor `crop` says what the model takes",
+            stacklevel=5,
+        )
     cut = height_and_width(crop if crop is not None else 224 if size is None else size)
     short = min(cut)
     if resize is None:
