@@ -5,7 +5,7 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -324,7 +324,7 @@ def main() -> None:
     """Run the command line: 0 after success, 2 after an error that is the user's to mend, 130 after Ctrl-C."""
     from gdfq.run.training_run import Stopped
 
-    warnings.formatwarning = lambda message, *_, **__: f"gdfq: {message}\n"
+    warnings.formatwarning = _one_line
     try:
         app(prog_name="gdfq", standalone_mode=False)
     except Stopped as stopped:
@@ -341,6 +341,14 @@ def main() -> None:
             raise
         show()
         sys.exit(2)
+
+
+_standard_format = warnings.formatwarning
+
+
+def _one_line(message: Warning | str, category: type[Warning], *where: Any) -> str:
+    """A warning that is meant for the user, without the line of code that it is from."""
+    return f"gdfq: {message}\n" if category is UserWarning else _standard_format(message, category, *where)
 
 
 def _exit(message: str, code: int) -> None:
