@@ -335,7 +335,7 @@ def _say_left_out(names: list[str], stored: Stored, path: str | Path) -> None:
         return
     pixels = [name for name in names if re.search(r"(^|\.)([a-z]+_)?(?<!running_)(mean|std)$", name)]
     values = ", ".join(f"{name} {stored[name][1].flatten()[:4].tolist()}" for name in pixels[:LISTED])
-    advice = f"; what it was saved with normalized images itself, and they now have to come so: {values}"
+    advice = f"; as it seems, it was saved with its own normalization of images, which now have to come so: {values}"
     warnings.warn(
         f"{path} holds more than this model, which is left out: {listing(names)}{advice if pixels else ''}",
         stacklevel=4,
