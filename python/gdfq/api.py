@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdfq import ambient
+from gdfq import ambient, memory
 from gdfq.config import Config
 from gdfq.errors import GdfqError
 from gdfq.evaluate import Agreement, agreement, evaluate
@@ -27,9 +27,12 @@ from gdfq.graph import (
 )
 from gdfq.images.generator import images_per_class
 from gdfq.images.networks import Generator
+from gdfq.images.real import check_labeled
+from gdfq.memory import images_at_once
 from gdfq.methods import Data, Method, Outcome, Task
-from gdfq.models import check_finite
+from gdfq.models import check_finite, stated_size
 from gdfq.precision import products_in_tf32
+from gdfq.progress import draws_bars, plan, say
 from gdfq.provenance import versions
 from gdfq.registry import METHODS
 from gdfq.run import folder as run_folder
@@ -83,7 +86,7 @@ def quantize(
             labels; default: images are made, as the setting `calibration.images` says.
         train_on: for the method `finetune`, a dataset of real `(image, label)` pairs.
         evaluate_on: a dataset of real `(image, label)` pairs; gives top-1 in the report and decides nothing.
-        progress: show progress bars on standard error.
+        progress: say on standard error what is done and how long it takes, with bars on a terminal.
         source: JSON values kept in `run_dir`: how the command line can load the model again.
 
     Raises:
@@ -96,41 +99,58 @@ def quantize(
     _check_real_images(method, calibrate_on, train_on)
     device = device_named(config.run.device)
     check_finite(model)
-    captured = capture(model, config.model.image_size, config.model.channels, device)
+    with memory.explained("the model alone", {"model.image_size": config.model.image_size or stated_size(model)}):
+        captured = capture(model, config.model.image_size, config.model.channels, device)
     _check_classes(captured, config)
+    if evaluate_on is not None:  # looked at before anything takes long
+        check_labeled("evaluate_on", evaluate_on, captured.image_shape, captured.num_classes)
     folder = None if run_dir is None else Path(run_dir)
     if folder is not None:
         run_folder.open_run(folder, config, device, resume, source)
 
-    teacher = build_teacher(captured)
-    captured = replace(captured, pixels=pixels_of(model, teacher, captured.image_shape, config.model))
-    captured = method.prepare(captured)
-    student, summary = build_quantized(captured, config.quantizer)
-    task = Task(captured, teacher, student, config, device, folder, resume, progress, calibrate_on, train_on)
-    outcome = method.run(task)
+    if progress:
+        images = _images(method, config, calibrate_on)
+        shape, classes = captured.image_shape, captured.num_classes
+        for line in plan(
+            type(model).__name__, shape, classes, config, method.help, images, method.trains, device, folder
+        ):
+            say(line)
+    with memory.explained("the run", _sizes(config, captured), folder):
+        teacher = build_teacher(captured)
+        captured = replace(captured, pixels=pixels_of(model, teacher, captured.image_shape, config.model))
+        captured = method.prepare(captured)
+        student, summary = build_quantized(captured, config.quantizer)
+        task = Task(captured, teacher, student, config, device, folder, resume, progress, calibrate_on, train_on)
+        outcome = method.run(task)
+        held_out = list(outcome.held_out if held_out_images is None else held_out_images)
+        data_free = agreement(teacher, student, held_out)
+        judged = fit(teacher, held_out, captured.pixels, outcome.same_source and held_out_images is None)
 
-    held_out = list(outcome.held_out if held_out_images is None else held_out_images)
-    judged = fit(teacher, held_out, captured.pixels, outcome.same_source and held_out_images is None)
-    report = _report(task, summary, outcome, agreement(teacher, student, held_out), judged)
-    if evaluate_on is not None:
-        report.top1 = _top1(task, outcome, evaluate_on)
+    report = _report(task, summary, outcome, data_free, judged, evaluate_on)
     result = Result(student, report, outcome.generator, held_out, outcome.choice_state or None)
     if folder is not None:
         _write(folder, result, captured)
+    if evaluate_on is not None:
+        _add_top1(task, outcome, evaluate_on, report)
+    if folder is not None:
+        _write_extras(folder, result, captured)
     return result
 
 
-def default_preset(model: nn.Module, image_size: int | None = None) -> str:
+def default_preset(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> str:
     """The preset for images of the given size, or of the size that the model says of itself."""
-    timm_size = (getattr(model, "default_cfg", None) or {}).get("input_size", (0,))
-    size = image_size or getattr(model, "in_size", None) or timm_size[-1]
-    return "cifar" if max(size if isinstance(size, tuple) else (size,)) <= 64 else "imagenet"
+    size = image_size or stated_size(model) or 0
+    return "cifar" if max(size if isinstance(size, (tuple, list)) else (size,)) <= 64 else "imagenet"
 
 
 # --- report and files --------------------------------------------------------------------------------------------
 
 
-def _report(task: Task, summary: Summary, outcome: Outcome, data_free: Agreement, judged: Fit) -> Report:
+def _report(
+    task: Task, summary: Summary, outcome: Outcome, data_free: Agreement, judged: Fit, evaluate_on: Any
+) -> Report:
+    given = {"calibration": task.calibrate_on, "training": task.train_on, "top-1": evaluate_on}
+    prepared = {name: getattr(dataset, "preparation", None) for name, dataset in given.items()}
     float_bytes, quantized_bytes = size_in_bytes(task.captured, summary)
     return Report(
         config=task.config,
@@ -145,16 +165,28 @@ def _report(task: Task, summary: Summary, outcome: Outcome, data_free: Agreement
         selected=outcome.selected,
         iterations=outcome.iterations,
         versions=versions(task.device),
+        images={name: str(images) for name, images in prepared.items() if images is not None},
     )
 
 
+def _add_top1(task: Task, outcome: Outcome, dataset: Any, report: Report) -> None:
+    """The result is there, written or returned: what goes wrong with the user's data now is no reason to lose it."""
+    try:
+        report.top1 = _top1(task, outcome, dataset)
+    except Exception as error:
+        again = f"; mend it, then: gdfq evaluate {task.folder}" if task.folder is not None else ""
+        warnings.warn(f"top-1 was not measured: {str(error) or type(error).__name__}{again}", stacklevel=5)
+
+
 def _top1(task: Task, outcome: Outcome, dataset: Any) -> dict[str, float]:
+    size = images_at_once(*task.captured.image_shape[1:])
+    progress = task.progress and draws_bars()
     models = {"float": task.teacher, "quantized": task.student}
     if outcome.choice_state:
         models["choice"] = copy.deepcopy(task.student)
         models["choice"].load_state_dict(outcome.choice_state)
     return {
-        name: evaluate(model, dataset, device=task.device, progress=task.progress).top1
+        name: evaluate(model, dataset, batch_size=size, device=task.device, progress=progress).top1
         for name, model in models.items()
     }
 
@@ -164,16 +196,51 @@ def _write(folder: Path, result: Result, captured: CapturedModel) -> None:
         folder / run_folder.MODEL, result.model, result.report.config.quantizer, captured.image_shape
     )
     write_text(folder / run_folder.REPORT, result.report.to_json())
-    if isinstance(result.generator, Generator):
-        save_tensors(folder / run_folder.GENERATOR, result.generator.state_dict())
-        rows = images_per_class(result.generator, min(captured.num_classes, 10), count=10)
+
+
+def _write_extras(folder: Path, result: Result, captured: CapturedModel) -> None:
+    """The report with top-1, generator and picture: what of it fails costs no result, which is there."""
+    if result.report.top1:
+        write_text(folder / run_folder.REPORT, result.report.to_json())
+    generator = result.generator
+    if not isinstance(generator, Generator):
+        return
+
+    def save() -> None:
+        save_tensors(folder / run_folder.GENERATOR, generator.state_dict())
+
+    def draw() -> None:
+        rows = images_per_class(generator, min(captured.num_classes, 10), count=10)
+        save_picture(folder / run_folder.PICTURE, rows, [f"class {label}" for label in range(len(rows))])
+
+    for name, what, write in ((run_folder.GENERATOR, "written", save), (run_folder.PICTURE, "drawn", draw)):
         try:
-            save_picture(folder / run_folder.PICTURE, rows, [f"class {label}" for label in range(len(rows))])
-        except Exception as error:  # it decorates a result, which is there
-            warnings.warn(f"{run_folder.PICTURE} was not drawn: {error}", stacklevel=4)
+            write()
+        except Exception as error:
+            warnings.warn(f"{name} was not {what}: {error}", stacklevel=5)
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
+
+
+def _images(method: Method, config: Config, calibrate_on: Any) -> str | None:
+    """Which ones Q is trained or calibrated on, in words, where the method alone does not say it."""
+    if method.data is Data.LABELED or calibrate_on is not None:
+        return "the images that were given"
+    if method.data is Data.IMAGES:
+        return f"images made as calibration.images = '{config.calibration.images}' says"
+    return f"images from '{config.images.source}'" if method.trains else None
+
+
+def _sizes(config: Config, captured: CapturedModel) -> dict[str, Any]:
+    """The settings that decide how much memory the run takes."""
+    sizes: dict[str, Any] = {"schedule.batch_size": config.schedule.batch_size}
+    if METHODS[config.method].trains:
+        sizes["run.held_out_images"] = config.run.held_out_images
+    else:
+        sizes["calibration.count"] = config.calibration_images
+    height, width = captured.image_shape[1:]
+    return sizes | {"model.image_size": f"{height} x {width}", "run.precision": config.run.precision}
 
 
 def device_named(name: str) -> torch.device:

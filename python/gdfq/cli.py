@@ -2,13 +2,14 @@
 
 import json
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from gdfq.config import Config, parse_override, presets
+from gdfq.config import Config, ModelConfig, parse_override, presets
 from gdfq.errors import GdfqError
 from gdfq.methods import Data
 from gdfq.registry import METHODS, TARGETS, Registry
@@ -37,7 +38,15 @@ ModelOption = Annotated[
     ),
 ]
 WeightsOption = Annotated[
-    Path | None, typer.Option(help="trained weights: a safetensors file or a .pth state dict (never unpickled freely)")
+    Path | None,
+    typer.Option(help="trained weights: a safetensors file, a .pth state dict or checkpoint (never unpickled freely)"),
+]
+WeightsEntryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="which weights of a file that holds several, as state_dict_ema; default: a moving average, where there is "
+        "one, and it is said"
+    ),
 ]
 ModelArgsOption = Annotated[
     list[str] | None, typer.Option("--model-arg", help="name=value for the factory; may be repeated")
@@ -45,8 +54,8 @@ ModelArgsOption = Annotated[
 CalibrationDataOption = Annotated[
     str | None,
     typer.Option(
-        help=f"real images for the methods {_taking(Data.IMAGES)}: a folder as for --data; default: images are "
-        "made, see the setting calibration.images"
+        help=f"real images for the methods {_taking(Data.IMAGES)}: a folder as for --data, with classes or without; "
+        "default: images are made, see the setting calibration.images"
     ),
 ]
 CalibrationDataArgsOption = Annotated[
@@ -72,6 +81,9 @@ DataArgsOption = Annotated[
     list[str] | None,
     typer.Option("--data-arg", help="name=value, for example mean=[0.5,0.5,0.5] or crop=224; may be repeated"),
 ]
+ImageSizeOption = Annotated[
+    int | None, typer.Option(min=1, help="pixels, that the model takes; default: what it says of itself")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON on standard output, nothing else")]
 
 
@@ -80,6 +92,7 @@ def quantize(
     out: Annotated[Path | None, typer.Option(help="new folder for models, log, checkpoints and report")] = None,
     model: ModelOption = None,
     weights: WeightsOption = None,
+    weights_entry: WeightsEntryOption = None,
     model_arg: ModelArgsOption = None,
     preset: Annotated[
         str | None, typer.Option(help=f"{', '.join(presets())}, or a TOML file; default: by image size")
@@ -91,7 +104,7 @@ def quantize(
     weight_bits: Annotated[int | None, typer.Option(help="2 to 8; default 4")] = None,
     activation_bits: Annotated[int | None, typer.Option(help="2 to 8; default 4")] = None,
     target: Annotated[str | None, typer.Option(help=_listed(TARGETS))] = None,
-    image_size: Annotated[int | None, typer.Option(help="pixels; default: what the model says of itself")] = None,
+    image_size: ImageSizeOption = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; default auto")] = None,
     seed: Annotated[int | None, typer.Option(help="default 0")] = None,
     settings: Annotated[
@@ -105,7 +118,8 @@ def quantize(
     training_data: TrainingDataOption = None,
     training_data_arg: TrainingDataArgsOption = None,
     resume: Annotated[
-        Path | None, typer.Option(help="go on with the run in this folder; no other option needed")
+        Path | None,
+        typer.Option(help="go on with the run in this folder; no other option needed; some settings may change"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -113,42 +127,49 @@ def quantize(
 
     Example: gdfq quantize --model pytorchcv:resnet20_cifar10 --model-arg pretrained=True --out runs/resnet20
     """
+    from gdfq import inputs
     from gdfq.api import default_preset
     from gdfq.api import quantize as run
     from gdfq.run import folder as run_folder
 
+    shortcuts = {
+        "method": method,
+        "quantizer.weight_bits": weight_bits,
+        "quantizer.activation_bits": activation_bits,
+        "quantizer.target": target,
+        "model.image_size": image_size,
+        "run.device": device,
+        "run.seed": seed,
+    }
+    overrides = dict(parse_override(text) for text in settings or [])
+    overrides |= {key: value for key, value in shortcuts.items() if value is not None}
     if resume is not None:
-        config, source = run_folder.read_run(resume)
+        _nothing_but_settings(
+            out=out, model=model, weights=weights, weights_entry=weights_entry, model_arg=model_arg, preset=preset,
+            data=data, data_kind=data_kind, data_arg=data_arg, calibration_data=calibration_data,
+            calibration_data_arg=calibration_data_arg, training_data=training_data, training_data_arg=training_data_arg,
+        )  # fmt: skip
+        config, source = run_folder.read_run(resume, overrides)
     elif model is None or out is None:
         raise GdfqError("say what to quantize and where the result goes: --model SPEC --out FOLDER (see --help)")
     else:
-        source = _source(model, weights, model_arg) | _data_source(data, data_kind, data_arg)
-        source |= _data_source(calibration_data, None, calibration_data_arg, "calibration_")
-        source |= _data_source(training_data, None, training_data_arg, "training_")
-    network = _load_model(source)
+        source = inputs.model_source(model, weights, weights_entry, model_arg)
+        source |= inputs.data_source(data, data_kind, data_arg)
+        source |= inputs.data_source(calibration_data, None, calibration_data_arg, inputs.CALIBRATION)
+        source |= inputs.data_source(training_data, None, training_data_arg, inputs.TRAINING)
+    network = inputs.model_of(source)
     if resume is None:
-        shortcuts = {
-            "method": method,
-            "quantizer.weight_bits": weight_bits,
-            "quantizer.activation_bits": activation_bits,
-            "quantizer.target": target,
-            "model.image_size": image_size,
-            "run.device": device,
-            "run.seed": seed,
-        }
-        overrides = dict(parse_override(text) for text in settings or [])
-        overrides |= {key: value for key, value in shortcuts.items() if value is not None}
-        config = Config.load(preset or default_preset(network, image_size), overrides)
+        config = Config.load(preset or default_preset(network, overrides.get("model.image_size")), overrides)
     folder = resume or out
     result = run(
         network,
         config,
         run_dir=folder,
         resume=resume is not None,
-        calibrate_on=_load_data(source, "calibration_"),
-        train_on=_load_data(source, "training_"),
-        evaluate_on=_load_data(source),
-        progress=not as_json and sys.stderr.isatty(),
+        calibrate_on=inputs.data_of(source, network, config.model, inputs.CALIBRATION),
+        train_on=inputs.data_of(source, network, config.model, inputs.TRAINING),
+        evaluate_on=inputs.data_of(source, network, config.model),
+        progress=not as_json,
         source=source,
     )
     typer.echo(result.report.to_json() if as_json else f"{result.report}\nwritten      {folder}")
@@ -159,6 +180,7 @@ def evaluate(
     run: Annotated[Path | None, typer.Argument(help="folder of a run: its quantized model is evaluated")] = None,
     model: ModelOption = None,
     weights: WeightsOption = None,
+    weights_entry: WeightsEntryOption = None,
     model_arg: ModelArgsOption = None,
     quantized: Annotated[
         Path | None, typer.Option(help="a quantized model (model.safetensors of a run) of --model's architecture")
@@ -166,6 +188,7 @@ def evaluate(
     data: DataOption = None,
     data_kind: DataKindOption = None,
     data_arg: DataArgsOption = None,
+    image_size: ImageSizeOption = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     as_json: JsonOption = False,
@@ -175,28 +198,36 @@ def evaluate(
     Example: gdfq evaluate runs/resnet20 --data path/to/cifar-10-batches-py
     """
     import gdfq
+    from gdfq import inputs
     from gdfq.run import folder as run_folder
 
+    settings = ModelConfig(image_size=image_size)
     if run is not None:
         _, source = run_folder.read_run(run)
         quantized = run / run_folder.MODEL
     elif model is not None:
-        source = _source(model, weights, model_arg)
+        source = inputs.model_source(model, weights, weights_entry, model_arg)
     else:
         raise GdfqError("say what to evaluate: the folder of a run, or --model SPEC (see --help)")
     if data is not None or run is None:
-        source |= _data_source(data, data_kind, data_arg)
-    dataset = _load_data(source)
-    if dataset is None:
+        source |= inputs.data_source(data, data_kind, data_arg)
+    if source["data"] is None:
         raise GdfqError("say what to evaluate on: --data FOLDER, or --data fashion-mnist")
-    network = _load_model(source)
+    network = inputs.model_of(source)
+    if quantized is not None:
+        channels, *size = run_folder.image_shape_of(quantized)
+        if image_size is not None and size != [image_size, image_size]:
+            raise GdfqError(f"{quantized} takes images of {size[0]} x {size[1]} pixels: leave out --image-size")
+        settings = ModelConfig(image_size=tuple(size), channels=channels)
+    dataset = inputs.data_of(source, network, settings)
     if quantized is not None:
         network = gdfq.load_quantized(quantized, network)
     figures = gdfq.evaluate(
         network, dataset, batch_size=batch_size, device=device, progress=not as_json and sys.stderr.isatty()
     )
     text = f"top-1 {figures.top1:.2f}%  top-5 {figures.top5:.2f}%  {figures.images} images  {figures.seconds:.1f} s"
-    typer.echo(json.dumps(asdict(figures)) if as_json else text)
+    prepared = dataset.preparation
+    typer.echo(json.dumps(asdict(figures) | {"preparation": asdict(prepared)}) if as_json else f"{text}\n{prepared}")
 
 
 @app.command()
@@ -281,36 +312,19 @@ def doctor(as_json: JsonOption = False) -> None:
     typer.echo(str(backends))
 
 
-def _source(model: str, weights: Path | None, model_args: list[str] | None) -> dict[str, Any]:
-    """What it takes to load the model again, as JSON values."""
-    return {"model": model, "weights": weights and str(weights.absolute()), "model_args": model_args or []}
-
-
-def _data_source(data: str | None, kind: str | None, data_args: list[str] | None, purpose: str = "") -> dict[str, Any]:
-    folder = data and (str(Path(data).absolute()) if Path(data).exists() else data)
-    return {f"{purpose}data": folder, f"{purpose}data_kind": kind, f"{purpose}data_args": data_args or []}
-
-
-def _load_model(source: dict[str, Any]):
-    from gdfq.models import load_model, parse_model_args
-
-    return load_model(source["model"], source["weights"], **parse_model_args(source["model_args"]))
-
-
-def _load_data(source: dict[str, Any], purpose: str = ""):
-    from gdfq.data import load_dataset
-    from gdfq.models import parse_model_args
-
-    if source[f"{purpose}data"] is None:
-        return None
-    data, kind, args = (source[f"{purpose}{key}"] for key in ("data", "data_kind", "data_args"))
-    return load_dataset(data, kind, **parse_model_args(args))
+def _nothing_but_settings(**options: object) -> None:
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    if given:
+        raise GdfqError(
+            f"--resume goes on with the model and the data that the run was started with: leave out {', '.join(given)}"
+        )
 
 
 def main() -> None:
     """Run the command line: 0 after success, 2 after an error that is the user's to mend, 130 after Ctrl-C."""
     from gdfq.run.training_run import Stopped
 
+    warnings.formatwarning = _one_line
     try:
         app(prog_name="gdfq", standalone_mode=False)
     except Stopped as stopped:
@@ -327,6 +341,14 @@ def main() -> None:
             raise
         show()
         sys.exit(2)
+
+
+_standard_format = warnings.formatwarning
+
+
+def _one_line(message: Warning | str, category: type[Warning], *where: Any) -> str:
+    """A warning that is meant for the user, without the line of code that it is from."""
+    return f"gdfq: {message}\n" if category is UserWarning else _standard_format(message, category, *where)
 
 
 def _exit(message: str, code: int) -> None:

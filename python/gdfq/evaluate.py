@@ -1,6 +1,7 @@
 """Top-1 and top-5 accuracy on labeled images, and how well Q agrees with P on any."""
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from gdfq.errors import GdfqError
+from gdfq.memory import explained, is_out_of_memory
 from gdfq.precision import products_in_tf32
 
 
@@ -67,10 +69,19 @@ def evaluate(
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=parameter.device.type == "cuda")
     start = time.perf_counter()
     top1 = top5 = 0
-    with _eval_mode(model), torch.inference_mode():
+    classes = len(getattr(dataset, "classes", ()))
+    settings = {"the batch size": batch_size}
+    with explained("evaluating", settings), _eval_mode(model), torch.inference_mode():
         for images, labels in tqdm(_batches(loader), "evaluating", len(loader), disable=not progress):
             images = images.to(parameter.device, parameter.dtype, non_blocking=True, memory_format=memory_format)
             logits = _checked_logits(_forward(model, images), labels, num_classes)
+            if classes not in (0, logits.shape[1]):
+                warnings.warn(
+                    f"the data have {classes} classes, but the model knows {logits.shape[1]}: labels, which are in the "
+                    "data's own order, may stand for other classes than the model's",
+                    stacklevel=3,
+                )
+                classes = 0
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.to(logits.device)[:, None]
             top1 += int(best[:, 0].sum())
             top5 += int(best.sum())
@@ -117,9 +128,9 @@ def _batches(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 def _forward(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     try:
         return model(images)
-    except torch.OutOfMemoryError as error:
-        raise GdfqError(f"not enough memory for a batch of {len(images)} images; lower the batch size") from error
     except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         shape = tuple(images.shape[1:])
         raise GdfqError(f"the model rejects images of shape {shape} (channels, height, width): {error}") from error
 

@@ -1,15 +1,12 @@
-"""Models by name, and weights from files that cannot run code."""
+"""Models by name."""
 
 import ast
 import difflib
 import importlib
 import importlib.util
 import os
-import pickle
-import re
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,25 +15,27 @@ import torch
 from torch import nn
 
 from gdfq.errors import GdfqError
-from gdfq.run.files import load_tensors
+from gdfq.weights import listing, load_weights
 
 SPEC_HELP = (
     "a model is given as pytorchcv:NAME, timm:NAME, torchvision:NAME, package.module:factory or "
     "path/to/file.py:factory, where factory is a callable that returns a torch.nn.Module"
 )
-LISTED = 5  # how many names an error lists before it says "and N more"
-STATE_DICT_ENTRIES = ("state_dict", "model_state_dict", "model", "net", "weights")
-WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
 
 
-def load_model(spec: str, weights: str | Path | None = None, **kwargs: Any) -> nn.Module:
+def load_model(
+    spec: str, weights: str | Path | None = None, weights_entry: str | None = None, **kwargs: Any
+) -> nn.Module:
     """The model that `spec` names, in eval mode, on the CPU unless its factory decides otherwise.
 
     Args:
         spec: `pytorchcv:NAME`, `timm:NAME`, `torchvision:NAME`, `package.module:factory` (the current folder is
             importable, as with `python -m`) or `path/to/file.py:factory`. The factory is a callable that returns a
             `torch.nn.Module`; a module instance is taken as it is.
-        weights: a safetensors file, or a state dict saved with `torch.save`; None keeps what the factory made.
+        weights: a safetensors file, or a state dict or checkpoint saved with `torch.save`; None keeps what the factory
+            made. See `gdfq.weights.load_weights` for what is understood.
+        weights_entry: which weights, where the file holds several sets of them: what stands before their names, as
+            `state_dict_ema`. Default: a moving average, if that is the only other one, and a warning says so.
         kwargs: handed to the factory. `pretrained=True` asks pytorchcv, timm and torchvision for their own weights,
             which they download.
 
@@ -45,7 +44,9 @@ def load_model(spec: str, weights: str | Path | None = None, **kwargs: Any) -> n
     """
     model = _build(spec, kwargs)
     if weights is not None:
-        _load_into(model, read_state_dict(weights), f"{weights} does not fit {spec}")
+        load_weights(model, weights, weights_entry, f"{weights} does not fit {spec}")
+    elif weights_entry is not None:
+        raise GdfqError(f"'{weights_entry}' names an entry of a weights file, but none is given: `--weights FILE`")
     check_finite(model)
     return model.eval()
 
@@ -62,8 +63,8 @@ def parse_model_args(items: Iterable[str]) -> dict[str, Any]:
         name, text = name.strip(), text.strip()
         if not equals or not name.isidentifier():
             raise GdfqError(f"a model argument is name=value, for example in_channels=1; given: {item!r}")
-        if name in ("spec", "weights"):
-            raise GdfqError(f"{name} cannot be a model argument; a weights file has its own option")
+        if name in ("spec", "weights", "weights_entry"):
+            raise GdfqError(f"{name} cannot be a model argument; a weights file has options of its own")
         if name in arguments:
             raise GdfqError(f"the model argument {name} is given twice")
         arguments[name] = _literal(text)
@@ -87,9 +88,25 @@ def check_finite(model: nn.Module) -> None:
     ]
     if bad:
         raise GdfqError(
-            f"the model's weights hold NaN or Inf in {_listing(bad)}; such a model predicts nothing: "
+            f"the model's weights hold NaN or Inf in {listing(bad)}; such a model predicts nothing: "
             "load a sound copy of the weights"
         )
+
+
+def stated_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width of its images, where it says them: `in_size` of pytorchcv, `default_cfg` of timm."""
+    timm_shape = (getattr(model, "default_cfg", None) or {}).get("input_size")
+    size = getattr(model, "in_size", None) or (timm_shape and timm_shape[1:])
+    if size is None:
+        return None
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def stated_channels(model: nn.Module) -> int:
+    """Channels of its images: timm's `default_cfg`, or what its first convolution takes."""
+    timm_shape = (getattr(model, "default_cfg", None) or {}).get("input_size")
+    convolutions = (m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
+    return timm_shape[0] if timm_shape else getattr(next(convolutions, None), "in_channels", 3)
 
 
 # --- where a model comes from
@@ -217,96 +234,6 @@ def _unknown_name(source: str, name: str, known: Iterable[str]) -> str:
 def _suggestion(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(close)}?" if close else ""
-
-
-# --- weights
-
-
-def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict in a safetensors file or in a file of `torch.save`, on the CPU; no code in it is ever run.
-
-    A training checkpoint is searched for its entry `state_dict`, `model_state_dict`, `model`, `net` or `weights`.
-    Raises `GdfqError` when the file is missing, truncated, needs unrestricted pickle or holds no tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise GdfqError(f"no such weights file: {path}")
-    with path.open("rb") as file:
-        start = file.read(4)
-    # A torch.save file is a zip archive, or, in its old form, a pickle; anything else must be safetensors.
-    if start == b"PK\x03\x04" or start[:1] == b"\x80":
-        return _find_state_dict(_torch_load(path), path)
-    return load_tensors(path)[0]
-
-
-def _torch_load(path: Path) -> Any:
-    convert = "if you trust the file, load the model and save its weights alone: torch.save(model.state_dict(), FILE)"
-    try:
-        with warnings.catch_warnings(action="ignore"):  # torch's advice on formats; the errors below say it in one line
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused is None:
-            raise GdfqError(f"{path} is truncated or is no state dict; copy or download it again") from error
-        raise GdfqError(
-            f"{path} is truncated or holds more than tensors ({refused[1]}), and to read that could run any code; "
-            f"{convert}"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        if "TorchScript" in str(error):
-            raise GdfqError(f"{path} is a TorchScript archive, not a state dict; {convert}") from error
-        raise GdfqError(f"{path} is truncated or is no state dict ({_reason(error)})") from error
-
-
-def _find_state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
-    while isinstance(content, Mapping):
-        tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
-        entry = next((key for key in STATE_DICT_ENTRIES if isinstance(content.get(key), Mapping)), None)
-        if entry is None and tensors:
-            return tensors
-        if entry is None:
-            break
-        content = content[entry]
-    raise GdfqError(
-        f"{path} holds no state dict: a mapping from names to tensors, alone or as the entry "
-        f"{', '.join(STATE_DICT_ENTRIES)}, was looked for"
-    )
-
-
-def _load_into(model: nn.Module, state: dict[str, torch.Tensor], complaint: str) -> None:
-    expected = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-    state = _without_wrappers(state, expected)
-    # Networks from before 2018 have no num_batches_tracked, and inference never reads it.
-    missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in state if name not in expected]
-    misshapen = [
-        f"{name} (file {tuple(state[name].shape)}, model {tuple(expected[name].shape)})"
-        for name in expected
-        if name in state and state[name].shape != expected[name].shape
-    ]
-    problems = [
-        f"{kind}: {_listing(names)}"
-        for kind, names in (("missing", missing), ("not in the model", unexpected), ("shapes differ", misshapen))
-        if names
-    ]
-    if problems:
-        raise GdfqError(f"{complaint}; {'; '.join(problems)}")
-    model.load_state_dict(state, strict=False)
-
-
-def _without_wrappers(state: dict[str, torch.Tensor], expected: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Take off the prefixes that wrappers put before every name, unless the model itself uses them."""
-    for _ in WRAPPER_PREFIXES:  # wrappers nest, in any order
-        for prefix in WRAPPER_PREFIXES:
-            own = any(name.startswith(prefix) for name in expected)
-            if state and not own and all(name.startswith(prefix) for name in state):
-                state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
-
-
-def _listing(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
 
 
 def _reason(error: BaseException) -> str:

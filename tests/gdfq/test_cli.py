@@ -4,6 +4,7 @@ import json
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,12 @@ def test_quantize_evaluate_and_resume(gdfq, weights, images, tmp_path):
     data = ["--data", images, "--data-arg", "resize=8", "--data-arg", "crop=8"]
     source = ["--model", f"{MODELS}:Plain", "--weights", weights]
     code, out, err = gdfq("quantize", *source, "--out", tmp_path / "run", *SHORT, *data)
-    assert (code, err) == (0, "")
+    assert code == 0
+    first, second = err.splitlines()
+    assert first.startswith("gdfq: Plain, images 3 x 8 x 8, 5 classes, to W4A4 for target 'onnx', on cpu, ")
+    assert first.endswith(f"files in {tmp_path / 'run'}")
+    assert second.startswith("gdfq: method 'gdfq': Q trained on images of a generator that learns along with it; ")
+    assert second.endswith("images from 'generator', 3 epochs of 2 iterations of 8 images")
     for words in ("gdfq, W4A4, target 'onnx'", "2 layers at 4 bits", "stayed float", "top-1", "held-out"):
         assert words in out
     report = json.loads((tmp_path / "run" / run_folder.REPORT).read_text())
@@ -61,10 +67,108 @@ def test_quantize_evaluate_and_resume(gdfq, weights, images, tmp_path):
     code, out, _ = gdfq("evaluate", *source, *data, "--json")
     assert json.loads(out)["top1"] == pytest.approx(report["top1"]["float"])
 
-    code, out, _ = gdfq("quantize", "--resume", tmp_path / "run", "--json")
+    code, out, err = gdfq("quantize", "--resume", tmp_path / "run", "--json")
     again = json.loads(out)
-    assert code == 0
+    assert (code, err) == (0, "")
     assert {**again, "seconds": 0} == {**report, "seconds": 0}
+
+
+SIZES = """
+import sys
+sys.path.insert(0, {tests!r})
+from small_models import *
+
+class Silent(Plain):
+    in_size = None
+
+class OfTimm(Silent):
+    default_cfg = {{"input_size": (3, 80, 80), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "crop_pct": 0.8,
+                    "interpolation": "bicubic"}}
+
+def gray():
+    model = Plain()
+    model.conv = nn.Conv2d(1, 8, 3)
+    return model.eval()
+
+def five_channels():
+    model = Plain()
+    model.conv = nn.Conv2d(5, 8, 3)
+    return model.eval()
+"""
+
+
+@pytest.fixture
+def sizes(tmp_path):
+    (tmp_path / "sizes.py").write_text(SIZES.format(tests=str(MODELS.parent)))
+    return tmp_path / "sizes.py"
+
+
+@pytest.mark.parametrize(
+    ("factory", "options", "shape", "words"),
+    [
+        ("Plain", [], [3, 8, 8], "short side resized to 8 (bilinear), center 8 x 8 cut, RGB, mean 0.485"),
+        ("Silent", ["--image-size", 96], [3, 96, 96], "short side resized to 110"),
+        ("Plain", ["--image-size", 64], [3, 64, 64], "short side resized to 64"),
+        ("Plain", ["--data-arg", "crop=30", "--data-arg", "resize=40"], [3, 30, 30], "short side resized to 40"),
+        ("Silent", ["--data-arg", "crop=96"], [3, 96, 96], "short side resized to 110"),
+        ("OfTimm", [], [3, 80, 80], "short side resized to 100 (bicubic), center 80 x 80 cut, RGB, mean 0.5 0.5 0.5"),
+        ("gray", [], [1, 8, 8], "gray, mean 0.449, std 0.226"),
+    ],
+)
+def test_images_are_prepared_for_the_model_and_it_is_said(gdfq, sizes, images, factory, options, shape, words):
+    arguments = ["evaluate", "--model", f"{sizes}:{factory}", "--data", images, *options]
+    code, out, _ = gdfq(*arguments)
+    assert code == 0
+    assert words in out
+    assert json.loads(gdfq(*arguments, "--json")[1])["preparation"]["shape"] == shape
+
+
+@pytest.mark.parametrize(
+    ("factory", "options", "words"),
+    [
+        ("Silent", [], ["the one that the model takes is not known", "--image-size"]),
+        ("five_channels", [], ["the model takes 5 channels"]),
+        ("Plain", ["--image-size", 0], ["--image-size"]),
+    ],
+)
+def test_images_that_cannot_be_prepared(gdfq, sizes, images, factory, options, words):
+    code, _, err = gdfq("evaluate", "--model", f"{sizes}:{factory}", "--data", images, *options)
+    assert code == 2
+    assert all(word in err for word in words), err
+
+
+def test_images_of_a_run_have_the_size_of_the_run(gdfq, sizes, images, tmp_path):
+    data = ["--data", images, "--calibration-data", images / "class0", "--method", "mse"]
+    run = ["quantize", "--model", f"{sizes}:Silent", "--image-size", 16, "--out", tmp_path / "run", *SHORT, *data]
+    code, out, err = gdfq(*run)
+    assert code == 0, err
+    prepared = "3 x 16 x 16, short side resized to 16 (bilinear), center 16 x 16 cut"
+    assert f"for calibration: {prepared}" in out
+    assert f"for top-1: {prepared}" in out
+    assert prepared in gdfq("evaluate", tmp_path / "run")[1]
+    assert prepared in gdfq("evaluate", tmp_path / "run", "--image-size", 16)[1]
+    code, _, err = gdfq("evaluate", tmp_path / "run", "--image-size", 32)
+    assert (code, "takes images of 16 x 16 pixels: leave out --image-size" in err) == (2, True)
+    code, _, err = gdfq("evaluate", tmp_path / "run", "--data", images / "class0")
+    assert (code, "3 images lie directly in" in err) == (2, True)
+
+
+@pytest.mark.parametrize("entry", ["state_dict", "state_dict_ema", None])
+def test_the_weights_that_were_chosen_are_those_of_the_whole_run(gdfq, images, tmp_path, entry):
+    raw, ema = randomize_batch_norm(Plain()).state_dict(), randomize_batch_norm(Plain()).state_dict()
+    torch.save({"state_dict": raw, "state_dict_ema": ema}, tmp_path / "both.pth")
+    save_file(raw if entry == "state_dict" else ema, tmp_path / "one.safetensors")
+    both = ["--weights", tmp_path / "both.pth", *(["--weights-entry", entry] if entry else [])]
+    models = []
+    for source in (both, ["--weights", tmp_path / "one.safetensors"]):
+        folder = tmp_path / f"run{len(models)}"
+        with warnings.catch_warnings(record=True) as caught:
+            assert gdfq("quantize", "--model", f"{MODELS}:Plain", *source, "--out", folder, *SHORT)[0] == 0
+            (folder / run_folder.MODEL).unlink()
+            assert gdfq("quantize", "--resume", folder)[0] == 0  # of other weights the checkpoint would be refused
+        assert len(caught) == (2 if source is both and entry is None else 0)
+        models.append(load_tensors(folder / run_folder.MODEL)[0])
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 
 
 @pytest.mark.parametrize(
@@ -75,7 +179,7 @@ def test_real_images_for_the_baselines_that_take_some(gdfq, weights, images, tmp
     source = ["--model", f"{MODELS}:Plain", "--weights", weights, "--method", method]
     data = [option, images, *(f"{option}-arg={value}" for value in ("resize=8", "crop=8", "mean=-9"))]
     code, out, err = gdfq("quantize", *source, "--out", tmp_path / "run", *SHORT, *data)
-    assert (code, err) == (0, "")
+    assert (code, len(err.splitlines())) == (0, 2)
     assert f"{method}, W4A4" in out
     model, _ = load_tensors(tmp_path / "run" / run_folder.MODEL)
     assert model["activation_quantizers.x.range"][0] > 9  # where the mean has moved these images; noise is below 6

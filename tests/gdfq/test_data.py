@@ -14,6 +14,8 @@ from PIL import Image
 from gdfq.data import CIFAR10_CLASSES, load_dataset, read_idx
 from gdfq.errors import GdfqError
 
+pytestmark = pytest.mark.filterwarnings("ignore:images are cut to 224")
+
 RANDOM = np.random.default_rng(0)
 
 
@@ -385,7 +387,8 @@ def test_image_folder(folder):
 
 
 def test_image_folder_defaults(folder):
-    image = load_dataset(folder)[3][0]
+    with pytest.warns(UserWarning, match="cut to 224 x 224 pixels, since neither `image_size` nor `crop`"):
+        image = load_dataset(folder)[3][0]
     assert image.shape == (3, 224, 224)
     torch.testing.assert_close(
         image[:, 0, 0], torch.tensor([(0 - 0.485) / 0.229, (1 - 0.456) / 0.224, (0 - 0.406) / 0.225])
@@ -439,6 +442,111 @@ def test_splits_are_not_taken_for_classes(folder):
     os.symlink(folder, root / "val")
     with pytest.raises(GdfqError, match=r"holds the splits train, val; give one of them, such as .*imagenet/val"):
         load_dataset(root)
+
+
+# --- as a model takes them
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "resize"),
+    [
+        (8, (8, 8), 8), (32, (32, 32), 32), (64, (64, 64), 64), (96, (96, 96), 110), (224, (224, 224), 256),
+        (299, (299, 299), 342), ((24, 40), (24, 40), 24), ((100, 200), (100, 200), 114),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_folder_is_prepared_for_the_models_size_and_says_so(folder, size, shape, resize, channels):
+    dataset = load_dataset(folder, image_size=size, channels=channels)
+    assert {dataset[index][0].shape for index in range(4)} == {(channels, *shape)}
+    prepared = dataset.preparation
+    assert prepared.shape == (channels, *shape)
+    assert f"short side resized to {resize} (bilinear), center {shape[0]} x {shape[1]} cut" in str(prepared)
+    assert str(prepared).endswith(
+        "RGB, mean 0.485 0.456 0.406, std 0.229 0.224 0.225" if channels == 3 else "gray, mean 0.449, std 0.226"
+    )
+
+
+def test_small_images_are_taken_whole(tmp_path):
+    (tmp_path / "only").mkdir()
+    image = pixels(32, 32, 3)
+    Image.fromarray(image).save(tmp_path / "only" / "x.png")
+    given = load_dataset(tmp_path, image_size=32, channels=3, mean=0, std=1)[0][0]
+    torch.testing.assert_close(given, torch.from_numpy(image.transpose(2, 0, 1) / 255).float())
+
+
+def test_what_is_said_of_crop_and_resize_goes_before_the_models_size(folder):
+    dataset = load_dataset(folder, image_size=32, crop=12, resize=20)
+    assert (dataset[0][0].shape, dataset.transform.resize) == ((3, 12, 12), 20)
+    assert load_dataset(folder, image_size=32, resize=40).transform.crop == (32, 32)
+
+
+def test_an_image_of_another_shape_than_square_is_not_stretched(tmp_path):
+    (tmp_path / "only").mkdir()
+    ramp = np.tile(np.linspace(0, 255, 80, dtype=np.uint8)[None, :, None], (40, 1, 3))
+    Image.fromarray(ramp).save(tmp_path / "only" / "x.png")
+    image = load_dataset(tmp_path, image_size=(20, 30), mean=0, std=1)[0][0]
+    # 80x40 becomes 40x20; the center 30 columns are the ramp's middle three quarters.
+    torch.testing.assert_close(image[0, 10], torch.linspace(0.125, 0.875, 30), atol=0.02, rtol=0)
+
+
+def test_stored_images_are_fitted_and_it_is_said(fashion):
+    folder, images, _ = fashion
+    same = load_dataset(folder)
+    assert str(same.preparation) == "1 x 28 x 28, as stored, mean 0.286, std 0.353"
+    larger = load_dataset(folder, image_size=56, channels=3, mean=0, std=1)
+    assert str(larger.preparation).startswith("3 x 56 x 56, resized from 28 x 28 (bilinear), gray made RGB, mean 0 0 0")
+    image = larger[2][0]
+    assert image.shape == (3, 56, 56)
+    assert torch.equal(image[0], image[2])
+    expected = Image.fromarray(images[2]).resize((56, 56), Image.Resampling.BILINEAR)
+    torch.testing.assert_close(image[0], torch.from_numpy(np.array(expected) / 255).float(), atol=1.5 / 255, rtol=0)
+
+
+def test_rgb_is_made_gray_as_pillow_does(tmp_path):
+    data = pixels(2, 3072)
+    (tmp_path / "test_batch").write_bytes(python2_pickle(data=data, labels=[0, 1]))
+    dataset = load_dataset(tmp_path, channels=1)
+    assert "RGB made gray, mean 0.4734, std 0.2009" in str(dataset.preparation)
+    expected = Image.fromarray(data[1].reshape(3, 32, 32).transpose(1, 2, 0)).convert("L")
+    found = dataset.pixels(1)[0].numpy().astype(int)
+    assert np.abs(found - np.array(expected)).max() <= 1
+
+
+def test_channels_that_images_cannot_have(folder, fashion):
+    with pytest.raises(GdfqError, match=r"the model takes 4 channels, but image files have 1 or 3"):
+        load_dataset(folder, channels=4)
+    with pytest.raises(GdfqError, match=r"the model takes 2 channels, but these images have 1"):
+        load_dataset(fashion[0], channels=2)
+
+
+def test_images_of_16_bits_are_not_clipped_in_silence(tmp_path):
+    (tmp_path / "only").mkdir()
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "only" / "x.png")
+    with pytest.raises(GdfqError, match=r"x.png has more than 8 bits a pixel"):
+        load_dataset(tmp_path)[0]
+
+
+def test_images_without_classes_are_for_calibration(folder, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for index in range(3):
+        Image.new("RGB", (20, 20), (index, 0, 0)).save(flat / f"{index}.png")
+    with pytest.raises(GdfqError, match=r"3 images lie directly in .*flat, and it has no folders of classes: to"):
+        load_dataset(flat)
+    images = load_dataset(flat, labeled=False, image_size=8, channels=3, mean=0, std=1)
+    assert len(images) == 3
+    assert images[2].shape == (3, 8, 8)
+    assert images[2][0].mean() == pytest.approx(2 / 255)
+    Image.new("RGB", (9, 9)).save(folder / "stray.png")
+    with pytest.warns(UserWarning, match="1 images lie directly in .*and are left out"):
+        assert len(load_dataset(folder)) == 4
+    assert len(load_dataset(folder, labeled=False)) == 5
+
+
+@pytest.mark.parametrize("size", [0, -3, 1.5, "32", (1, 2, 3), True])
+def test_sizes_that_are_none(folder, size):
+    with pytest.raises(GdfqError, match=r"a size in pixels is a whole number from 1, or \(height, width\); given:"):
+        load_dataset(folder, image_size=size)
 
 
 # --- what everyone gets wrong

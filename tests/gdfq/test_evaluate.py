@@ -110,6 +110,14 @@ def test_class_count_that_does_not_fit():
         evaluate(Reads(10), dataset_with_ranks([0], 10), num_classes=100)
 
 
+def test_another_number_of_classes_than_the_models_is_said():
+    dataset = dataset_with_ranks([0, 0], 10)
+    dataset.classes = ("cat", "dog")
+    with pytest.warns(UserWarning, match="the data have 2 classes, but the model knows 10") as caught:
+        evaluate(Reads(10), dataset, batch_size=1)
+    assert len(caught) == 1
+
+
 def test_no_images():
     with pytest.raises(GdfqError, match="no images"):
         evaluate(Reads(10), TensorDataset(torch.zeros(0, 1, 4, 4), torch.zeros(0)))

@@ -1,5 +1,6 @@
 """Models as users bring them: what surprised an earlier version, or another tool."""
 
+import json
 import warnings
 
 import pytest
@@ -8,8 +9,10 @@ import torch.nn.functional as F
 from small_models import Plain, randomize_batch_norm
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.tensorboard import SummaryWriter
 
 import gdfq
+from gdfq.data import LabeledImages
 from gdfq.errors import GdfqError
 
 TRIAL = {
@@ -72,6 +75,91 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing(tmp_path, monkeypatch):
     assert (tmp_path / "run/report.json").exists()
     assert (tmp_path / "run/model.safetensors").exists()
     assert result.model(torch.randn(2, 3, 8, 8)).isfinite().all()
+
+
+def labeled(shape=(3, 8, 8), labels=(0, 1, 2)):
+    return [(torch.randn(shape), label) for label in labels]
+
+
+class Breaks(list):
+    """A data set whose last item cannot be read."""
+
+    def __getitem__(self, index):
+        if index == len(self) - 1:
+            raise ValueError("no such file: 7.png")
+        return super().__getitem__(index)
+
+
+def with_data(dataset, run_dir=None):
+    config = gdfq.Config.load("cifar", TRIAL)
+    return gdfq.quantize(plain(), config, run_dir=run_dir, progress=False, evaluate_on=dataset)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ([], "holds no images"),
+        (Breaks(labeled(labels=[0])), "its first item cannot be read: ValueError: no such file: 7.png"),
+        (labeled((3, 9, 9)), r"an image of shape \(3, 9, 9\), the model takes \(3, 8, 8\)"),
+        (labeled(labels=[10]), r"holds the label 10, but the model knows 10 classes"),
+        (labeled(labels=[-1]), r"holds the label -1"),
+        ([torch.randn(3, 8, 8)], "every item must be a pair"),
+        (iter(()), "must have len"),
+    ],
+)
+def test_data_for_evaluation_are_looked_at_before_the_run(tmp_path, dataset, words):
+    with pytest.raises(GdfqError, match=f"`evaluate_on`.*{words}"):
+        with_data(dataset, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_labels_of_a_data_set_that_has_them_at_hand_are_looked_at(tmp_path):
+    class Images(LabeledImages):
+        def pixels(self, index):
+            return torch.zeros(3, 8, 8)
+
+    images = Images(torch.tensor([0, 1, 12]), list("abcdefghijklm"), torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+    with pytest.raises(GdfqError, match="holds the label 12"):
+        with_data(images, tmp_path / "run")
+
+
+def test_data_that_break_after_training_cost_no_result(tmp_path):
+    with pytest.warns(UserWarning, match=r"top-1 was not measured: no such file: 7.png; mend it, then: gdfq evaluate"):
+        result = with_data(Breaks(labeled()), tmp_path / "run")
+    assert result.report.top1 == {}
+    assert json.loads((tmp_path / "run/report.json").read_text())["top1"] == {}
+    assert {"model.safetensors", "generator.safetensors", "images.png"} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
+
+
+def test_the_written_report_has_the_top1(tmp_path):
+    result = with_data(labeled(), tmp_path / "run")
+    assert json.loads((tmp_path / "run/report.json").read_text())["top1"] == result.report.top1 != {}
+
+
+@pytest.mark.parametrize("method", ["__init__", "add_scalar", "close"])
+def test_events_that_cannot_be_written_cost_nothing(tmp_path, monkeypatch, method):
+    def fail(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, method, fail)
+    with pytest.warns(UserWarning, match="no TensorBoard events are written: No space left") as caught:
+        quantized(plain(), tmp_path / "run", **{"run.log_every": 1})
+    assert len([warning for warning in caught if "TensorBoard" in str(warning.message)]) == 1
+    assert (tmp_path / "run/model.safetensors").exists()
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_generator_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise GdfqError("cannot write generator.safetensors: No space left on device")
+
+    monkeypatch.setattr("gdfq.api.save_tensors", fail)
+    with pytest.warns(UserWarning, match=r"generator.safetensors was not written: cannot write"):
+        result = quantized(plain(), tmp_path / "run")
+    assert result.generator is not None
+    assert (tmp_path / "run/report.json").exists()
 
 
 def test_a_weight_is_counted_whatever_it_is_called():

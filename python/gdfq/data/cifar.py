@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from gdfq.data.folder import UNREADABLE_IMAGE
-from gdfq.data.images import StoredImages, check_split, checked_labels
+from gdfq.data.images import Size, StoredImages, check_split, checked_labels, of_channels
 from gdfq.errors import GdfqError
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -46,7 +46,17 @@ def find_archives(path: Path) -> list[Path]:
     return [file for file in candidates if file.is_file()]
 
 
-def cifar(kind: str, path: Path, split: str = "test", mean: Any = CIFAR_MEAN, std: Any = CIFAR_STD) -> StoredImages:
+def cifar(
+    kind: str,
+    path: Path,
+    size: Size = None,
+    channels: int | None = None,
+    split: str = "test",
+    mean: Any = None,
+    std: Any = None,
+) -> StoredImages:
+    mean = of_channels(CIFAR_MEAN, channels) if mean is None else mean
+    std = of_channels(CIFAR_STD, channels) if std is None else std
     check_split(split)
     classes = CIFAR_CLASSES[kind]
     archive = path if path.suffix == ".npz" else path / f"{split}.npz"
@@ -62,7 +72,8 @@ def cifar(kind: str, path: Path, split: str = "test", mean: Any = CIFAR_MEAN, st
         )
     images = torch.cat([images for images, _ in parts])
     labels = np.concatenate([np.asarray(labels, dtype=np.int64) for _, labels in parts])
-    return StoredImages(images, checked_labels(labels, len(images), classes, path), classes, mean, std)
+    labels = checked_labels(labels, len(images), classes, path)
+    return StoredImages(images, labels, classes, mean, std, size, channels)
 
 
 def _read_cifar_file(path: Path, kind: str) -> tuple[torch.Tensor, Any]:

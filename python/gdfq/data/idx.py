@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gdfq.data.images import StoredImages, check_split, checked_labels
+from gdfq.data.images import Size, StoredImages, check_split, checked_labels
 from gdfq.errors import GdfqError
 
 FASHION_MNIST_MEAN, FASHION_MNIST_STD = 0.2860, 0.3530
@@ -73,7 +73,12 @@ def find_idx(path: Path, split: str) -> tuple[Path, Path] | None:
 
 
 def fashion_mnist(
-    path: Path, split: str = "test", mean: Any = FASHION_MNIST_MEAN, std: Any = FASHION_MNIST_STD
+    path: Path,
+    size: Size = None,
+    channels: int | None = None,
+    split: str = "test",
+    mean: Any = FASHION_MNIST_MEAN,
+    std: Any = FASHION_MNIST_STD,
 ) -> StoredImages:
     check_split(split)
     files = find_idx(path, split)
@@ -87,4 +92,4 @@ def fashion_mnist(
     if images.dim() != 3:
         raise GdfqError(f"{files[0]} holds an array of shape {tuple(images.shape)}, not images (N, H, W)")
     labels = checked_labels(read_idx(files[1]), len(images), FASHION_MNIST_CLASSES, files[1])
-    return StoredImages(images[:, None], labels, FASHION_MNIST_CLASSES, mean, std)
+    return StoredImages(images[:, None], labels, FASHION_MNIST_CLASSES, mean, std, size, channels)

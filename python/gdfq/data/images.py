@@ -1,16 +1,39 @@
 """What a data set is: labeled images, normalized, and what all kinds check."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from gdfq.errors import GdfqError
 
 SPLITS = ("test", "train")
+Size = int | Sequence[int] | None
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a model gets of an image file.
+
+    Attributes:
+        shape: `(channels, height, width)`.
+        pixels: what was done to the pixels, in words.
+        mean, std: that the pixels, scaled to 0..1, are normalized with; one number per channel.
+    """
+
+    shape: tuple[int, int, int]
+    pixels: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __str__(self) -> str:
+        mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        return f"{' x '.join(map(str, self.shape))}, {self.pixels}, mean {mean}, std {std}"
 
 
 class LabeledImages(Dataset):
@@ -29,9 +52,23 @@ class LabeledImages(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        pixels = self.pixels(index)
-        return (pixels.float().div_(255) - self.mean) / self.std, int(self.labels[index])
+    def __getitem__(self, index: int) -> Any:
+        return self.image(index), int(self.labels[index])
+
+    def image(self, index: int) -> torch.Tensor:
+        """Image `index`, normalized: float32 `(C, H, W)`."""
+        return (self.pixels(index).float().div_(255) - self.mean) / self.std
+
+    @property
+    def preparation(self) -> Preparation:
+        """How the images are prepared."""
+        mean, std = (tuple(values.flatten().tolist()) for values in (self.mean, self.std))
+        (height, width), words = self.size_and_words()
+        return Preparation((len(mean), height, width), words, mean, std)
+
+    def size_and_words(self) -> tuple[tuple[int, int], str]:
+        """Height and width of what `pixels` gives, and how it came to be."""
+        raise NotImplementedError
 
     def pixels(self, index: int) -> torch.Tensor:
         """Image `index` as it is stored or decoded: uint8 `(C, H, W)`."""
@@ -39,14 +76,69 @@ class LabeledImages(Dataset):
 
 
 class StoredImages(LabeledImages):
-    """Images that lie in memory as one uint8 tensor `(N, C, H, W)`."""
+    """Images that lie in memory as one uint8 tensor `(N, C, H, W)`.
 
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], mean: Any, std: Any):
-        super().__init__(labels, classes, *normalization(mean, std, images.shape[1]))
+    Args:
+        images, labels, classes: see `LabeledImages`.
+        mean, std: one number or one per channel; three become their mean where one channel is asked for by `channels`.
+        size: height and width to give, default the images' own.
+        channels: to give, default the images' own; gray images become RGB, and RGB ones gray.
+    """
+
+    def __init__(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        classes: Sequence[str],
+        mean: Any,
+        std: Any,
+        size: Size = None,
+        channels: int | None = None,
+    ):
         self.images = images
+        stored, *own = images.shape[1:]
+        self.size = (own[0], own[1]) if size is None else height_and_width(size)
+        self.channels = stored if channels is None else channels
+        if self.channels != stored and {self.channels, stored} != {1, 3}:
+            raise GdfqError(
+                f"the model takes {self.channels} channels, but these images have {stored}; in Python give a data set "
+                "of your own that has them"
+            )
+        super().__init__(labels, classes, *normalization(mean, std, self.channels))
 
     def pixels(self, index: int) -> torch.Tensor:
-        return self.images[index]
+        pixels = self.images[index]
+        if len(pixels) > self.channels:
+            pixels = (pixels * GRAY).sum(0, keepdim=True).round().byte()
+        if tuple(pixels.shape[1:]) != self.size:
+            resized = F.interpolate(pixels[None].float(), self.size, mode="bilinear", antialias=True)[0]
+            pixels = resized.round().clamp(0, 255).byte()
+        return pixels.expand(self.channels, *self.size)
+
+    def size_and_words(self) -> tuple[tuple[int, int], str]:
+        stored, height, width = self.images.shape[1:]
+        words = "as stored" if (height, width) == self.size else f"resized from {height} x {width} (bilinear)"
+        return self.size, words + {-2: ", gray made RGB", 2: ", RGB made gray"}.get(stored - self.channels, "")
+
+
+GRAY = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # ITU-R 601, as Pillow has it
+
+
+def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """Of a number for both, or of the two.
+
+    Raises:
+        GdfqError: anything else.
+    """
+    both = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
+    if len(both) != 2 or not all(type(side) is int and side >= 1 for side in both):
+        raise GdfqError(f"a size in pixels is a whole number from 1, or (height, width); given: {size!r}")
+    return both[0], both[1]
+
+
+def of_channels(values: Sequence[float], channels: int | None) -> float | Sequence[float]:
+    """A known mean or std of red, green and blue; for gray images, theirs."""
+    return sum(values) / len(values) if channels == 1 else values
 
 
 def check_split(split: str) -> None:

@@ -48,10 +48,13 @@ class Pixels:
 
     def scaled(self, x: Tensor) -> Tensor:
         """Images `(N, C, H, W)` of mean 0 and standard deviation 1, brought to this scale."""
-        if not any(self.mean) and set(self.std) == {1.0}:
-            return x
-        mean, std = (torch.tensor(values, device=x.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = self.tensors(x.device)
         return x * std + mean
+
+    def tensors(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, `(C, 1, 1)` float32."""
+        mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
+        return mean, std
 
 
 @torch.no_grad()

@@ -19,6 +19,8 @@ class Bank(ImageSource):
         make: `make(seed)` gives the images `(N, *shape)` of a bank. Those that are held out are another bank's.
     """
 
+    held_out_setting = "zeroq.images"
+
     def __init__(
         self,
         teacher: Teacher,

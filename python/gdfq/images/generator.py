@@ -11,6 +11,7 @@ from gdfq.config import Config
 from gdfq.graph import CapturedModel, Teacher
 from gdfq.images.networks import Generator
 from gdfq.images.source import ImageSource, RandomState
+from gdfq.memory import images_at_once
 from gdfq.nn import to_channels_last
 from gdfq.objective import Averages, Outputs, generator_objective
 from gdfq.optim.rates import load_optimizer_state, rate, set_rates, with_initial_rates
@@ -148,7 +149,8 @@ class GeneratorImages(ImageSource):
         return self.transform(images)
 
     def held_out(self) -> Iterator[Tensor]:
-        for part in zip(*(values.split(256) for values in self.held_out_latents), strict=True):
+        size = images_at_once(*self.shape[1:])
+        for part in zip(*(values.split(size) for values in self.held_out_latents), strict=True):
             yield self.images_of(part)
 
     def state_dict(self) -> dict[str, Any]:

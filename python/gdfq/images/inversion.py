@@ -3,12 +3,13 @@
 import torch
 from pydantic import Field
 from torch import Tensor
-from tqdm import trange
 
 import gdfq_ext
 from gdfq.config import Config, Section
 from gdfq.graph import CapturedModel, Pixels, Teacher
 from gdfq.images.bank import Bank
+from gdfq.memory import explained
+from gdfq.progress import steps
 from gdfq.registry import SECTIONS, SOURCES
 
 
@@ -24,11 +25,13 @@ def zeroq(
     teacher: Teacher, captured: CapturedModel, config: Config, device: torch.device, progress: bool = False
 ) -> Bank:
     """A bank of images that are inverted when they are first asked for."""
-    own = config.zeroq
-    return Bank(
-        teacher, captured.image_shape, config, device,
-        lambda seed: invert(teacher, captured.image_shape, own, seed, device, progress, captured.pixels),
-    )  # fmt: skip
+    shape, own = captured.image_shape, config.zeroq
+
+    def make(seed: int) -> Tensor:
+        with explained("making ZeroQ's images", {"zeroq.images": own.images}):
+            return invert(teacher, shape, own, seed, device, progress, captured.pixels)
+
+    return Bank(teacher, shape, config, device, make)
 
 
 @torch.enable_grad()  # images may be made when a calibration asks for them, which itself needs no gradients
@@ -55,7 +58,7 @@ def invert(
     optimizer = torch.optim.Adam([images], config.learning_rate)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, min_lr=1e-4, patience=100)
     zero, one = torch.zeros(shape[0], device=device), torch.ones(shape[0], device=device)
-    for _ in trange(config.iterations, disable=not progress, desc="ZeroQ images", unit="it", dynamic_ncols=True):
+    for _ in steps(config.iterations, "ZeroQ images", progress):
         layers = teacher.read(pixels.scaled(images), ("statistics",))[1]["statistics"]
         image_variance, image_mean = torch.var_mean(images, (0, 2, 3), correction=0)
         loss = gdfq_ext.bns_loss(

@@ -4,6 +4,7 @@ Images leave through a BatchNorm, so that every channel has the mean and the sta
 have: 0 and 1 where it was trained on standardized pixels.
 """
 
+import itertools
 import math
 
 import torch
@@ -85,7 +86,10 @@ class ToPixels(nn.BatchNorm2d):
 
     def __init__(self, channels: int, pixels: Pixels, learned: bool) -> None:
         super().__init__(channels, affine=False)
-        self.pixels = pixels
+        mean, std = pixels.tensors()
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        self.standardized = not mean.any() and bool((std == 1).all())
         self.shift = self.log_gain = None
         if learned:
             self.shift = nn.Parameter(torch.zeros(channels, 1, 1))
@@ -95,17 +99,24 @@ class ToPixels(nn.BatchNorm2d):
         x = super().forward(x)
         if self.shift is not None and self.log_gain is not None:
             x = x * self.log_gain.exp() + self.shift
-        return self.pixels.scaled(x)
+        return x if self.standardized else x * self.std + self.mean
+
+
+LARGEST_START = 64  # side of the grid that G starts at; the paper's for 224 pixels is 56
 
 
 class Generator(nn.Module):
     """Linear -> BN -> Up2 -> Conv 128 -> BN -> LeakyReLU -> Up2 -> Conv 64 -> BN -> LeakyReLU -> Conv -> Tanh -> BN.
 
+    For images of more than 256 pixels there are further stages Up2 -> Conv -> BN -> LeakyReLU, each of half the
+    channels, so that no layer has more parameters for a larger image.
+
     `generator(noise, labels)`: noise `(N, latent_size)` float32, labels `(N,)` int64, gives `(N, channels, height,
     width)` float32. Its state does not depend on the batch.
 
     Args:
-        image_shape: `(channels, height, width)`, any size: the grid starts at a quarter, rounded up, and is cropped.
+        image_shape: `(channels, height, width)`, any size: the grid starts at a quarter, rounded up, and is cropped;
+            beyond 256 pixels at the 8th, 16th ... part that is at most 64 x 64.
         num_classes: labels are below it.
         pixels: the scale of the images, see `ToPixels`; default: standardized.
         config: `architecture` is `embedding` (the noise is multiplied by an embedding of the label; the paper's for
@@ -122,7 +133,8 @@ class Generator(nn.Module):
         super().__init__()
         channels, self.height, self.width = image_shape
         self.conditional = config.architecture == "conditional"
-        self.start = (math.ceil(self.height / 4), math.ceil(self.width / 4))
+        stages = max(2, math.ceil(math.log2(max(self.height, self.width) / LARGEST_START)))
+        self.start = (math.ceil(self.height / 2**stages), math.ceil(self.width / 2**stages))
 
         norm_classes, eps = num_classes if self.conditional else 1, config.batch_norm_eps
 
@@ -133,7 +145,17 @@ class Generator(nn.Module):
         self.norm1 = ConditionalBatchNorm(128, norm_classes, eps, negative_slope=0.2)
         self.conv2 = UpsampledConvolution(128, 64)
         self.norm2 = ConditionalBatchNorm(64, norm_classes, eps, negative_slope=0.2)
-        self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
+        widths = [max(64 >> number, 16) for number in range(stages - 1)]
+        self.stages = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "conv": UpsampledConvolution(before, after),
+                    "norm": ConditionalBatchNorm(after, norm_classes, eps, negative_slope=0.2),
+                }
+            )
+            for before, after in itertools.pairwise(widths)
+        )
+        self.conv3 = nn.Conv2d(widths[-1], channels, 3, padding=1)
         self.to_pixels = ToPixels(channels, pixels or Pixels.standardized(channels), config.learn_scale)
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
@@ -149,6 +171,8 @@ class Generator(nn.Module):
         x = self.norm0(x, labels)
         x = self.norm1(self.conv1(x), labels)
         x = self.norm2(self.conv2(x), labels)
+        for stage in self.stages:
+            x = stage["norm"](stage["conv"](x), labels)
         x = torch.tanh(self.conv3(x)[:, :, : self.height, : self.width])
         return self.to_pixels(x)
 

@@ -28,16 +28,16 @@ class GaussianImages(ImageSource):
         pixels: Pixels | None = None,
     ) -> None:
         super().__init__(teacher, shape, config, device)
-        self.pixels = pixels or Pixels.standardized(shape[0])
+        self.mean, self.std = (pixels or Pixels.standardized(shape[0])).tensors(device)
 
     def images(self, count: int) -> tuple[Tensor, None]:
         noise = torch.randn(count, *self.shape, generator=self.random.generator, device=self.device)
-        return self.transform(self.pixels.scaled(noise)), None
+        return self.transform(noise * self.std + self.mean), None
 
     def held_out(self) -> Iterator[Tensor]:
         size, count = self.config.schedule.batch_size, self.config.run.held_out_images
         for images in gaussian_images(self.shape, count, size, self.config.run.seed + 1, self.device):
-            yield self.transform(self.pixels.scaled(images))
+            yield self.transform(images * self.std + self.mean)
 
 
 def gaussian_images(

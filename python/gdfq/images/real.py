@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gdfq.batch import Batch
 from gdfq.config import Config
+from gdfq.data import LabeledImages
 from gdfq.errors import GdfqError
 from gdfq.graph import Teacher
 from gdfq.images.noise import GaussianImages
@@ -83,7 +84,7 @@ class RealImages(ImageSource):
         if not all(isinstance(item, (tuple, list)) and len(item) == 2 for item in items):
             raise GdfqError("`train_on`: every item must be a pair (image, label)")
         images, labels = zip(*items, strict=True)
-        batch = _stack("train_on", images, self.shape), _checked_labels(labels, self.num_classes)
+        batch = _stack("train_on", images, self.shape), _checked_labels("train_on", labels, self.num_classes)
         return self.transform(batch[0].to(self.device)), batch[1].to(self.device)
 
     def _order(self, number: int) -> Tensor:
@@ -100,6 +101,26 @@ class RealImages(ImageSource):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.drawn = state["drawn"]
+
+
+def check_labeled(name: str, dataset: Any, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Look at the first item of a data set of pairs (image, label), and at all labels where they are at hand.
+
+    Raises:
+        GdfqError: it is empty, its first item cannot be read or is no such pair, or a label is outside the classes.
+    """
+    _check_dataset(name, dataset)
+    try:
+        item = dataset[0]
+    except GdfqError:
+        raise
+    except Exception as error:
+        raise GdfqError(f"`{name}`: its first item cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        raise GdfqError(f"`{name}`: every item must be a pair (image, label)")
+    _stack(name, item[:1], shape)
+    labels = dataset.labels if isinstance(dataset, LabeledImages) else item[1:]
+    _checked_labels(name, [min(labels), max(labels)], num_classes)
 
 
 def _check_dataset(name: str, dataset: Any) -> None:
@@ -128,15 +149,15 @@ def _stack(name: str, images: Sequence[Any], shape: tuple[int, int, int]) -> Ten
     return batch
 
 
-def _checked_labels(labels: Sequence[Any], num_classes: int) -> Tensor:
+def _checked_labels(name: str, labels: Sequence[Any], num_classes: int) -> Tensor:
     for label in labels:
         try:
             known = 0 <= operator.index(label) < num_classes
         except TypeError:
-            raise GdfqError(f"`train_on`: a label must be an integer, 0..{num_classes - 1}; given: {label!r}") from None
+            raise GdfqError(f"`{name}`: a label must be an integer, 0..{num_classes - 1}; given: {label!r}") from None
         if not known:
             raise GdfqError(
-                f"`train_on` holds the label {int(label)}, but the model knows {num_classes} classes "
+                f"`{name}` holds the label {int(label)}, but the model knows {num_classes} classes "
                 f"(0..{num_classes - 1}); give the data that the model was trained for"
             )
     return torch.tensor([int(label) for label in labels])

@@ -46,10 +46,12 @@ class ImageSource:
         reads: what `Batch.readings` holds.
         read: P's forward pass, with all that is read.
         learns: whether `step` changes anything.
+        held_out_setting: the setting that says how many images `held_out` has.
         obstacle: why an iteration on these images cannot be a CUDA graph, or None.
     """
 
     learns = False
+    held_out_setting = "run.held_out_images"
     obstacle: str | None = None
 
     def __init__(self, teacher: Teacher, shape: tuple[int, int, int], config: Config, device: torch.device) -> None:

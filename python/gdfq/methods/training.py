@@ -10,6 +10,7 @@ from gdfq.graph import CapturedModel
 from gdfq.images import ImageSource
 from gdfq.methods.method import Task
 from gdfq.registry import SOURCES
+from gdfq.run.folder import deciding_settings
 from gdfq.run.training_run import TrainingRun
 from gdfq.train.trainer import Trainer
 
@@ -36,9 +37,4 @@ def identity(captured: CapturedModel, config: Config) -> dict[str, Any]:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     identity: dict[str, Any] = {"weights": digest.hexdigest()[:16], "image_shape": list(captured.image_shape)}
-    settings = config.model_dump(mode="json")
-    run = {name: settings["run"][name] for name in ("seed", "precision", "held_out_images")}
-    for section, values in (settings | {"run": run}).items():
-        if section != "model" and isinstance(values, dict):
-            identity |= {f"{section}.{key}": value for key, value in values.items()}
-    return identity | {"method": config.method}
+    return identity | deciding_settings(config)

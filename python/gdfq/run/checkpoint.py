@@ -1,12 +1,14 @@
 """The state of a run as one safetensors file: whole or absent, and readable without unpickling anything."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gdfq.errors import GdfqError
+from gdfq.memory import MAY_CHANGE
 from gdfq.run.files import load_tensors, save_tensors
 
 FORMAT = "2"  # of the state: raised when a trainer's or a source's state dict changes
@@ -42,14 +44,31 @@ def load_checkpoint(path: Path, identity: dict) -> dict:
         )
     saved = json.loads(metadata["identity"])
     identity = json.loads(json.dumps(identity))
-    differing = sorted(key for key in saved.keys() | identity.keys() if saved.get(key) != identity.get(key))
-    if differing:
-        changes = "; ".join(f"{key}: {saved.get(key)!r} there, {identity.get(key)!r} now" for key in differing[:5])
-        raise GdfqError(
-            f"{path} belongs to another run ({changes}). Resume with the model and settings that it was started with, "
-            "or start anew in another folder."
+    changed = check_same(path, saved, identity)
+    if changed:
+        warnings.warn(
+            f"the run goes on with other settings than it began with ({changed}): its result is not bit for bit that "
+            "of a run without the change",
+            stacklevel=5,
         )
     return _from_json(json.loads(metadata["state"]), tensors)
+
+
+def check_same(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs of the settings that may, in words.
+
+    Raises:
+        GdfqError: anything else differs (names what).
+    """
+    differing = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
+    others = [key for key in differing if key not in MAY_CHANGE]
+    changes = "; ".join(f"{key}: {saved.get(key)!r} there, {now.get(key)!r} now" for key in (others or differing)[:5])
+    if others:
+        raise GdfqError(
+            f"{path} belongs to another run ({changes}). Resume with the model and settings that it was started with, "
+            f"or start anew in another folder. What may change is {', '.join(MAY_CHANGE)}."
+        )
+    return changes
 
 
 def _to_json(value: Any, tensors: dict[str, torch.Tensor], path: str) -> Any:

@@ -13,6 +13,7 @@ from gdfq.errors import GdfqError
 from gdfq.graph import build_quantized, capture
 from gdfq.nn import BatchNormAct
 from gdfq.provenance import versions
+from gdfq.run.checkpoint import check_same
 from gdfq.run.files import load_tensors, save_tensors, write_text
 
 CONFIG = "config.toml"
@@ -25,6 +26,8 @@ MODEL = "model.safetensors"
 GENERATOR = "generator.safetensors"
 PICTURE = "images.png"
 REPORT = "report.json"
+DECIDING = ("seed", "precision", "held_out_images")  # of the section `run`, what decides what is computed
+OF_THE_SHAPE = ("model.image_size", "model.channels", "model.num_classes")  # which the model is checked to have
 
 
 def open_run(
@@ -33,10 +36,12 @@ def open_run(
     """Make the folder, and write down what is about to run.
 
     Raises:
-        GdfqError: it cannot be written, or it holds a run that is not to be resumed.
+        GdfqError: it cannot be written, it holds a run that is not to be resumed, or one of other settings.
     """
     if not resume and any((folder / name).exists() for name in (CONFIG, CHECKPOINT, MODEL)):
         raise GdfqError(f"{folder} already holds a run: resume it (gdfq quantize --resume {folder}), or choose another")
+    if (folder / CHECKPOINT).exists() and (folder / CONFIG).exists():
+        check_same(folder / CHECKPOINT, deciding_settings(Config.load(folder / CONFIG)), deciding_settings(config))
     for unfinished in folder.glob(".*.tmp"):  # of a write that was killed, see `write_atomically`
         unfinished.unlink()
     if source is not None:
@@ -45,16 +50,25 @@ def open_run(
     write_text(folder / CONFIG, config.to_toml())
 
 
-def read_run(folder: Path) -> tuple[Config, dict[str, Any]]:
-    """Configuration and source of a run that the command line started.
+def deciding_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide what is computed, by their names; the shape of images and logits aside."""
+    settings = config.model_dump(mode="json")
+    settings["run"] = {name: settings["run"][name] for name in DECIDING}
+    sections = {name: values for name, values in settings.items() if isinstance(values, dict)}
+    named = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+    return {name: value for name, value in named.items() if name not in OF_THE_SHAPE} | {"method": config.method}
+
+
+def read_run(folder: Path, overrides: dict[str, Any] | None = None) -> tuple[Config, dict[str, Any]]:
+    """Configuration, with `{"section.key": value}` changed, and source of a run that the command line started.
 
     Raises:
-        GdfqError: `folder` is not one.
+        GdfqError: `folder` is not one, or as `Config.load`.
     """
     missing = [name for name in (CONFIG, SOURCE) if not (folder / name).is_file()]
     if missing:
         raise GdfqError(f"{folder} is not the folder of a run of `gdfq quantize`: it has no {' and no '.join(missing)}")
-    return Config.load(folder / CONFIG), json.loads((folder / SOURCE).read_text())
+    return Config.load(folder / CONFIG, overrides), json.loads((folder / SOURCE).read_text())
 
 
 def save_quantized(
@@ -70,15 +84,25 @@ def save_quantized(
     save_tensors(path, model.state_dict(), about)
 
 
+def image_shape_of(path: str | Path) -> tuple[int, int, int]:
+    """`(channels, height, width)` of a stored Q's images; errors as those of `load_quantized`."""
+    return tuple(json.loads(_stored_model(path)[1]["image_shape"]))
+
+
+def _stored_model(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    tensors, metadata = load_tensors(path)
+    if "quantizer" not in metadata:
+        raise GdfqError(f"{path} is a safetensors file, but not a quantized model written by this package")
+    return tensors, metadata
+
+
 def load_quantized(path: str | Path, model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
     """Read a stored Q. `model` is the float model's architecture; its weights are not used and not changed.
 
     Raises:
         GdfqError: the file is broken, not a quantized model, or of another architecture.
     """
-    tensors, metadata = load_tensors(path)
-    if "quantizer" not in metadata:
-        raise GdfqError(f"{path} is a safetensors file, but not a quantized model written by this package")
+    tensors, metadata = _stored_model(path)
     try:
         config = QuantizerConfig.model_validate_json(metadata["quantizer"])
     except ValidationError:

@@ -4,6 +4,7 @@ import json
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gdfq.errors import GdfqError
+from gdfq.progress import draws_bars
 from gdfq.run import folder as run_folder
 from gdfq.run.files import write_text
 
@@ -22,19 +24,21 @@ class Monitor:
         folder: of the run, or None for a run that leaves no files.
         total: iterations of the run.
         done: iterations done before, when a run is resumed; later entries of an old log are dropped.
-        progress: show the bar.
+        progress: show the bar, on a terminal.
     """
 
     def __init__(self, folder: Path | None, total: int, done: int, progress: bool) -> None:
-        self.bar = tqdm(total=total, initial=done, disable=not progress, unit="it", dynamic_ncols=True, smoothing=0.05)
+        disable = not (progress and draws_bars())
+        self.bar = tqdm(total=total, initial=done, disable=disable, unit="it", dynamic_ncols=True, smoothing=0.05)
         self.start = time.monotonic()
         self.log = self.events = None
         if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
             _drop_entries_after(folder / run_folder.LOG, done)
             self.log = (folder / run_folder.LOG).open("a", encoding="utf-8")
-            self.events = SummaryWriter(str(folder / run_folder.EVENTS), purge_step=done + 1)
+            with self._events_may_fail():
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.events = SummaryWriter(str(folder / run_folder.EVENTS), purge_step=done + 1)
 
     def advance(self) -> None:
         self.bar.update(1)
@@ -50,8 +54,19 @@ class Monitor:
             entry["seconds"] = round(time.monotonic() - self.start, 3)
             self.log.write(json.dumps(entry) + "\n")
             self.log.flush()
-            for name, value in known.items():
-                self.events.add_scalar(name, value, iteration)
+        if self.events is not None:
+            with self._events_may_fail():
+                for name, value in known.items():
+                    self.events.add_scalar(name, value, iteration)
+
+    @contextmanager
+    def _events_may_fail(self) -> Iterator[None]:
+        """TensorBoard's events say nothing that the log does not: a run goes on without them."""
+        try:
+            yield
+        except Exception as error:
+            self.events = None
+            warnings.warn(f"from here on no TensorBoard events are written: {error}", stacklevel=4)
 
     def __enter__(self) -> "Monitor":
         return self
@@ -60,7 +75,9 @@ class Monitor:
         self.bar.close()
         if self.log is not None:
             self.log.close()
-            self.events.close()
+        if self.events is not None:
+            with self._events_may_fail():
+                self.events.close()
 
 
 def _short(name: str) -> str:

@@ -33,6 +33,7 @@ class Report:
         iterations: `eager`, `graph`, or why they were eager though a graph was asked for (see `gdfq.train.cuda_graph`).
         top1: on real data that the user gave, percent: `float`, `quantized` and, where there is a data-free choice,
             `choice`. Nothing was chosen by it.
+        images: how real images that were given were prepared, by what they were for.
         versions: of Python, torch and this package, and the device.
     """
 
@@ -48,6 +49,7 @@ class Report:
     selected: str = "trained"
     iterations: str = "eager"
     top1: dict[str, float] = field(default_factory=dict)
+    images: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
 
     def to_dict(self) -> dict:
@@ -88,6 +90,7 @@ class Report:
             lines.append(
                 "top-1        " + ", ".join(f"{names[name]} {value:.2f}%" for name, value in self.top1.items())
             )
+        lines += [f"images       for {purpose}: {prepared}" for purpose, prepared in self.images.items()]
         return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from gdfq.errors import GdfqError
+from gdfq.progress import Estimate, say
 from gdfq.run import folder as run_folder
 from gdfq.run.checkpoint import load_checkpoint, save_checkpoint
 from gdfq.run.monitor import Monitor, disk_errors, stop_requests
@@ -49,6 +50,9 @@ class TrainingRun:
         """
         run, trainer = self.trainer.config.run, self.trainer
         monitor = Monitor(self.folder, trainer.total_iterations, trainer.iteration, progress)
+        if progress and trainer.iteration:
+            say(f"goes on after iteration {trainer.iteration:,} of {trainer.total_iterations:,}")
+        estimate = Estimate(trainer.config.schedule, trainer.device) if progress else None
         with stop_requests() as stop_requested, disk_errors(self.folder), monitor:
             start = time.monotonic() - self.seconds
 
@@ -56,6 +60,8 @@ class TrainingRun:
                 done, finished = trainer.iteration, trainer.iteration == trainer.total_iterations
                 self.seconds = time.monotonic() - start
                 monitor.advance()
+                if estimate is not None:
+                    estimate.after(done)
                 if done % run.log_every == 0 or finished:
                     how = trainer.runner.description
                     monitor.write(done, trainer.epoch, trainer.phase, how, trainer.read_metrics())

@@ -11,6 +11,7 @@ All of it is in tensors that are written in place, so that an iteration can be a
 """
 
 import copy
+import operator
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -24,6 +25,7 @@ from gdfq.config import Config
 from gdfq.evaluate import Agreement, agreement
 from gdfq.graph import Teacher
 from gdfq.images.source import ImageSource
+from gdfq.memory import explained
 from gdfq.nn import moving_statistics, observing, to_channels_last
 from gdfq.objective import Averages, Outputs, check_finite, student_objective
 from gdfq.optim import load_optimizer_state, set_rates
@@ -156,7 +158,9 @@ class Trainer:
             self.choice_state = copy.deepcopy(self.student.state_dict())
 
     def held_out_agreement(self) -> Agreement:
-        return agreement(self.teacher, self.student, self.source.held_out())
+        name = self.source.held_out_setting
+        with explained("comparing Q with P on held-out images", {name: operator.attrgetter(name)(self.config)}):
+            return agreement(self.teacher, self.student, self.source.held_out())
 
     def read_metrics(self) -> dict[str, float | None]:
         """Means since the last call; None for what was not trained. The device is waited for here, and nowhere else.

@@ -39,6 +39,39 @@ def test_number_of_parameters_is_that_of_the_released_architecture():
     assert count("conditional", (3, 224, 224), 1000) == linear + convolutions + 2 * 1000 * (128 + 128 + 64)
 
 
+def number_of_parameters(size) -> tuple[int, int]:
+    """Of all layers, and of the largest."""
+    with torch.device("meta"):
+        counts = [p.numel() for p in Generator((3, *size), 10, GeneratorConfig()).parameters()]
+    return sum(counts), max(counts)
+
+
+@pytest.mark.parametrize("size", [(257, 257), (299, 299), (512, 384), (1024, 1024), (2048, 64), (4000, 3000)])
+def test_no_layer_grows_with_the_image(size):
+    most, largest = number_of_parameters((256, 256))
+    assert number_of_parameters(size)[0] < most + 50_000
+    assert number_of_parameters(size)[1] <= largest
+
+
+@pytest.mark.parametrize("side", [1, 28, 32, 64, 224, 256])
+def test_up_to_256_pixels_it_is_the_published_network(side):
+    with torch.device("meta"):
+        generator = Generator((3, side, side), 10, GeneratorConfig())
+    names = {name.split(".")[0] for name, _ in generator.named_parameters()}
+    assert names == {"embedding", "linear", "norm0", "conv1", "norm1", "conv2", "norm2", "conv3"}
+    assert generator.linear.out_features == 128 * ((side + 3) // 4) ** 2
+
+
+@pytest.mark.parametrize("architecture", ["embedding", "conditional"])
+def test_images_of_more_than_256_pixels(architecture):
+    generator = Generator((1, 520, 3), 4, GeneratorConfig(architecture=architecture))
+    assert len(generator.stages) == 2
+    images = generator(torch.randn(2, 100), torch.tensor([0, 3]))
+    assert images.shape == (2, 1, 520, 3)
+    images.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in generator.parameters())
+
+
 @pytest.mark.parametrize("size", [(1, 1), (5, 4), (8, 8)])
 def test_upsampled_convolution_is_upsampling_and_convolution(size):
     layer = UpsampledConvolution(3, 4).double()
