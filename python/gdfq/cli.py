@@ -105,6 +105,14 @@ def quantize(
     activation_bits: Annotated[int | None, typer.Option(help="2 to 8; default 4")] = None,
     target: Annotated[str | None, typer.Option(help=_listed(TARGETS))] = None,
     image_size: ImageSizeOption = None,
+    input_mean: Annotated[
+        str | None,
+        typer.Option(
+            help="of the images as the model takes them, 0 where pixels are standardized: a number, or one a channel "
+            "as 104,117,124; default: inferred from the model"
+        ),
+    ] = None,
+    input_std: Annotated[str | None, typer.Option(help="standard deviation of these images, as --input-mean")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; default auto")] = None,
     seed: Annotated[int | None, typer.Option(help="default 0")] = None,
     settings: Annotated[
@@ -138,6 +146,8 @@ def quantize(
         "quantizer.activation_bits": activation_bits,
         "quantizer.target": target,
         "model.image_size": image_size,
+        "model.input_mean": _numbers(input_mean),
+        "model.input_std": _numbers(input_std),
         "run.device": device,
         "run.seed": seed,
     }
@@ -318,6 +328,14 @@ def _nothing_but_settings(**options: object) -> None:
         raise GdfqError(
             f"--resume goes on with the model and the data that the run was started with: leave out {', '.join(given)}"
         )
+
+
+def _numbers(text: str | None) -> Any:
+    """One number, or several with commas between them; what is neither stays as it is, for the setting to refuse."""
+    if text is None:
+        return None
+    _, values = parse_override(f"numbers=[{text}]")
+    return values if isinstance(values, str) or len(values) > 1 else values[0]
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ A preset or file may begin with `extends = "NAME"`. The names of the paper's sym
 
 import functools
 import json
+import math
 import operator
 import tomllib
 from importlib import resources
@@ -15,7 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from gdfq.errors import GdfqError
 from gdfq.registry import ALL, SECTIONS
@@ -27,9 +38,22 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-PerChannel = float | tuple[float, ...] | Literal["auto"]
-Positive = Annotated[float, Field(gt=0)]
-PerPositiveChannel = Positive | tuple[Positive, ...] | Literal["auto"]
+def _number_or_numbers(value: Any) -> Any:
+    numbers = value if isinstance(value, list | tuple) and value else [value]
+    if value == "auto":
+        return value
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+        raise ValueError('it is a number, a list of one for each channel, or "auto"')
+    return tuple(map(float, value)) if isinstance(value, list | tuple) else float(value)
+
+
+def _above_zero(value: Any) -> Any:
+    if value != "auto" and min(value if isinstance(value, tuple) else (value,)) <= 0:
+        raise ValueError("a standard deviation is above 0")
+    return value
+
+
+PerChannel = Annotated[float | tuple[float, ...] | Literal["auto"], BeforeValidator(_number_or_numbers)]
 
 
 class ModelConfig(Section):
@@ -42,7 +66,9 @@ class ModelConfig(Section):
         description="of each channel of the images as the model takes them (0 where pixels are standardized), a number "
         "or one for each; auto: inferred from the network (see `gdfq.graph.scale`)",
     )
-    input_std: PerPositiveChannel = Field("auto", description="as input_mean; 1 where pixels are standardized")
+    input_std: Annotated[PerChannel, AfterValidator(_above_zero)] = Field(
+        "auto", description="as input_mean; 1 where pixels are standardized"
+    )
     num_classes: int | None = Field(None, ge=2, description="length of the logits; given, it is checked")
 
 

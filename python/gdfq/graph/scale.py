@@ -68,8 +68,8 @@ def _per_channel(name: str, value: float | tuple[float, ...] | str, channels: in
     values = value if isinstance(value, tuple) else (value,) * channels
     if len(values) != channels:
         raise GdfqError(
-            f"setting 'model.{name}' has {len(values)} numbers, but the model takes images of {channels} channels: "
-            "give one number for all, or one for each"
+            f"setting 'model.{name}' has {len(values)} numbers, but the images that the model takes have {channels} "
+            "channel(s): give one number for all, or one for each"
         )
     return tuple(float(number) for number in values)
 

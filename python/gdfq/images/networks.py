@@ -89,7 +89,7 @@ class ToPixels(nn.BatchNorm2d):
         mean, std = pixels.tensors()
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
-        self.standardized = not mean.any() and bool((std == 1).all())
+        self.standardized = set(pixels.mean) == {0.0} and set(pixels.std) == {1.0}
         self.shift = self.log_gain = None
         if learned:
             self.shift = nn.Parameter(torch.zeros(channels, 1, 1))

@@ -114,7 +114,7 @@ def test_what_is_set_is_taken():
     assert one.std == (0.25,) * 3
     assert one.mean == infer(*arguments[1:]).mean
     assert one.origin == "std set, the other inferred from its first BN layers"
-    with pytest.raises(GdfqError, match=r"'model.input_mean' has 2 numbers.*images of 3 channels"):
+    with pytest.raises(GdfqError, match=r"'model.input_mean' has 2 numbers.*have 3 channel"):
         pixels_of(*arguments, ModelConfig(input_mean=(0.0, 1.0)))
 
 

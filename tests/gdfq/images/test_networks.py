@@ -1,12 +1,16 @@
 """The two generators have the paper's layers, any image size, and normalised images."""
 
+import math
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from gdfq.config import GeneratorConfig
+from gdfq.graph import Pixels
 from gdfq.images.generator import images_per_class
-from gdfq.images.networks import ConditionalBatchNorm, Generator, UpsampledConvolution
+from gdfq.images.networks import ConditionalBatchNorm, Generator, ToPixels, UpsampledConvolution
 
 
 @pytest.mark.parametrize("architecture", ["embedding", "conditional"])
@@ -56,7 +60,7 @@ def test_no_layer_grows_with_the_image(size):
 @pytest.mark.parametrize("side", [1, 28, 32, 64, 224, 256])
 def test_up_to_256_pixels_it_is_the_published_network(side):
     with torch.device("meta"):
-        generator = Generator((3, side, side), 10, GeneratorConfig())
+        generator = Generator((3, side, side), 10, GeneratorConfig(learn_scale=False))
     names = {name.split(".")[0] for name, _ in generator.named_parameters()}
     assert names == {"embedding", "linear", "norm0", "conv1", "norm1", "conv2", "norm2", "conv3"}
     assert generator.linear.out_features == 128 * ((side + 3) // 4) ** 2
@@ -120,3 +124,29 @@ def test_images_per_class_differ_by_class_and_leave_the_generator_as_it_was():
     assert not torch.equal(rows[0], rows[1])
     assert generator.training
     assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_images_leave_at_the_scale_of_the_models(learned):
+    pixels = Pixels.around((100.0, -3.0), (50.0, 0.1), "set")
+    config = GeneratorConfig(learn_scale=learned)
+    generator = Generator((2, 16, 16), 3, config, pixels)
+    images = generator(torch.randn(64, 100), torch.randint(3, (64,)))
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.tensor(pixels.mean), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(images.std((0, 2, 3)), torch.tensor(pixels.std), rtol=1e-2, atol=0)
+    names = {name for name, _ in generator.to_pixels.named_parameters()}
+    assert names == ({"shift", "log_gain"} if learned else set())
+    if learned:  # a step of either is a share of the standard deviation, whatever the scale
+        with torch.no_grad():
+            generator.to_pixels.shift += 1
+            generator.to_pixels.log_gain += 1
+        images = generator(torch.randn(64, 100), torch.randint(3, (64,)))
+        torch.testing.assert_close(images.mean((0, 2, 3)), torch.tensor([150.0, -2.9]), rtol=1e-2, atol=0)
+        torch.testing.assert_close(images.std((0, 2, 3)), torch.tensor(pixels.std) * math.e, rtol=1e-2, atol=0)
+
+
+def test_the_published_generators_end_in_a_batch_norm():
+    x = torch.randn(8, 3, 4, 4)
+    ours = ToPixels(3, Pixels.standardized(3), learned=False)
+    assert torch.equal(ours(x), nn.BatchNorm2d(3, affine=False)(x))
+    assert ours.state_dict().keys() == nn.BatchNorm2d(3, affine=False).state_dict().keys()

@@ -1,0 +1,73 @@
+"""How far images are from what a network remembers, against torch.distributions in float64."""
+
+import pytest
+import torch
+from small_models import Residual
+from torch import nn
+
+from gdfq.fit import fit
+from gdfq.graph import Pixels, build_teacher, capture
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = Residual().train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        model(2 + 3 * torch.randn(512, 3, 8, 8))
+    return model.eval()
+
+
+def moments(model, x):
+    """Of every BN's input, by hooks: mean and variance of all images, float64."""
+    found = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args, name=name: found.update({name: args[0].double()}))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+    ]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return {name: (y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)) for name, y in found.items()}
+
+
+def test_distances_are_kl_divergences_over_all_images(model):
+    teacher = build_teacher(capture(model))
+    images = 1 + 2 * torch.randn(48, 3, 8, 8)
+    found = fit(teacher, images.split([16, 24, 8]), Pixels.standardized(3))
+    expected = moments(model, images)
+    assert [layer.name for layer in found.layers] == list(expected)
+    for layer in found.layers:
+        bn = model.get_submodule(layer.name)
+        mean, var = expected[layer.name]
+        remembered = torch.distributions.Normal(bn.running_mean.double(), bn.running_var.double().sqrt())
+        kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, var.sqrt()), remembered)
+        assert layer.distance == pytest.approx(kl.mean().item(), rel=0.03)  # a thousandth of the variance is added
+    probabilities = model(images).softmax(1).amax(1)
+    assert found.confident == pytest.approx(100 * (probabilities > 0.5).float().mean().item())
+
+
+def test_noise_is_at_the_scale_of_the_pixels(model):
+    teacher = build_teacher(capture(model))
+    images = torch.randn(64, 3, 8, 8)
+    right, wrong = (
+        fit(teacher, [images], pixels)
+        for pixels in (Pixels.around((2.0,) * 3, (3.0,) * 3, "set"), Pixels.standardized(3))
+    )
+    assert all(layer.of_noise < 0.05 < other.of_noise for layer, other in zip(right.layers, wrong.layers, strict=True))
+    assert [layer.distance for layer in right.layers] == [layer.distance for layer in wrong.layers]
+
+
+def test_dead_channels_decide_nothing(model):
+    teacher = build_teacher(capture(model))
+    with torch.no_grad():
+        for name, buffer in teacher.module.named_buffers():
+            if name == "bn1.running_var":
+                buffer[0] = 1e-30
+    found = fit(teacher, [2 + 3 * torch.randn(64, 3, 8, 8)], Pixels.standardized(3))
+    assert found.layers[0].distance <= 100 / 8 + 1
