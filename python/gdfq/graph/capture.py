@@ -228,6 +228,9 @@ def _export(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, ImageSiz
     output = graph.graph_copy(module.graph, copied)
     graph.output(output[0] if isinstance(output, (tuple, list)) else output)
     graph.set_codegen(CodeGen())
+    for node in graph.nodes:
+        if node.target is aten.view.default:  # a view of a contiguous tensor; others, as channels_last, must be copied
+            node.target = aten.reshape.default
     return fx.GraphModule(module, graph), sizes
 
 
@@ -308,8 +311,6 @@ def _to_normal_form(module: fx.GraphModule) -> None:
     for node in list(graph.nodes):
         if node.op == "get_attr":  # a layer that the model has under several names goes by its first
             node.target = names.get(id(operator.attrgetter(node.target)(module)), node.target)
-        elif node.target is aten.view.default:  # a view of a contiguous tensor; a channels_last one must be copied
-            node.target = aten.reshape.default
         elif node.target is aten.copy.default:  # what `y[...] = x` becomes; it has no derivative
             destination, source = node.args[:2]
             node.target, node.args = aten.expand_as.default, (source, destination)
