@@ -25,8 +25,8 @@ aten = torch.ops.aten
 MANY = int(os.environ.get("GDFQ_NETWORKS", "0"))
 OTHER_SIZES = ((8, 8), (12, 9), (17, 13), (32, 24), (5, 7))
 EIGHT_BITS = QuantizerConfig(weight_bits=8, activation_bits=8)
-# Of the logits' standard deviation, root mean square. What is measured: 0.03 in the middle, up to .
-NOISE = 0.25
+# Of the logits' standard deviation, root mean square; of 70 networks the median was 0.005, the largest 0.05.
+NOISE = 0.15
 
 
 class InputsOfLayers(TorchDispatchMode):
