@@ -55,9 +55,7 @@ def check_ranges(student: nn.Module) -> None:
     if not quantizers:
         return
     finite = torch.stack([quantizer.range for quantizer in quantizers.values()]).isfinite().all(1).tolist()
-    broken = [
-        name.removeprefix("activation_quantizers.") for name, fine in zip(quantizers, finite, strict=True) if not fine
-    ]
+    broken = [name.partition(".")[2] or name for name, fine in zip(quantizers, finite, strict=True) if not fine]
     if broken:
         raise GdfqError(
             f"NaN or Inf in the activations of {len(broken)} of {len(quantizers)} quantized places, first at "

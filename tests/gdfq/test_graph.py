@@ -267,3 +267,22 @@ def test_what_is_added_lies_where_the_model_does():
     captured.module.to("meta")  # stands in for a GPU
     student, _ = build_quantized(captured, QuantizerConfig(observer="learned_step"))
     assert {tensor.device.type for tensor in student.state_dict().values()} == {"meta"}
+
+
+class TurnedInMemory(Plain):
+    """Reshapes what lies in memory otherwise than when it was traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(32, 5)
+
+    def forward(self, x):
+        x = self.relu(self.bn(self.conv(x)))
+        x = x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).reshape(x.shape)
+        return self.fc(F.adaptive_avg_pool2d(F.channel_shuffle(x, 2), 2).reshape(-1, 32))
+
+
+def test_how_a_tensor_lies_in_memory_does_not_matter():
+    model = randomize_batch_norm(TurnedInMemory())
+    x = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(build_teacher(capture(model))(x), model(x))

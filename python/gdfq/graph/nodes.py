@@ -36,6 +36,10 @@ _MOVES = """
 """
 MOVES = frozenset(_MOVES.split())
 BOUNDS: dict[str, tuple[float, float | None]] = {"relu": (0.0, None), "relu6": (0.0, 6.0)}  # what they clamp to
+_CLAMPS = (
+    aten.clamp.default, aten.clip.default, aten.hardtanh.default, aten.clamp_min.default, aten.clamp_max.default,
+)  # fmt: skip
+_UNCHANGED_BY = {"add": 0, "sub": 0, "mul": 1, "div": 1}  # as Python's `sum` begins
 _SHAPE_OF_SECOND = {"expand_as", "reshape_as", "view_as"}  # operators that read of another tensor its shape alone
 
 
@@ -67,8 +71,7 @@ def activation_name(node: fx.Node) -> str:
 
 
 def is_clamp(node: fx.Node) -> bool:
-    clamps = (aten.clamp.default, aten.hardtanh.default, aten.clamp_min.default, aten.clamp_max.default)
-    return node.target in clamps
+    return node.target in _CLAMPS
 
 
 def name_of(node: fx.Node) -> str:
@@ -112,6 +115,8 @@ def preserves_values(node: fx.Node) -> bool:
         return value == 0
     if op == "pad":
         return value != "constant" or not any(node.args[3:])
+    if op in _UNCHANGED_BY and len(node.all_input_nodes) == 1:
+        return node.args[1] == _UNCHANGED_BY[op] and _types(node) == _types(node.args[0])
     others = [] if op in _SHAPE_OF_SECOND else node.all_input_nodes[1:]
     return (
         op in MOVES

@@ -2,6 +2,7 @@
 
 import copy
 import operator
+import re
 from fnmatch import fnmatchcase
 
 from torch import Tensor, fx, nn
@@ -28,15 +29,13 @@ from gdfq.observers import LearnedStep
 from gdfq.registry import TARGETS
 from gdfq.target import Target
 
-_NOT_QUANTIZED = {
-    "conv_transpose": "transposed convolution: Eq. 6 per output channel is not defined for its weight layout",
-    "matmul": "matrix product outside a linear layer",
-    "addmm": "matrix product outside a linear layer",
-    "bmm": "matrix product outside a linear layer",
-    "batch_norm": "BatchNorm without running statistics",
-    "group_norm": "normalization by the input's own statistics",
-    "layer_norm": "normalization by the input's own statistics",
-    "instance_norm": "normalization by the input's own statistics",
+_NOT_QUANTIZED = {  # by what an operator's name matches
+    r".*conv_transpose.*|convolution": (
+        "transposed convolution: Eq. 6 per output channel is not defined for its weight layout"
+    ),
+    r".*(mm|mv|matmul|dot|einsum)|.*dot_product_attention.*": "matrix product outside a linear layer",
+    r".*batch_norm.*": "BatchNorm without running statistics",
+    r".*(group|layer|instance|rms)_norm.*": "normalization by the input's own statistics",
 }
 _ADDED = ("weight_quantizers", "activation_quantizers", "batch_norms")
 _AS_SET = "the setting 'quantizer.layers' says so"
@@ -186,9 +185,8 @@ class _Rewriter:
                 self._stays_float(node, f"weight of {op_of(node)}", _AS_SET)
             if computes_in_float(node):
                 op = op_of(node)
-                reason = next(
-                    (why for key, why in _NOT_QUANTIZED.items() if key in op), "computed in float between quantizers"
-                )
+                reasons = (reason for name, reason in _NOT_QUANTIZED.items() if re.fullmatch(name, op))
+                reason = next(reasons, "computed in float between quantizers")
                 self._stays_float(node, op, reason)
 
     def _stays_float(self, node: fx.Node, op: str, reason: str) -> None:
