@@ -38,16 +38,12 @@ def clip(student: fx.GraphModule, batches: Iterable[Tensor], rule: str) -> None:
         lower, upper = choose(rows, None, layer.bits)
         shape = (-1, *(1 for _ in weight.shape[1:]))
         weight.clamp_(lower.view(shape), upper.view(shape))
-    of_images = {quantizer_of(student, node) for node in student.graph.nodes if node.args and _reads_image(node)}
+    of_images = {quantizer_of(student, node) for node in student.graph.nodes if is_image(node)}
 
     def observer(quantizer: FakeQuantize) -> Histogram:
         return Histogram(None if quantizer in of_images else choose)
 
     calibrate(student, list(batches), observer)
-
-
-def _reads_image(node: fx.Node) -> bool:
-    return isinstance(node.args[0], fx.Node) and is_image(node.args[0])
 
 
 def _method(rule: str, by: str) -> Method:
