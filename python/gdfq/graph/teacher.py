@@ -6,12 +6,15 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
 import gdfq_ext
 from gdfq.graph.capture import CapturedModel
 from gdfq.graph.nodes import batch_norm_act, name_of
 from gdfq.graph.sizes import refuse_other_sizes
+
+FAR = 10.0  # times as large or as small
 
 
 class BatchNormStatistics(NamedTuple):
@@ -131,7 +134,30 @@ def build_teacher(captured: CapturedModel) -> Teacher:
             node = y
         if node.op != "get_attr" and math.prod(map(int, getattr(node.meta.get("val"), "shape", ())[2:])) > 1:
             features = node
+    _bring_to_scale(module, statistics, first)
     refuse_other_sizes(module, captured.sizes)
     graph.lint()
     readings = {"statistics": tuple(statistics), "first_statistics": tuple(first), "features": features}
     return Teacher(module, readings, layers)
+
+
+def _bring_to_scale(module: fx.GraphModule, statistics: BatchNormStatistics, first: BatchNormStatistics) -> None:
+    """Divide the first BN layers' statistics by a number where they are far larger or smaller than the other layers',
+    as those of pixels in 0..255 are: squared, they would be all that a loss sees. The lists' nodes are replaced."""
+
+    def mean_of(node: fx.Node) -> float:
+        return operator.attrgetter(node.target)(module).mean().item()
+
+    others = [mean_of(var) for var in statistics.running_vars if var not in first.running_vars]
+    typical = torch.tensor(others).median().item() if others else 1.0
+    for index, var in enumerate(first.running_vars):
+        ratio = mean_of(var) / max(typical, 1e-30)
+        excess = ratio / min(max(ratio, 1 / FAR), FAR)
+        if excess == 1:
+            continue
+        for lists, number in zip(zip(statistics, first, strict=True), (excess**0.5, excess) * 2, strict=True):
+            node = lists[1][index]
+            with module.graph.inserting_after(node):
+                scaled = module.graph.call_function(operator.truediv, (node, number))
+            for values in lists:
+                values[values.index(node)] = scaled
