@@ -21,6 +21,7 @@ from gdfq.graph import (
     build_quantized,
     build_teacher,
     capture,
+    infer,
     pixels_of,
     size_in_bytes,
     unwrapped,
@@ -117,14 +118,15 @@ def quantize(
             say(line)
     with memory.explained("the run", _sizes(config, captured), folder):
         teacher = build_teacher(captured)
-        captured = replace(captured, pixels=pixels_of(model, teacher, captured.image_shape, config.model))
+        inferred = infer(teacher, captured.image_shape)
+        captured = replace(captured, pixels=pixels_of(model, inferred, config.model))
         captured = method.prepare(captured)
         student, summary = build_quantized(captured, config.quantizer)
         task = Task(captured, teacher, student, config, device, folder, resume, progress, calibrate_on, train_on)
         outcome = method.run(task)
         held_out = list(outcome.held_out if held_out_images is None else held_out_images)
         data_free = agreement(teacher, student, held_out)
-        judged = fit(teacher, held_out, captured.pixels, outcome.same_source and held_out_images is None)
+        judged = fit(teacher, held_out, inferred, outcome.same_source and held_out_images is None)
 
     report = _report(task, summary, outcome, data_free, judged, evaluate_on)
     result = Result(student, report, outcome.generator, held_out, outcome.choice_state or None)

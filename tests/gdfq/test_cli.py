@@ -182,7 +182,7 @@ def test_real_images_for_the_baselines_that_take_some(gdfq, weights, images, tmp
     assert (code, len(err.splitlines())) == (0, 2)
     assert f"{method}, W4A4" in out
     model, _ = load_tensors(tmp_path / "run" / run_folder.MODEL)
-    assert model["activation_quantizers.x.range"][0] > 9  # where the mean has moved these images; noise is below 6
+    assert model["activation_quantizers.x.range"][1] > 30  # where the mean has moved these images; noise is far below
     code, again, _ = gdfq("quantize", "--resume", tmp_path / "run")
     assert (code, again.split("size")[1]) == (0, out.split("size")[1])
 

@@ -4,7 +4,7 @@ from gdfq.graph.capture import CapturedModel, capture, unwrapped
 from gdfq.graph.pixels import Pixels
 from gdfq.graph.quantize import build_quantized
 from gdfq.graph.query import QuantizedLayer, quantized_layers, quantizer_of
-from gdfq.graph.scale import pixels_of
+from gdfq.graph.scale import infer, pixels_of
 from gdfq.graph.summary import Summary, size_in_bytes
 from gdfq.graph.teacher import BatchNormStatistics, Teacher, build_teacher
 
@@ -18,6 +18,7 @@ __all__ = [
     "build_quantized",
     "build_teacher",
     "capture",
+    "infer",
     "pixels_of",
     "quantized_layers",
     "quantizer_of",

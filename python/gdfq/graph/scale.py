@@ -27,23 +27,22 @@ _ITERATIONS, _RATE = 200, 0.05  # of Adam
 _SPREAD = 0.2  # weight of how different the channels' scales are, of which a first layer says the least
 
 
-def pixels_of(model: nn.Module, teacher: Teacher, shape: tuple[int, int, int], config: ModelConfig) -> Pixels:
+def pixels_of(model: nn.Module, inferred: Pixels, config: ModelConfig) -> Pixels:
     """What the settings say; else a timm model's `default_cfg`, unless the BN statistics contradict it; else these.
 
     Args:
         model: the user's.
-        teacher: of it.
-        shape: `(channels, height, width)` of its images.
+        inferred: by `infer`.
         config: `input_mean` and `input_std` are read.
 
     Raises:
         GdfqError: a setting has neither one number nor one for each channel.
     """
-    mean, std = (_per_channel(name, getattr(config, name), shape[0]) for name in ("input_mean", "input_std"))
+    channels = len(inferred.mean)
+    mean, std = (_per_channel(name, getattr(config, name), channels) for name in ("input_mean", "input_std"))
     if mean and std:
         return Pixels.around(mean, std, "set")
-    inferred = infer(teacher, shape)
-    known = _of_timm(model, shape[0])
+    known = _of_timm(model, channels)
     if known and alike(known, inferred):
         inferred = known
     elif known:

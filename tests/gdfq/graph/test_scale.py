@@ -105,17 +105,17 @@ def test_a_model_that_normalizes_inside():
 def test_what_is_set_is_taken():
     model = trained_on(photographs(3), strided)
     captured = capture(model, SIZE)
-    arguments = model, build_teacher(captured), captured.image_shape
-    both = pixels_of(*arguments, ModelConfig(input_mean=0.5, input_std=(0.1, 0.2, 0.3)))
+    found = infer(build_teacher(captured), captured.image_shape)
+    both = pixels_of(model, found, ModelConfig(input_mean=0.5, input_std=(0.1, 0.2, 0.3)))
     assert (both.mean, both.std, both.origin) == ((0.5,) * 3, (0.1, 0.2, 0.3), "set")
     torch.testing.assert_close(both.low, (0.2, -0.1, -0.4))
     torch.testing.assert_close(both.high, (0.8, 1.1, 1.4))
-    one = pixels_of(*arguments, ModelConfig(input_std=0.25))
+    one = pixels_of(model, found, ModelConfig(input_std=0.25))
     assert one.std == (0.25,) * 3
-    assert one.mean == infer(*arguments[1:]).mean
+    assert one.mean == found.mean
     assert one.origin == "std set, the other inferred from its first BN layers"
     with pytest.raises(GdfqError, match=r"'model.input_mean' has 2 numbers.*have 3 channel"):
-        pixels_of(*arguments, ModelConfig(input_mean=(0.0, 1.0)))
+        pixels_of(model, found, ModelConfig(input_mean=(0.0, 1.0)))
 
 
 def test_a_timm_models_own_words_are_taken_where_they_fit():
@@ -123,12 +123,37 @@ def test_a_timm_models_own_words_are_taken_where_they_fit():
     model = trained_on(images, strided)
     model.default_cfg = {"input_size": (3, SIZE, SIZE), "mean": (0.45,) * 3, "std": (0.226,) * 3}
     captured = capture(model)
-    arguments = build_teacher(captured), captured.image_shape, ModelConfig()
-    known = pixels_of(model, *arguments)
+    found = infer(build_teacher(captured), captured.image_shape)
+    known = pixels_of(model, found, ModelConfig())
     torch.testing.assert_close(known.low, (-0.45 / 0.226,) * 3)
     torch.testing.assert_close(known.high, (0.55 / 0.226,) * 3)
     assert "default_cfg" in known.origin
     model.default_cfg |= {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
-    other = pixels_of(model, *arguments)
-    assert other.mean == infer(*arguments[:2]).mean
+    other = pixels_of(model, found, ModelConfig())
+    assert other.mean == found.mean
     assert "does not fit" in other.origin
+
+
+@pytest.mark.parametrize("scale", [1.0, 255.0, 1 / 255])
+def test_first_statistics_of_large_or_small_pixels_do_not_drown_the_others(scale):
+    images = scale * (photographs(3) - 0.286) / 0.353
+    model = trained_on(images, strided)
+    first, second = (module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    logits, readings = build_teacher(capture(model, SIZE)).read(images[:50], ("statistics",))
+    torch.testing.assert_close(logits, model(images[:50]))
+    x = model.net[0](images[:50])
+    statistics = readings["statistics"]
+    torch.testing.assert_close(statistics.running_vars[1], second.running_var)
+    number = statistics.running_means[0][0] / first.running_mean[0]
+    for found, expected in (
+        (statistics.means[0], number * x.mean((0, 2, 3))),
+        (statistics.variances[0], number**2 * x.var((0, 2, 3), correction=0)),
+        (statistics.running_means[0], number * first.running_mean),
+        (statistics.running_vars[0], number**2 * first.running_var),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    ratio = statistics.running_vars[0].mean() / statistics.running_vars[1].mean()
+    if scale == 1:
+        assert number == 1
+    else:
+        torch.testing.assert_close(ratio.item(), 10.0 if scale > 1 else 0.1, rtol=1e-4, atol=0)
