@@ -126,6 +126,10 @@ def infer(teacher: Teacher, shape: tuple[int, int, int]) -> Pixels:
         loss.backward()
         optimizer.step()
     mean, std = (mean + scale * shift).detach(), (scale * log_gain.exp()).detach()
+    if not torch.stack([mean, std]).isfinite().all():
+        return replace(
+            Pixels.standardized(shape[0]), origin="taken to be standardized: its first BN layers say nothing"
+        )
     return Pixels.around(tuple(mean.tolist()), tuple(std.tolist()), "inferred from its first BN layers")
 
 

@@ -157,3 +157,11 @@ def test_first_statistics_of_large_or_small_pixels_do_not_drown_the_others(scale
         assert number == 1
     else:
         torch.testing.assert_close(ratio.item(), 10.0 if scale > 1 else 0.1, rtol=1e-4, atol=0)
+
+
+def test_a_first_layer_that_says_nothing(monkeypatch):
+    model = trained_on(photographs(3), strided)
+    monkeypatch.setattr("gdfq.graph.scale._means", lambda statistics, std: std * torch.nan)
+    found = inferred(model, 3)
+    assert (found.mean, found.std) == ((0.0,) * 3, (1.0,) * 3)
+    assert "say nothing" in found.origin
