@@ -11,7 +11,7 @@ whose generator does not learn, whose network has BN statistics of something els
 import argparse
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,14 +116,14 @@ def runs(
 
 def measured(subject: Subject, done: str, good: bool, network: nn.Module, settings: dict, given: dict) -> dict:
     config = gdfq.Config.load("demo", SHORT | {"model.image_size": subject.size} | settings)
-    result = gdfq.quantize(network, config, progress=False, **given)
-    top1: Callable[[nn.Module], float] = lambda model: gdfq.evaluate(model, subject.images).top1  # noqa: E731
-    return {
-        "network": subject.name,
-        "run": done,
-        "good": good,
-        "float": top1(network),
-        "quantized": top1(result.model),
+    row = {"network": subject.name, "run": done, "good": good}
+    try:
+        result = gdfq.quantize(network, config, progress=False, **given)
+    except gdfq.GdfqError as error:
+        return row | {"refused": str(error)}
+    return row | {
+        "float": gdfq.evaluate(network, subject.images).top1,
+        "quantized": gdfq.evaluate(result.model, subject.images).top1,
         "agreement": result.report.data_free.top1,
         "kl": result.report.data_free.kl,
         "fit": asdict(result.report.fit),
@@ -132,6 +132,8 @@ def measured(subject: Subject, done: str, good: bool, network: nn.Module, settin
 
 def verdict(row: dict) -> list[str]:
     """By today's bounds, which may be others than those of the run."""
+    if "refused" in row:
+        return [row["refused"]]
     return problems([LayerFit(**layer) for layer in row["fit"]["layers"]], row["fit"]["confident"])
 
 
@@ -174,11 +176,7 @@ def main() -> None:
     for number, subject in enumerate(subjects(args.networks, args.cifar)):
         for run in runs(subject, FACTORS[number::4]):
             rows.append(row := measured(subject, *run))
-            print(
-                f"{row['network']}, {row['run']}: float {row['float']:.2f}, W4A4 {row['quantized']:.2f}, agreement "
-                f"{row['agreement']:.1f}; {'; '.join(row['fit']['problems']) or 'trusted'}",
-                flush=True,
-            )
+            print(f"{row['network']}, {row['run']}: {'; '.join(verdict(row)) or 'trusted'}", flush=True)
             write_text(args.out, json.dumps(result | {"rows": rows}, indent=1) + "\n")
     print(f"{table(rows)}\n{describe(result)}")
 
