@@ -134,7 +134,7 @@ def verdict(row: dict) -> list[str]:
     """By today's bounds, which may be others than those of the run."""
     if "refused" in row:
         return [row["refused"]]
-    return problems([LayerFit(**layer) for layer in row["fit"]["layers"]], row["fit"]["confident"])
+    return problems([LayerFit(**layer) for layer in row["fit"]["layers"]])
 
 
 def table(rows: list[dict]) -> str:

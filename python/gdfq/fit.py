@@ -8,6 +8,8 @@ from torch import Tensor
 
 from gdfq.graph import Pixels, Teacher
 
+SOUND = 0.24  # of the distance that noise has
+
 
 @dataclass(frozen=True)
 class LayerFit:
@@ -50,15 +52,15 @@ class Fit:
 
 
 @torch.no_grad()
-def fit(teacher: Teacher, batches: Iterable[Tensor], pixels: Pixels, same_source: bool = True) -> Fit:
-    """Measure it on `batches` of images `(N, C, H, W)`, against as much noise at the scale of `pixels`."""
+def fit(teacher: Teacher, batches: Iterable[Tensor], inferred: Pixels, same_source: bool = True) -> Fit:
+    """Measure it on `batches` of images `(N, C, H, W)`, against as much noise at the scale that P's statistics say."""
     batches = list(batches)
     random = torch.Generator(batches[0].device).manual_seed(0)
-    noise = (pixels.scaled(torch.randn(x.shape, generator=random, device=x.device)) for x in batches)
+    noise = (inferred.scaled(torch.randn(x.shape, generator=random, device=x.device)) for x in batches)
     distances, probabilities = _measure(teacher, batches)
     layers = [LayerFit(*row) for row in zip(teacher.layers, distances, _measure(teacher, noise)[0], strict=True)]
     confident = 100 * (probabilities > 0.5).float().mean().item()
-    return Fit(layers, confident, same_source, problems(layers, confident))
+    return Fit(layers, confident, same_source, problems(layers))
 
 
 def mean_distances(layers: list[LayerFit]) -> tuple[float, float]:
@@ -67,9 +69,15 @@ def mean_distances(layers: list[LayerFit]) -> tuple[float, float]:
     return sum(layer.distance for layer in layers) / count, sum(layer.of_noise for layer in layers) / count
 
 
-def problems(layers: list[LayerFit], confident: float) -> list[str]:
-    """What speaks against images; the bounds are explained in docs/quality.md."""
-    return []
+def problems(layers: list[LayerFit]) -> list[str]:
+    """What speaks against images; docs/fit.md has how often it is right."""
+    distance, of_noise = mean_distances(layers)
+    if distance <= SOUND * of_noise:
+        return []
+    return [
+        f"the images' BN statistics are {distance:.3g} from P's, which is more than {SOUND:.0%} of what noise is, "
+        f"{of_noise:.3g}: such images P was not trained on"
+    ]
 
 
 def _measure(teacher: Teacher, batches: Iterable[Tensor]) -> tuple[list[float], Tensor]:
@@ -97,5 +105,5 @@ def _measure(teacher: Teacher, batches: Iterable[Tensor]) -> tuple[list[float], 
         eps = 1e-3 * var.mean() + 1e-12
         ratio = ((second / count - found.square()).clamp_min(0) + eps) / (var + eps)
         kl = 0.5 * ((found - mean).square() / (var + eps) + ratio - 1 - ratio.log())
-        distances.append(kl.clamp(max=100).mean().item())
+        distances.append(kl.nan_to_num(nan=100).clamp(max=100).mean().item())
     return distances, torch.cat(probabilities)

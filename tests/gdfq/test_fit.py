@@ -71,3 +71,29 @@ def test_dead_channels_decide_nothing(model):
                 buffer[0] = 1e-30
     found = fit(teacher, [2 + 3 * torch.randn(64, 3, 8, 8)], Pixels.standardized(3))
     assert found.layers[0].distance <= 100 / 8 + 1
+
+
+def test_figures_on_images_that_do_not_fit_are_distrusted(model):
+    captured = capture(model)
+    teacher, right = build_teacher(captured), Pixels.around((2.0,) * 3, (3.0,) * 3, "set")
+    smooth = torch.nn.functional.interpolate(torch.randn(64, 3, 2, 2), (8, 8), mode="bilinear")
+    assert fit(teacher, [3 * smooth], right).problems
+    (problem,) = fit(teacher, [400 * smooth], right).problems
+    assert "such images P was not trained on" in problem
+    nan = fit(teacher, [torch.full((4, 3, 8, 8), torch.nan)], right)
+    assert nan.problems
+    assert all(layer.distance == 100 for layer in nan.layers)
+
+
+def test_figures_on_images_that_fit_are_trusted_and_noise_is_not():
+    torch.manual_seed(0)
+    model = Residual().train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    images = nn.functional.interpolate(torch.randn(600, 3, 3, 3), (8, 8), mode="bilinear")
+    with torch.no_grad():
+        model(images)
+    teacher, pixels = build_teacher(capture(model.eval())), Pixels.around((0.0,) * 3, (images.std().item(),) * 3, "set")
+    assert not fit(teacher, images.split(200), pixels).problems
+    assert fit(teacher, [pixels.scaled(torch.randn(200, 3, 8, 8))], pixels).problems

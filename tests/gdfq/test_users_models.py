@@ -250,3 +250,26 @@ def test_an_ordinary_model_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         quantized(plain())
+
+
+def test_what_the_pixels_are_taken_for_and_doubts_are_in_the_report(tmp_path):
+    report = quantized(plain(), tmp_path / "run", **{"model.input_std": 200.0, "model.input_mean": 3.0}).report
+    assert "std 200/200/200" in str(report)
+    assert "WARNING      the first BN layers contradict the scale of pixels that is set" in str(report)
+    stored = json.loads((tmp_path / "run/report.json").read_text())
+    assert stored["pixels"]["std"] == [200.0] * 3
+    assert stored["warnings"] == report.warnings
+    assert any("contradict" in warning for warning in stored["warnings"])
+    assert {layer["name"] for layer in stored["fit"]["layers"]} == {"1"}
+    published = quantized(plain(), **{"model.input_std": 1.0, "model.input_mean": 0.0}).report
+    assert published.pixels.origin == "set"
+
+
+@pytest.mark.parametrize(("method", "given"), [("gdfq", {}), ("calibrated", {"calibrate_on": [torch.randn(3, 8, 8)]})])
+def test_whether_q_is_judged_on_images_of_another_source_is_said(method, given):
+    config = gdfq.Config.load("cifar", TRIAL | {"method": method})
+    report = gdfq.quantize(plain(), config, progress=False, **given).report
+    assert report.fit.same_source is (method == "gdfq")
+    assert ("of another source" in str(report)) is (method != "gdfq")
+    own = gdfq.quantize(plain(), config, progress=False, held_out_images=[torch.randn(4, 3, 8, 8)], **given).report
+    assert not own.fit.same_source

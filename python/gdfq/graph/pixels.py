@@ -21,6 +21,7 @@ class Pixels:
         mean, std: over all images, of any size.
         low, high: what a pixel can be.
         origin: where this is from, in words.
+        doubt: what speaks against it; empty where nothing does.
     """
 
     mean: tuple[float, ...]
@@ -28,6 +29,7 @@ class Pixels:
     low: tuple[float, ...]
     high: tuple[float, ...]
     origin: str
+    doubt: str = ""
 
     @classmethod
     def standardized(cls, channels: int) -> "Pixels":
@@ -42,9 +44,12 @@ class Pixels:
         return cls(mean, std, low, high, origin)
 
     def __str__(self) -> str:
-        rows = ((name, getattr(self, name)) for name in ("mean", "std", "low", "high"))
-        text = ", ".join(f"{name} " + "/".join(f"{value:.3g}" for value in values[:4]) for name, values in rows)
-        return f"{text}, {self.origin}"
+        return f"{self.numbers('mean', 'std', 'low', 'high')}, {self.origin}"
+
+    def numbers(self, *names: str) -> str:
+        """Of the first four channels."""
+        rows = ((name, getattr(self, name)) for name in names)
+        return ", ".join(f"{name} " + "/".join(f"{value:.3g}" for value in values[:4]) for name, values in rows)
 
     def scaled(self, x: Tensor) -> Tensor:
         """Images `(N, C, H, W)` of mean 0 and standard deviation 1, brought to this scale."""

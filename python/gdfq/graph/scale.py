@@ -41,7 +41,7 @@ def pixels_of(model: nn.Module, inferred: Pixels, config: ModelConfig) -> Pixels
     channels = len(inferred.mean)
     mean, std = (_per_channel(name, getattr(config, name), channels) for name in ("input_mean", "input_std"))
     if mean and std:
-        return Pixels.around(mean, std, "set")
+        return _as_set(mean, std, "set", inferred)
     known = _of_timm(model, channels)
     if known and alike(known, inferred):
         inferred = known
@@ -49,8 +49,17 @@ def pixels_of(model: nn.Module, inferred: Pixels, config: ModelConfig) -> Pixels
         inferred = replace(inferred, origin=f"{inferred.origin}, which its default_cfg does not fit")
     if mean or std:
         name = "mean" if mean else "std"
-        return Pixels.around(mean or inferred.mean, std or inferred.std, f"{name} set, the other {inferred.origin}")
+        origin = f"{name} set, the other {inferred.origin}"
+        return _as_set(mean or inferred.mean, std or inferred.std, origin, inferred)
     return inferred
+
+
+def _as_set(mean: tuple[float, ...], std: tuple[float, ...], origin: str, inferred: Pixels) -> Pixels:
+    pixels = Pixels.around(mean, std, origin)
+    if alike(pixels, inferred):
+        return pixels
+    said = f"the first BN layers contradict the scale of pixels that is set: they say {inferred.numbers('mean', 'std')}"
+    return replace(pixels, doubt=f"{said} (of the images as the model takes them)")
 
 
 def alike(one: Pixels, other: Pixels) -> bool:

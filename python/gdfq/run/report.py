@@ -52,11 +52,17 @@ class Report:
     images: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
 
+    @property
+    def warnings(self) -> list[str]:
+        """Why the data-free figures, or the result, may be worth nothing."""
+        doubts = [self.pixels.doubt] if self.pixels.doubt else []
+        return doubts + [f"the data-free figures say nothing: {problem}" for problem in self.fit.problems]
+
     def to_dict(self) -> dict:
         """Nested dicts, lists, numbers and text, fit for JSON."""
         result = {name: value for name, value in vars(self).items() if name not in ("config", "summary")}
         result |= {name: asdict(getattr(self, name)) for name in ("pixels", "data_free", "fit")}
-        result["warnings"] = self.fit.problems
+        result["warnings"] = self.warnings
         if self.choice is not None:
             epoch, figures = self.choice
             result["choice"] = {"epoch": epoch, **asdict(figures)}
@@ -76,8 +82,7 @@ class Report:
             f"data-free    {_figures(self.data_free)} ({self.data_free.images} held-out synthetic images)",
             f"             {self.fit}",
         ]
-        if self.fit.problems:
-            lines.append("WARNING      these figures say nothing of real images: " + "; ".join(self.fit.problems))
+        lines += [f"WARNING      {warning}" for warning in self.warnings]
         if self.iterations != "eager":
             lines.insert(1, f"iterations   {self.iterations}")
         if self.selected == "calibrated" and self.config.method == "gdfq":
