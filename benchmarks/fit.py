@@ -158,12 +158,19 @@ def main() -> None:
         prog="python -m benchmarks.fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--networks", choices=["chosen", "counted"])
-    parser.add_argument("--judge", type=Path, nargs="+", help="only count what these results hold, by today's bounds")
+    parser.add_argument(
+        "--judge", type=Path, nargs="+", help="judge what these results hold by today's bounds, and count"
+    )
     parser.add_argument("--cifar", type=Path, help="folder with test.npz and resnet20.safetensors")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     args = parser.parse_args()
     if args.judge:
-        judged = [row for file in args.judge for row in json.loads(file.read_text())["rows"]]
+        results = [json.loads(file.read_text()) for file in args.judge]
+        judged = [row for result in results for row in result["rows"]]
+        for row in judged:
+            row.get("fit", {})["problems"] = verdict(row)
+        for file, result in zip(args.judge, results, strict=True):
+            write_text(file, json.dumps(result, indent=1) + "\n")
         wrong = [row for row in judged if row["good"] is bool(verdict(row))]
         print(
             table(judged), *(f"{row['network']}, {row['run']}: {verdict(row) or 'trusted'}" for row in wrong), sep="\n"

@@ -24,6 +24,7 @@ from gdfq.graph import (
     infer,
     pixels_of,
     size_in_bytes,
+    stated_size,
     unwrapped,
 )
 from gdfq.images.generator import images_per_class
@@ -31,7 +32,7 @@ from gdfq.images.networks import Generator
 from gdfq.images.real import check_labeled
 from gdfq.memory import images_at_once
 from gdfq.methods import Data, Method, Outcome, Task
-from gdfq.models import check_finite, stated_size
+from gdfq.models import check_finite
 from gdfq.precision import products_in_tf32
 from gdfq.progress import draws_bars, plan, say
 from gdfq.provenance import versions

@@ -9,7 +9,8 @@ from torch import nn
 from gdfq.config import ModelConfig
 from gdfq.data import LabeledImages, find_data, load_dataset
 from gdfq.errors import GdfqError
-from gdfq.models import load_model, parse_model_args, stated_channels, stated_size
+from gdfq.graph import stated_channels, stated_size
+from gdfq.models import load_model, parse_model_args
 
 EVALUATION, CALIBRATION, TRAINING = "", "calibration_", "training_"  # before the names of values
 

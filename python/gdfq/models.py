@@ -93,22 +93,6 @@ def check_finite(model: nn.Module) -> None:
         )
 
 
-def stated_size(model: nn.Module) -> tuple[int, int] | None:
-    """Height and width of its images, where it says them: `in_size` of pytorchcv, `default_cfg` of timm."""
-    timm_shape = (getattr(model, "default_cfg", None) or {}).get("input_size")
-    size = getattr(model, "in_size", None) or (timm_shape and timm_shape[1:])
-    if size is None:
-        return None
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def stated_channels(model: nn.Module) -> int:
-    """Channels of its images: timm's `default_cfg`, or what its first convolution takes."""
-    timm_shape = (getattr(model, "default_cfg", None) or {}).get("input_size")
-    convolutions = (m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
-    return timm_shape[0] if timm_shape else getattr(next(convolutions, None), "in_channels", 3)
-
-
 # --- where a model comes from
 
 

@@ -1,6 +1,6 @@
 """The user's model as a graph, and its two rewritings: the teacher and the quantized model."""
 
-from gdfq.graph.capture import CapturedModel, capture, unwrapped
+from gdfq.graph.capture import CapturedModel, capture, stated_channels, stated_size, unwrapped
 from gdfq.graph.pixels import Pixels
 from gdfq.graph.quantize import build_quantized
 from gdfq.graph.query import QuantizedLayer, quantized_layers, quantizer_of
@@ -23,5 +23,7 @@ __all__ = [
     "quantized_layers",
     "quantizer_of",
     "size_in_bytes",
+    "stated_channels",
+    "stated_size",
     "unwrapped",
 ]

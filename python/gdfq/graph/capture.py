@@ -113,19 +113,30 @@ def _check_batch_norms(model: nn.Module, graph: fx.Graph) -> None:
 def _image_shape(
     model: nn.Module, image_size: int | tuple[int, int] | None, channels: int | None
 ) -> tuple[int, int, int]:
-    timm_shape = (getattr(model, "default_cfg", None) or {}).get("input_size")
+    image_size = image_size or stated_size(model)
     if image_size is None:
-        image_size = getattr(model, "in_size", None) or (timm_shape and timm_shape[1:])
-        if image_size is None:
-            raise GdfqError(
-                "the image size cannot be read off the model: give it as `image_size` (`--image-size` on the command "
-                "line), for example 32 for CIFAR or 224 for most ImageNet models"
-            )
-    if channels is None:
-        convolutions = (m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
-        channels = timm_shape[0] if timm_shape else getattr(next(convolutions, None), "in_channels", 3)
+        raise GdfqError(
+            "the image size cannot be read off the model: give it as `image_size` (`--image-size` on the command "
+            "line), for example 32 for CIFAR or 224 for most ImageNet models"
+        )
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return channels, int(height), int(width)
+    return channels or stated_channels(model), int(height), int(width)
+
+
+def stated_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width of its images, where it says them: `in_size` of pytorchcv, `default_cfg` of timm."""
+    timm_shape = (getattr(model, "default_cfg", None) or {}).get("input_size")
+    size = getattr(model, "in_size", None) or (timm_shape and timm_shape[1:])
+    if size is None:
+        return None
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def stated_channels(model: nn.Module) -> int:
+    """Channels of its images: timm's `default_cfg`, or what its first convolution takes."""
+    timm_shape = (getattr(model, "default_cfg", None) or {}).get("input_size")
+    convolutions = (m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
+    return timm_shape[0] if timm_shape else getattr(next(convolutions, None), "in_channels", 3)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
