@@ -82,7 +82,6 @@ class Report:
             f"data-free    {_figures(self.data_free)} ({self.data_free.images} held-out synthetic images)",
             f"             {self.fit}",
         ]
-        lines += [f"WARNING      {warning}" for warning in self.warnings]
         if self.iterations != "eager":
             lines.insert(1, f"iterations   {self.iterations}")
         if self.selected == "calibrated" and self.config.method == "gdfq":
@@ -96,6 +95,7 @@ class Report:
                 "top-1        " + ", ".join(f"{names[name]} {value:.2f}%" for name, value in self.top1.items())
             )
         lines += [f"images       for {purpose}: {prepared}" for purpose, prepared in self.images.items()]
+        lines += [f"WARNING      {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
 
