@@ -96,10 +96,12 @@ class ToPixels(nn.BatchNorm2d):
             self.log_gain = nn.Parameter(torch.zeros(channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
+        standard = x = super().forward(x)
         if self.shift is not None and self.log_gain is not None:
             x = x * self.log_gain.exp() + self.shift
-        return x if self.standardized else x * self.std + self.mean
+        if not self.standardized:
+            x = x * self.std + self.mean
+        return x.to(standard.dtype)
 
 
 LARGEST_START = 64  # side of the grid that G starts at; the paper's for 224 pixels is 56

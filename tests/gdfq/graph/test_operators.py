@@ -37,6 +37,8 @@ def samples() -> list:
     sys.modules.setdefault("expecttest", stub)
     from torch.testing._internal.common_methods_invocations import op_db
 
+    # That import forbids the whole process to set flags of cuDNN and others.
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
     return [operator for operator in op_db if torch.float32 in operator.dtypes]
 
 
