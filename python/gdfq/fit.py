@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gdfq.graph import Pixels, Teacher
+from gdfq.graph.scale import negligible
 
 SOUND = 0.24  # of the distance that noise has
 
@@ -102,7 +103,7 @@ def _measure(teacher: Teacher, batches: Iterable[Tensor]) -> tuple[list[float], 
     distances = []
     for (first, second), mean, var in zip(sums, statistics.running_means, statistics.running_vars, strict=True):
         found = first / count
-        eps = 1e-3 * var.mean() + 1e-12
+        eps = negligible(var)
         ratio = ((second / count - found.square()).clamp_min(0) + eps) / (var + eps)
         kl = 0.5 * ((found - mean).square() / (var + eps) + ratio - 1 - ratio.log())
         distances.append(kl.nan_to_num(nan=100).clamp(max=100).mean().item())

@@ -12,19 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from short_run import SHORT
 from small_models import Plain, randomize_batch_norm
 
 from gdfq.run import folder as run_folder
 from gdfq.run.files import load_tensors
 
 MODELS = Path(__file__).parent / "small_models.py"
-SHORT = [
-    f"--set={setting}"
-    for setting in (
-        "schedule.epochs=3", "schedule.iterations=2", "schedule.batch_size=8", "schedule.range_epochs=1",
-        "schedule.warmup_epochs=1", "schedule.range_batches=1", "run.held_out_images=16", "run.checkpoint_every=1",
-    )
-]  # fmt: skip
 
 
 @pytest.fixture

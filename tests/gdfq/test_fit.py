@@ -9,16 +9,22 @@ from gdfq.fit import fit
 from gdfq.graph import Pixels, build_teacher, capture
 
 
-@pytest.fixture(scope="module")
-def model():
+def trained_on(make_images):
+    """A network whose BN statistics are those of the images."""
     torch.manual_seed(0)
     model = Residual().train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
+    images = make_images()
     with torch.no_grad():
-        model(2 + 3 * torch.randn(512, 3, 8, 8))
-    return model.eval()
+        model(images)
+    return model.eval(), images
+
+
+@pytest.fixture(scope="module")
+def model():
+    return trained_on(lambda: 2 + 3 * torch.randn(512, 3, 8, 8))[0]
 
 
 def moments(model, x):
@@ -86,14 +92,7 @@ def test_figures_on_images_that_do_not_fit_are_distrusted(model):
 
 
 def test_figures_on_images_that_fit_are_trusted_and_noise_is_not():
-    torch.manual_seed(0)
-    model = Residual().train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
-    images = nn.functional.interpolate(torch.randn(600, 3, 3, 3), (8, 8), mode="bilinear")
-    with torch.no_grad():
-        model(images)
-    teacher, pixels = build_teacher(capture(model.eval())), Pixels.around((0.0,) * 3, (images.std().item(),) * 3, "set")
+    model, images = trained_on(lambda: nn.functional.interpolate(torch.randn(600, 3, 3, 3), (8, 8), mode="bilinear"))
+    teacher, pixels = build_teacher(capture(model)), Pixels.around((0.0,) * 3, (images.std().item(),) * 3, "set")
     assert not fit(teacher, images.split(200), pixels).problems
     assert fit(teacher, [pixels.scaled(torch.randn(200, 3, 8, 8))], pixels).problems

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from short_run import SHORT
 from small_models import Plain, randomize_batch_norm
 from torch.utils.data import TensorDataset
 
@@ -24,13 +25,6 @@ from gdfq.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 MODEL = f"{Path(__file__).parent / 'small_models.py'}:Plain"
-SHORT = [
-    f"--set={setting}"
-    for setting in (
-        "schedule.epochs=3", "schedule.iterations=2", "schedule.batch_size=8", "schedule.range_epochs=1",
-        "schedule.warmup_epochs=1", "schedule.range_batches=1", "run.held_out_images=16", "run.checkpoint_every=1",
-    )
-]  # fmt: skip
 
 
 def failing(error: Exception, *arguments) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distinct_inputs import distinct_inputs
 from pytorchcv import model_provider
 from pytorchcv.models.densenet_cifar import CIFARDenseNet
 from pytorchcv.models.espnetv2 import ESPNetv2
@@ -19,7 +20,6 @@ from pytorchcv.models.shufflenetv2 import ShuffleNetV2
 from pytorchcv.models.vgg import VGG
 from small_models import randomize_batch_norm
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import zoo
 from benchmarks.step_providers import fit_classifier
@@ -28,8 +28,6 @@ from gdfq.config import QuantizerConfig
 from gdfq.errors import GdfqError
 from gdfq.graph import build_quantized, build_teacher, capture
 from gdfq.models import load_model
-
-aten = torch.ops.aten
 
 # `resnet20_cifar100` differs from the first in its last layer only.
 PAPER = [
@@ -64,26 +62,6 @@ REFUSED = {
     "ntsnet_cub": "cannot be captured",
     "revnet38": "cannot be captured",
 }
-
-
-class InputsOfLayers(TorchDispatchMode):
-    """Counts the distinct values in the input of every convolution and linear layer that runs, whatever calls it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.distinct: list[int] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        place = {aten.convolution.default: 0, aten.addmm.default: 1, aten.mm.default: 0}.get(func)
-        if place is not None:
-            self.distinct.append(len(args[place].unique()))
-        return func(*args, **(kwargs or {}))
-
-
-def distinct_inputs(student: nn.Module, images: torch.Tensor) -> list[int]:
-    with torch.no_grad(), InputsOfLayers() as inputs:
-        student(images)
-    return inputs.distinct
 
 
 def small(network: type[nn.Module], **arguments) -> nn.Module:

@@ -188,7 +188,7 @@ def _means(statistics: Callable[[Tensor], BatchNormStatistics], std: Tensor) -> 
     def misfit(mean: Tensor) -> Tensor:
         found, _, running, variances = statistics(mean)
         parts = zip(found, running, variances, strict=True)
-        return torch.cat([(m - r) / (var + _eps(var)).sqrt() for m, r, var in parts]).cpu().double()
+        return torch.cat([(m - r) / (var + negligible(var)).sqrt() for m, r, var in parts]).cpu().double()
 
     mean = torch.zeros_like(std)
     for _ in range(_ROUNDS):
@@ -205,13 +205,13 @@ def _distance(statistics: BatchNormStatistics) -> Tensor:
     """Between a batch's statistics and the running ones: of means in standard deviations, of these in logarithms."""
     parts = []
     for mean, var, running_mean, running_var in zip(*statistics, strict=True):
-        eps = _eps(running_var)
+        eps = negligible(running_var)
         parts.append(_robust((mean - running_mean) / (running_var + eps).sqrt()))
         parts.append(_robust(0.5 * ((var + eps) / (running_var + eps)).log()))
     return torch.cat(parts).mean()
 
 
-def _eps(variance: Tensor) -> Tensor:
+def negligible(variance: Tensor) -> Tensor:
     """What keeps dead channels, whose variance is almost nothing, from deciding."""
     return 1e-3 * variance.mean() + 1e-12
 
