@@ -51,7 +51,7 @@ def invert(
     with mu, sigma the running statistics, and those of the model's images for the image. What is optimized is the
     standardized image, to whose scale the learning rate belongs.
     """
-    pixels = pixels or Pixels.standardized(shape[0])
+    mean, std = (pixels or Pixels.standardized(shape[0])).tensors(device)
     random = torch.Generator(device).manual_seed(seed)
     images = torch.randn(config.images, *shape, generator=random, device=device)
     images = images.contiguous(memory_format=torch.channels_last).requires_grad_(True)
@@ -59,7 +59,7 @@ def invert(
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, min_lr=1e-4, patience=100)
     zero, one = torch.zeros(shape[0], device=device), torch.ones(shape[0], device=device)
     for _ in steps(config.iterations, "ZeroQ images", progress):
-        layers = teacher.read(pixels.scaled(images), ("statistics",))[1]["statistics"]
+        layers = teacher.read(images * std + mean, ("statistics",))[1]["statistics"]
         image_variance, image_mean = torch.var_mean(images, (0, 2, 3), correction=0)
         loss = gdfq_ext.bns_loss(
             [image_mean, *layers.means],
@@ -72,7 +72,7 @@ def invert(
         loss.backward()
         optimizer.step()
         schedule.step(loss.detach())
-    return pixels.scaled(images.detach())
+    return images.detach() * std + mean
 
 
 def _std(variance: Tensor) -> Tensor:
