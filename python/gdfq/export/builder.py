@@ -60,8 +60,8 @@ class Builder:
         return self._constant(array.dtype.name, array.shape, array.tobytes())
 
     def packed_int4(self, values: np.ndarray) -> str:
-        """The name of an INT4 initializer that holds `values`, integers in -8..7: two in a byte, the first one low."""
-        nibbles = values.reshape(-1).astype(np.int8).view(np.uint8) & 0xF
+        """The name of an INT4 initializer that holds `values`, int8 of -8..7: two in a byte, the first one low."""
+        nibbles = values.reshape(-1).view(np.uint8) & 0xF
         nibbles = np.append(nibbles, np.zeros(len(nibbles) % 2, np.uint8))
         return self._constant("int4", values.shape, (nibbles[::2] | nibbles[1::2] << 4).tobytes())
 

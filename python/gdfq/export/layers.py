@@ -16,18 +16,30 @@ _SMALLEST_STEP = 1e-30  # products with it are still normal numbers of float32
 
 @dataclass(frozen=True)
 class Weight:
-    """A layer's weight.
+    """A layer's weight, `(channels, ...)`: as integers, or where it is not quantized, or int8 does not hold them, as
+    floating numbers.
 
     Attributes:
-        values: `(channels, ...)` float64, what Q computes with.
-        carriers: int8 of -127..127 and `values`' shape, values = carriers * step; None where it is not quantized, or
-            does not fit.
-        step: `(channels,)` float64; None with `carriers`.
+        carriers: int8 of -127..127, the weight is carriers * step.
+        step: `(channels,)` float64.
+        values: float32; None where there are carriers.
+        stays_float: why there are none.
     """
 
-    values: np.ndarray
     carriers: np.ndarray | None = None
     step: np.ndarray | None = None
+    values: np.ndarray | None = None
+    stays_float: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.values if self.carriers is None else self.carriers).shape
+
+    def as_matrix(self) -> "Weight":
+        """`(channels, everything else)`."""
+        flat = (None if a is None else a.reshape(len(a), -1) for a in (self.carriers, self.values))
+        carriers, values = flat
+        return Weight(carriers, self.step, values, self.stays_float)
 
 
 @dataclass(frozen=True)
@@ -87,8 +99,10 @@ def fold(weight: Weight, bias: np.ndarray, factor: np.ndarray, input_step: float
     gone = step < _SMALLEST_STEP
     # Of the bias alone, any step holds it that is large enough.
     new_step = np.where(gone, np.maximum(1.0, 2 * floor), np.maximum(step, floor))
-    scale = np.where(gone, 0.0, np.sign(factor) * step / new_step)
-    carriers = np.rint(weight.carriers * per_channel(scale, weight.carriers)).astype(np.int8)
+    sign = np.where(gone, 0, np.sign(factor)).astype(np.int8)
+    carriers = weight.carriers * per_channel(sign, weight.carriers)
+    for channel in np.flatnonzero(~gone & (step < floor)):
+        carriers[channel] = np.rint(carriers[channel] * (step[channel] / floor[channel]))
     new_step = new_step.astype(np.float32)
     bias_step = (np.float32(input_step) * new_step).astype(np.float64)
     return Folded(carriers, new_step, np.rint(bias / bias_step).astype(np.int32))
@@ -126,10 +140,8 @@ class LayerResult(Arising):
     @property
     def stays_float(self) -> str:
         """Why no runtime computes it in integers; empty where one can. A linear layer's result need not be codes."""
-        if self.spec.weight.step is None:
-            return "its weight is not quantized"
-        if self.spec.weight.carriers is None:
-            return "its weight has zero points so far out that int8 does not hold codes less them"
+        if self.spec.weight.stays_float:
+            return self.spec.weight.stays_float
         if self.input_grid is None:
             return "its input is not quantized"
         if self.spec.operator == "Conv" and not self.only_rounded:
@@ -158,25 +170,28 @@ class LayerResult(Arising):
     def _factor_and_bias(self) -> tuple[np.ndarray, np.ndarray | None]:
         bias, affine = self.spec.bias, self.affine
         if affine is None:
-            return np.ones(len(self.spec.weight.values)), bias
+            return np.ones(self.spec.weight.shape[0]), bias
         return affine.factor, affine.shift if bias is None else bias * affine.factor + affine.shift
 
     def _weight(self, folded: Folded) -> str:
+        constant = self.builder.constant
+        # that 0 is the zero point must be said for onnxruntime to fuse Gemm, but not Conv
+        zero_point = constant(np.zeros(len(folded.step), np.int8)) if self.spec.operator == "Gemm" else ""
         return self.builder.add(
-            "DequantizeLinear", self._stored(folded.carriers), self.builder.constant(folded.step), axis=0
+            "DequantizeLinear", self._stored(folded.carriers), constant(folded.step), zero_point, axis=0
         )
 
     def _stored(self, carriers: np.ndarray) -> str:
         """The carriers as int8, in packed INT4 where these hold them, or where a number for each channel brings them
         into -8..7, as it does all weights of up to 4 bits: onnxruntime adds that number when it loads the file."""
         builder = self.builder
-        by_channel = carriers.reshape(len(carriers), -1).astype(np.int64)
-        low, high = by_channel.min(1, initial=0), by_channel.max(1, initial=0)
+        by_channel = carriers.reshape(len(carriers), -1)
+        low, high = (a.astype(np.int16) for a in (by_channel.min(1, initial=0), by_channel.max(1, initial=0)))
         if low.min() >= -8 and high.max() <= 7:
             return self._unpacked(carriers)
         if (high - low).max() > 15:
             return builder.constant(carriers)
-        zero_points = per_channel(-8 - low, carriers)
+        zero_points = per_channel((-8 - low).astype(np.int8), carriers)
         return builder.add("Sub", self._unpacked(carriers + zero_points), self._unpacked(zero_points))
 
     def _unpacked(self, values: np.ndarray) -> str:

@@ -9,8 +9,9 @@ import numpy as np
 
 from gdfq.export.call import Call
 from gdfq.export.layers import LayerSpec, Weight
+from gdfq.export.moves import pad
 from gdfq.export.pools import pool_attributes, spread
-from gdfq.export.values import Clamped, Joined, Value
+from gdfq.export.values import Clamped, Computed, Joined, Value
 
 Operator = Callable[[Call], Value | list[Value | None]]
 
@@ -158,11 +159,8 @@ def _average_pool(call: Call) -> Value:
     source = call.value("self")
     padded = bool(call.fixed("count_include_pad")) and any(padding)
     if padded and attributes["pads"][rank:] != padding:  # what is beyond the padding does not count
-        zeros = call.builder.constant([*padding, *padding], np.int64)
-        axes = call.builder.constant(list(range(2, 2 + rank)), np.int64)
-        source = source.moved(
-            lambda x, zero: call.builder.add("Pad", x, zeros, call.builder.constant(zero), axes), False
-        )
+        zeros = call.builder.constant([0, 0, *padding, 0, 0, *padding], np.int64)
+        source = source.moved(lambda x, zero: call.builder.add("Pad", x, zeros, call.builder.constant(zero)), False)
         ends = [end - before for end, before in zip(attributes["pads"][rank:], padding, strict=True)]
         attributes["pads"] = [0] * rank + ends
         padded = False
@@ -278,7 +276,7 @@ def _instance_norm(call: Call) -> Value:
 
 def convolution(call: Call, weight: Weight) -> LayerSpec:
     """conv1d, conv2d, conv3d."""
-    kernel = list(weight.values.shape[2:])
+    kernel = list(weight.shape[2:])
     rank = len(kernel)
     strides, dilations = (spread(call.fixed(name), rank) for name in ("stride", "dilation"))
     padding = call.fixed("padding")
@@ -295,6 +293,13 @@ def convolution(call: Call, weight: Weight) -> LayerSpec:
         "group": call.fixed("groups") if call.fixed("groups") != 1 else None,
     }
     return LayerSpec(call.name, "Conv", weight, _bias(call), attributes)
+
+
+def is_linear(call: Call, spec: LayerSpec) -> bool:
+    """Whether a convolution sees all of its input at once, as those on pooled maps do: onnxruntime computes a linear
+    layer in integers, whoever reads its result."""
+    sees_all = call.shape("input")[2:] == spec.weight.shape[2:]
+    return sees_all and spec.attributes["group"] is None and spec.attributes["pads"] is None
 
 
 def linear(call: Call, weight: Weight) -> LayerSpec:
@@ -332,6 +337,12 @@ def _resize(mode: str) -> Operator:
         )  # fmt: skip
 
     return resize
+
+
+def _pad(call: Call) -> Value:
+    """Padding with something else than 0."""
+    value = np.float32(call.fixed("value") or 0)
+    return Computed(call.builder, pad(call)(call.tensor("self"), value), "Pad")
 
 
 def _masked_fill(call: Call) -> Value:
@@ -402,6 +413,8 @@ OPERATORS: dict[str, Operator] = {
     "minimum": _binary("Min"),
     "mm": _binary("MatMul", second="mat2"),
     "mul": _scale("Mul"),
+    "constant_pad_nd": _pad,
+    "pad": _pad,
     "pow": _pow,
     "prelu": _prelu,
     "_prelu_kernel": _prelu,
