@@ -53,11 +53,10 @@ class Builder:
         self.nodes.append(self.onnx.helper.make_node(operator, given, [output], self._free_name(name), **attributes))
         return output
 
-    def constant(self, values: Any, dtype: Any = None) -> str:
-        """The name of an initializer that holds `values`, the same for the same values, type and shape."""
-        array = np.ascontiguousarray(np.asarray(values, dtype))  # a scalar becomes (1,)
-        array = array.reshape(np.shape(values))
-        return self._constant(array.dtype.name, array.shape, array.tobytes())
+    def constant(self, values: Any, dtype: Any = None, owner: str = "") -> str:
+        """The name of an initializer that holds `values`: the same for the same values, type, shape and owner."""
+        array = np.asarray(values, dtype)
+        return self._constant(array.dtype.name, array.shape, array.tobytes(), owner)
 
     def packed_int4(self, values: np.ndarray) -> str:
         """The name of an INT4 initializer that holds `values`, int8 of -8..7: two in a byte, the first one low."""
@@ -108,8 +107,8 @@ class Builder:
                 used.update(node.input)
         return kept[::-1], used
 
-    def _constant(self, dtype: str, shape: Sequence[int], raw: bytes) -> str:
-        key = (dtype, tuple(shape), raw)
+    def _constant(self, dtype: str, shape: Sequence[int], raw: bytes, owner: str = "") -> str:
+        key = (dtype, tuple(shape), raw, owner)
         if key not in self._constants:
             make = self.onnx.helper.make_tensor
             self._constants[key] = make(self._new_name(), self.type_of(dtype), shape, raw, raw=True)

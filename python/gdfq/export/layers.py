@@ -175,8 +175,9 @@ class LayerResult(Arising):
 
     def _weight(self, folded: Folded) -> str:
         constant = self.builder.constant
-        # that 0 is the zero point must be said for onnxruntime to fuse Gemm, but not Conv
-        zero_point = constant(np.zeros(len(folded.step), np.int8)) if self.spec.operator == "Gemm" else ""
+        zero_point = ""
+        if self.spec.operator == "Gemm":  # which onnxruntime fuses only where 0 is said, to each layer on its own
+            zero_point = constant(np.zeros(len(folded.step), np.int8), owner=self.spec.name)
         return self.builder.add(
             "DequantizeLinear", self._stored(folded.carriers), constant(folded.step), zero_point, axis=0
         )
