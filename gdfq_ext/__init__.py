@@ -21,10 +21,13 @@ from .ops import (
     fake_quantize_weight,
     fake_quantize_weights,
     observe_range,
+    quantizer_grid,
 )
+from .quantizer import Grid
 
 __all__ = [
     "BackendReport",
+    "Grid",
     "autograd",
     "backend_report",
     "batch_norm_act_fake_quantize",
@@ -38,6 +41,7 @@ __all__ = [
     "fake_quantize_weight",
     "fake_quantize_weights",
     "observe_range",
+    "quantizer_grid",
     "reference",
 ]
 
