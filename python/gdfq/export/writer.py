@@ -14,7 +14,7 @@ from gdfq.errors import GdfqError
 from gdfq.export import operators
 from gdfq.export.builder import Builder
 from gdfq.export.call import INPUT, Call
-from gdfq.export.grids import Grid, activation_grid, weight_codes
+from gdfq.export.grids import Grid, activation_grid
 from gdfq.export.layers import Affine, LayerResult, LayerSpec, Weight
 from gdfq.export.moves import MOVES
 from gdfq.export.operators import OPERATORS
@@ -24,7 +24,7 @@ from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, WEIGHTED, name_of, op_of, pre
 from gdfq.graph.sizes import ImageSizes
 from gdfq.graph.summary import FloatEntry
 from gdfq.models import check_finite
-from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize
+from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize, per_channel
 
 if TYPE_CHECKING:
     import onnx
@@ -282,8 +282,9 @@ class _Writer:
         module = self.student.get_submodule(call.target) if call is not None and call.op == "call_module" else None
         if not isinstance(module, WeightFakeQuantize):
             return Weight(values=self._tensor(node).cpu().numpy(), stays_float="its weight is not quantized")
-        codes, step, zero_point = weight_codes(module, index, self._tensor(call.args[0][index]))
-        carriers = codes - zero_point.view(-1, *[1] * (codes.dim() - 1))
+        weight = self._tensor(call.args[0][index])
+        step, zero_point, *_ = module.grid(index, weight)
+        carriers = module.codes(index, weight) - per_channel(zero_point, weight)
         largest = carriers.abs().max().item() if carriers.numel() else 0
         if largest > 127:
             reason = f"codes of its weight, less their zero point, reach {largest:.0f}, which int8 does not hold"
