@@ -94,7 +94,7 @@ class Builder:
         return model
 
     def rename(self, tensor: str, name: str) -> None:
-        """Give the output of a node another name; an initializer gets one by a node that copies it."""
+        """Give the output of a node another name."""
         for node in self.nodes:
             for names in (node.input, node.output):
                 names[:] = [name if other == tensor else other for other in names]
@@ -122,7 +122,7 @@ class Builder:
         return name
 
     def _free_name(self, name: str) -> str:
-        numbered = (f"{name}_{number}" for number in itertools.count(1))
-        free = name if not name or name not in self._node_names else next(n for n in numbered if n not in self._node_names)
+        numbered = (f"{name}_{number}" if number else name for number in itertools.count())
+        free = next(candidate for candidate in numbered if not candidate or candidate not in self._node_names)
         self._node_names.add(free)
         return free

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from gdfq.export.builder import Builder
+from gdfq.export.call import Call
 from gdfq.export.grids import Grid
+from gdfq.export.pools import spread
 from gdfq.export.values import Arising, Codes, Value
 
 _LARGEST_BIAS = 2.0**31 - 1024  # of int32, less what float32 steps lose
@@ -84,6 +86,44 @@ class LayerSpec:
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
+def convolution(call: Call, weight: Weight) -> LayerSpec:
+    """conv1d, conv2d, conv3d."""
+    kernel = list(weight.shape[2:])
+    rank = len(kernel)
+    strides, dilations = (spread(call.fixed(name), rank) for name in ("stride", "dilation"))
+    padding = call.fixed("padding")
+    if isinstance(padding, str):
+        total = [dilation * (size - 1) * (padding == "same") for dilation, size in zip(dilations, kernel, strict=True)]
+        pads = [size // 2 for size in total] + [size - size // 2 for size in total]
+    else:
+        pads = spread(padding, rank) * 2
+    attributes = {
+        "kernel_shape": kernel,
+        "strides": strides if any(stride != 1 for stride in strides) else None,
+        "pads": pads if any(pads) else None,
+        "dilations": dilations if any(dilation != 1 for dilation in dilations) else None,
+        "group": call.fixed("groups") if call.fixed("groups") != 1 else None,
+    }
+    return LayerSpec(call.name, "Conv", weight, _bias(call), attributes)
+
+
+def is_linear(call: Call, spec: LayerSpec) -> bool:
+    """Whether a convolution sees all of its input at once, as those on pooled maps do: onnxruntime computes a linear
+    layer in integers, whoever reads its result."""
+    sees_all = call.shape("input")[2:] == spec.weight.shape[2:]
+    return sees_all and spec.attributes["group"] is None and spec.attributes["pads"] is None
+
+
+def linear(call: Call, weight: Weight) -> LayerSpec:
+    """A linear layer of inputs `(N, features)`."""
+    return LayerSpec(call.name, "Gemm", weight, _bias(call), {"transB": 1})
+
+
+def _bias(call: Call) -> np.ndarray | None:
+    bias = call.array("bias")
+    return None if bias is None else bias.astype(np.float64)
+
+
 def fold(weight: Weight, bias: np.ndarray, factor: np.ndarray, input_step: float) -> Folded:
     """A layer whose input has the step `input_step`, and whose result is multiplied by `factor`.
 
@@ -149,7 +189,7 @@ class LayerResult(Arising):
         return ""
 
     @cached_property
-    def tensor(self) -> str:  # type: ignore[override] # written when it is asked for
+    def tensor(self) -> str:  # written when it is asked for
         spec, builder, grid = self.spec, self.builder, self.input_grid
         source = self.source.as_float
         factor, bias = self._factor_and_bias()

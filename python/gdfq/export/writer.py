@@ -11,14 +11,13 @@ from torch import Tensor, fx
 
 from gdfq.calibrate import check_ranges
 from gdfq.errors import GdfqError
-from gdfq.export import operators
 from gdfq.export.builder import Builder
 from gdfq.export.call import INPUT, Call
 from gdfq.export.grids import Grid, activation_grid
-from gdfq.export.layers import Affine, LayerResult, LayerSpec, Weight
+from gdfq.export.layers import Affine, LayerResult, LayerSpec, Weight, convolution, is_linear, linear
 from gdfq.export.moves import MOVES
 from gdfq.export.operators import OPERATORS
-from gdfq.export.trial import Seen, try_batches
+from gdfq.export.trial import try_batches
 from gdfq.export.values import Clamped, Computed, Moved, Value, quantized
 from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, WEIGHTED, name_of, op_of, preserves_values
 from gdfq.graph.sizes import ImageSizes
@@ -143,7 +142,7 @@ class _Writer:
         self.values: dict[fx.Node, Any] = {}
         self.codes: dict[str, QuantizedTensor] = {}
         self.layers: list[LayerResult] = []
-        self.computed: dict[fx.Node, Value] = {}
+        self.computed: dict[fx.Node, Computed] = {}
         self.floats: list[FloatEntry] = []
 
     def written(self, metadata: dict[str, str]) -> Written:
@@ -257,11 +256,11 @@ class _Writer:
         source = call.value("input")
         rank = len(call.shape("input"))
         if node.target in CONVOLUTIONS:
-            spec = operators.convolution(call, weight)
-            if operators.is_linear(call, spec):
-                return self._reshaped(call, operators.linear(call, weight.as_matrix()), source)
+            spec = convolution(call, weight)
+            if is_linear(call, spec):
+                return self._reshaped(call, linear(call, weight.as_matrix()), source)
         else:
-            spec = operators.linear(call, weight)
+            spec = linear(call, weight)
             if rank != 2:
                 return self._reshaped(call, spec, source)
         return self._result(spec, source)
