@@ -8,7 +8,7 @@ layer's error hides behind that of an earlier one.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,29 +16,20 @@ from torch import Tensor, nn
 
 from gdfq.errors import GdfqError
 from gdfq.export.runtime import imported, run, values_of
+from gdfq.export.writer import QuantizedTensor
 from gdfq.nn import BatchNormActFakeQuantize
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
     from onnxruntime import InferenceSession
 
-EPSILON = 1e-3
+EPSILON = 1e-4
 """Steps. What float32 makes of a sum of products: a value as close as this to the middle between two levels may be
 rounded to either."""
 LOGITS = 1e-5
 """Of the largest logit: how far logits in float may be apart."""
 GIVEN = "__given"  # behind the name of a tensor of codes, the input that is read instead
-_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-
-
-class Codes(Protocol):
-    """Where the codes of a quantizer are in a file, and what they stand for: y = (code - zero_point) * step."""
-
-    tensor: str
-    step: float
-    zero_point: int
-    lowest: int
-    highest: int
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ class LayerCheck:
         return replace(self, **counts, farthest=max(self.farthest, other.farthest))
 
 
-def cut(model: "ModelProto", codes: Mapping[str, Codes]) -> "ModelProto":
+def cut(model: "ModelProto", codes: Mapping[str, QuantizedTensor]) -> "ModelProto":
     """A copy of a model in which all tensors of codes are outputs, and inputs to what reads them, see `GIVEN`."""
     onnx = imported("onnx")
     result = type(model)()
@@ -82,7 +73,7 @@ def cut(model: "ModelProto", codes: Mapping[str, Codes]) -> "ModelProto":
     return result
 
 
-def layers_before(model: "ModelProto", codes: Mapping[str, Codes]) -> dict[str, str]:
+def layers_before(model: "ModelProto", codes: Mapping[str, QuantizedTensor]) -> dict[str, str]:
     """For each quantizer, and for `logits`, the names of the layers that its codes are computed by, from other codes
     on."""
     producers = {name: node for node in model.graph.node for name in node.output}
@@ -98,7 +89,7 @@ def _layers(producers: dict[str, "NodeProto"], tensor: str, ends: set[str]) -> l
         if node is None or id(node) in seen:
             continue
         seen.add(id(node))
-        if node.op_type in _LAYERS:
+        if node.op_type in LAYERS:
             found.append(node.name)
         pending += [name for name in node.input if name not in ends]
     return sorted(found)
@@ -112,7 +103,7 @@ class Simulation:
         codes: by name of a quantizer of Q, what its levels are.
     """
 
-    def __init__(self, student: nn.Module, codes: Mapping[str, Codes]) -> None:
+    def __init__(self, student: nn.Module, codes: Mapping[str, QuantizedTensor]) -> None:
         self.student = student
         self.codes = codes
 
@@ -126,15 +117,15 @@ class Simulation:
         found: dict[str, Tensor] = {}
 
         def see(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            of = self.codes[name]
-            in_steps = output.double() / of.step + of.zero_point
+            grid = self.codes[name].grid
+            in_steps = output.double() / grid.step + grid.zero_point
             level = in_steps.round()
-            if not bool(((in_steps - level).abs() < 0.01).all() & (level >= of.lowest).all() & (level <= of.highest).all()):
+            if not bool(((in_steps - level).abs() < 0.01).all() & (level >= grid.lowest).all() & (level <= grid.highest).all()):
                 raise GdfqError(
-                    f"{name} gives values that are no levels of step {of.step:.6g} and zero point {of.zero_point}: "
+                    f"{name} gives values that are no levels of step {grid.step:.6g} and zero point {grid.zero_point}: "
                     "its range was not observed, or the file is of another model"
                 )
-            found[name] = level.to(torch.int8 if of.lowest < 0 else torch.uint8)
+            found[name] = level.to(torch.int8 if grid.lowest < 0 else torch.uint8)
 
         with self._seeing(see):
             logits = self.student(images)
@@ -144,13 +135,15 @@ class Simulation:
     def values(self, images: Tensor, where: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What quantizers read, in steps, as their codes are counted, where the mask `where[name]` is true."""
         found: dict[str, Tensor] = {}
+        if not where:
+            return found
 
         def see(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if name in where:
-                module, of = self._module(name), self.codes[name]
+                module, grid = self._module(name), self.codes[name].grid
                 is_fused = isinstance(module, BatchNormActFakeQuantize)
                 value = module.batch_norm_act(*inputs) if is_fused else inputs[0]
-                found[name] = value[where[name]].double() / of.step + of.zero_point
+                found[name] = value[where[name]].double() / grid.step + grid.zero_point
 
         with self._seeing(see):
             self.student(images)
@@ -175,48 +168,54 @@ class Simulation:
                 handle.remove()
 
 
-def check_levels(
-    session: "InferenceSession",
-    simulation: Simulation,
-    images: Tensor,
-    feed: dict[str, np.ndarray],
-    names: Mapping[str, str],
-) -> tuple[dict[str, LayerCheck], float]:
-    """Compare the levels of a cut model with the simulation's.
+def computed_levels(
+    session: "InferenceSession", levels: Mapping[str, Tensor], codes: Mapping[str, QuantizedTensor], feed: dict[str, np.ndarray]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What a cut model computes of the simulation's levels.
 
     Args:
         session: of `cut(model, codes)`.
-        simulation: Q.
-        images: `(N, C, H, W)`, as Q takes them.
-        feed: the same, as the file takes them.
-        names: of the layers, see `layers_before`.
+        levels: of the simulation, see there.
+        feed: the images that they are of.
 
     Returns:
-        By quantizer what was found, and how far the logits are apart, as a share of the largest.
+        Its levels, in the shapes of `levels`, and its logits.
     """
-    levels, logits = simulation.levels(images)
     shapes = {value.name: value.shape[1:] for value in session.get_inputs()}
-    tensors = {name: of.tensor for name, of in simulation.codes.items() if of.tensor not in feed}
+    tensors = {name: of.tensor for name, of in codes.items() if of.tensor not in feed}
     given = {
-        tensor + GIVEN: levels[name].reshape(len(images), *shapes[tensor + GIVEN]).numpy()
+        tensor + GIVEN: levels[name].reshape(len(levels[name]), *shapes[tensor + GIVEN]).numpy()
         for name, tensor in tensors.items()
         if tensor + GIVEN in shapes
     }
-    *found, of_file = run(session, {**feed, **given}, [*tensors.values(), session.get_outputs()[0].name])
-    computed = {name: torch.from_numpy(codes).view_as(levels[name]) for name, codes in zip(tensors, found, strict=True)}
+    *found, logits = run(session, {**feed, **given}, [*tensors.values(), session.get_outputs()[0].name])
+    computed = {name: torch.from_numpy(of).view_as(levels[name]) for name, of in zip(tensors, found, strict=True)}
+    return computed, torch.from_numpy(logits)
+
+
+def compare(
+    simulation: Simulation,
+    images: Tensor,
+    levels: Mapping[str, Tensor],
+    computed: Mapping[str, Tensor],
+    names: Mapping[str, str],
+) -> dict[str, LayerCheck]:
+    """Judge where `computed` differs from the simulation's `levels`; the other arguments are as in the functions above.
+
+    Returns:
+        By quantizer what was found.
+    """
     differs = {name: codes != levels[name] for name, codes in computed.items()}
     values = simulation.values(images, {name: mask for name, mask in differs.items() if mask.any()})
     checks = {}
     for name, mask in differs.items():
         check = LayerCheck(names[name], mask.numel())
         if name in values:
-            ours = levels[name][mask].double()
-            theirs = computed[name][mask].double()
+            ours, theirs = (of[name][mask].double() for of in (levels, computed))
             distance = (values[name] - (ours + theirs) / 2).abs()
             at_boundary = ((ours - theirs).abs() == 1) & (distance <= EPSILON)
-            farthest = float(distance[at_boundary].max()) if at_boundary.any() else 0.0
             count = int(at_boundary.sum())
+            farthest = float(distance[at_boundary].max()) if count else 0.0
             check = replace(check, boundary=count, wrong=len(ours) - count, farthest=farthest)
         checks[name] = check
-    apart = (torch.from_numpy(of_file) - logits).abs().max() / logits.abs().max()
-    return checks, float(apart)
+    return checks

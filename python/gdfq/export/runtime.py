@@ -141,11 +141,11 @@ class Operators:
     """What onnxruntime makes of a model.
 
     Attributes:
-        counts: operators of the optimized graph, by type.
+        counts: operators of the optimized graph, by type, the most frequent first.
         places: by kind, the keys of `KINDS`, those that the model has.
     """
 
-    counts: Counter[str]
+    counts: dict[str, int]
     places: dict[str, Place]
 
     @property
@@ -155,9 +155,10 @@ class Operators:
         floats = tuple(name for place in found for name in place.floats)
         return Place(sum(place.integer for place in found), sum(place.total for place in found), floats)
 
-    def integers(self) -> Counter[str]:
+    @property
+    def integers(self) -> dict[str, int]:
         """Of `counts`, what runs in integers."""
-        return Counter({name: count for name, count in self.counts.items() if name in INTEGER_OPERATORS})
+        return {name: count for name, count in self.counts.items() if name in INTEGER_OPERATORS}
 
 
 def operators(model: "ModelProto | str | Path") -> Operators:
@@ -186,7 +187,7 @@ def operators(model: "ModelProto | str | Path") -> Operators:
         if kind in names:
             floats = tuple(name for name in names[kind] if name not in integer)
             places[kind] = Place(len(names[kind]) - len(floats), len(names[kind]), floats)
-    return Operators(Counter(node.op_type for node in found), places)
+    return Operators(dict(Counter(node.op_type for node in found).most_common()), places)
 
 
 def _named(model: "ModelProto") -> "ModelProto":

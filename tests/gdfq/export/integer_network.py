@@ -1,7 +1,5 @@
 """A small network twice, written by hand from the same integers: as a simulation in PyTorch and as an ONNX file."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import onnx
 import torch
@@ -9,16 +7,11 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from torch.nn import functional as F
 
+from gdfq.export import QuantizedTensor, Written
+from gdfq.export.grids import Grid
 
-@dataclass(frozen=True)
-class Grid:
-    """Where codes are and what they stand for."""
 
-    tensor: str
-    step: float
-    zero_point: int
-    lowest: int
-    highest: int
+CODES = "{}_codes"
 
 
 class Quantizer(nn.Module):
@@ -59,8 +52,10 @@ class Network(nn.Module):
         return F.linear(y, self.weight("fc"), self.bias("fc", "pool"))
 
 
-def integer_network(channels: int = 8, size: int = 8, top: int = 15, largest: int = 7, seed: int = 0):
-    """The network, its file and the grids of its quantizers, for images `(N, 3, size, size)` and five classes.
+def integer_network(
+    channels: int = 8, size: int = 8, top: int = 15, largest: int = 7, seed: int = 0
+) -> tuple[Network, Written]:
+    """The network and its file, for images `(N, 3, size, size)` and five classes.
 
     Args:
         top: the highest code of an activation.
@@ -74,14 +69,14 @@ def integer_network(channels: int = 8, size: int = 8, top: int = 15, largest: in
         integers[f"{name}.step"] = (random.uniform(0.3, 0.6, shape[0]) / largest / shape[1] ** 0.5).astype(np.float32)
         integers[f"{name}.bias"] = random.integers(-20 * top, 20 * top, shape[0]).astype(np.int32)
     grids = {
-        "image": Grid("image_codes", 6 / 255, 128, 0, 255),
-        "first": Grid("first_codes", 4 / top, 0, 0, top),
-        "second": Grid("second_codes", 6 / top, top // 2 + 1, 0, top),
-        "sum": Grid("sum_codes", 5 / top, 0, 0, top),
-        "pool": Grid("pool_codes", 3 / top, 0, 0, top),
+        "image": Grid(6 / 255, 128, 0, 255),
+        "first": Grid(4 / top, 0, 0, top),
+        "second": Grid(6 / top, top // 2 + 1, 0, top),
+        "sum": Grid(5 / top, 0, 0, top),
+        "pool": Grid(3 / top, 0, 0, top),
     }
-    of_modules = {f"quantizers.{name}": grid for name, grid in grids.items()}
-    return Network(integers, grids).eval(), _file(integers, grids, size), of_modules
+    codes = {f"quantizers.{name}": QuantizedTensor(CODES.format(name), grid) for name, grid in grids.items()}
+    return Network(integers, grids).eval(), Written(_file(integers, grids, size), codes, [])
 
 
 def _file(integers: dict[str, np.ndarray], grids: dict[str, Grid], size: int) -> onnx.ModelProto:
@@ -100,7 +95,7 @@ def _file(integers: dict[str, np.ndarray], grids: dict[str, Grid], size: int) ->
         step, zero = constant(f"{name}_step", np.float32(grid.step)), constant(f"{name}_zero", np.uint8(grid.zero_point))
         codes = add("QuantizeLinear", value, step, zero, output=f"{name}_rounded")
         bounds = constant(f"{name}_low", np.uint8(grid.lowest)), constant(f"{name}_high", np.uint8(grid.highest))
-        codes = act_on_codes(add("Clip", codes, *bounds, output=grid.tensor))
+        codes = act_on_codes(add("Clip", codes, *bounds, output=CODES.format(name)))
         return add("DequantizeLinear", codes, step, zero, output=f"{name}_value")
 
     def layer(operator, value, read, name, **attributes):
