@@ -11,6 +11,7 @@ from ._loader import load_library as _load_library
 from .backend import BackendReport
 from .backend import report as _report
 from .ops import (
+    Scheme,
     batch_norm_act_fake_quantize,
     batch_norm_act_moments,
     bns_loss,
@@ -21,10 +22,14 @@ from .ops import (
     fake_quantize_weight,
     fake_quantize_weights,
     observe_range,
+    quantizer_grid,
 )
+from .quantizer import Grid
 
 __all__ = [
     "BackendReport",
+    "Grid",
+    "Scheme",
     "autograd",
     "backend_report",
     "batch_norm_act_fake_quantize",
@@ -38,6 +43,7 @@ __all__ = [
     "fake_quantize_weight",
     "fake_quantize_weights",
     "observe_range",
+    "quantizer_grid",
     "reference",
 ]
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from ._schemas import dense_format
+from ._schemas import SCHEMES, dense_format
 
 _CHECK_VALUES = os.environ.get("GDFQ_CHECK") == "1"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,6 +43,18 @@ def bits_of_each(bits: int | Sequence[int], weights: list[Tensor]) -> list[int]:
     if len(bits) != len(weights):
         raise ValueError(f"bits has {len(bits)} values for {len(weights)} weights; give one number, or one per weight")
     return bits
+
+
+def schemes_of_each(scheme: str | Sequence[str], weights: list[Tensor]) -> list[int]:
+    """What the ops take for the names."""
+    schemes = [scheme] * len(weights) if isinstance(scheme, str) else list(scheme)
+    if len(schemes) != len(weights):
+        raise ValueError(
+            f"scheme has {len(schemes)} values for {len(weights)} weights; give one name, or one per weight"
+        )
+    for value in schemes:
+        check_choice("scheme", value, SCHEMES)
+    return [SCHEMES[value] for value in schemes]
 
 
 def check_choice(name: str, value: str, allowed: Collection[str]) -> None:

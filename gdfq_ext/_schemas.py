@@ -13,16 +13,28 @@ What holds for all ops:
 * **Devices.** All tensors of a call are on one device, and nothing reads a value back to the host.
 * **Empty inputs** (numel 0) return early; what is returned then is said at each op.
 * **Encodings.** `act`: 0 none, 1 ReLU, 2 ReLU6. `axis`: -1 for one range per tensor, else 0 <= axis < x.dim().
-  `clipped`: the straight-through kind, False identity, True clipped.
+  `scheme`: the quantizer's arithmetic, 0 eq6, 1 affine, 2 symmetric. `clipped`: the straight-through kind, False
+  identity, True clipped.
 
-The quantizer (GDFQ, ECCV 2020, Eq. 6), in float32, each operation rounded on its own (no FMA), `round` half to even:
+The quantizers, in float32, each operation rounded on its own (no FMA), `round` half to even. eq6 (GDFQ, ECCV 2020,
+Eq. 6):
 
     scale = u >= l ? (2^k - 1) / max(u - l, 1e-8) : NaN      zero = round(scale * l) + 2^(k-1)
     level = round(scale * x - zero)                          q = clamp(level, -2^(k-1), 2^(k-1) - 1)
     y = (q + zero) / scale
 
-`!(u >= l)` covers inverted and NaN ranges; an infinite range gives NaN through the same arithmetic; the clamp passes
-NaN. An element is "inside" when !(level < -2^(k-1)) && !(level > 2^(k-1) - 1): NaN is inside and keeps its gradient.
+affine and symmetric, which are ONNX's QuantizeLinear and DequantizeLinear, and have 0 among their values:
+
+    affine       step = max(max(u, 0) - min(l, 0), 1e-8) / (2^k - 1)
+                 zero_point = round(-min(l, 0) / step)            low = -zero_point         high = 2^k - 1 - zero_point
+    symmetric    step = max(-l, u, 5e-9) / (2^(k-1) - 1)          low = -(2^(k-1) - 1)      high = 2^(k-1) - 1
+    both         level = round(x / step)                          q = clamp(level, low, high)            y = q * step
+
+A zero point is in 0..2^k - 1 without a clamp. By the floors every range is at least 1e-8 wide. y is never -0.
+
+An inverted, a NaN and an infinite range give NaN: of eq6 by `!(u >= l)` and the same arithmetic, of the others since
+step is NaN then. The clamp passes NaN. With low = -2^(k-1) and high = 2^(k-1) - 1 for eq6, an element is "inside" when
+!(level < low) && !(level > high): NaN is inside and keeps its gradient.
 
 Frozen batch normalization, per channel c (dimension 1), in float32, each operation rounded on its own (no FMA):
 
@@ -36,28 +48,30 @@ import torch
 from torch import Tensor
 
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
+SCHEMES = {"eq6": 0, "affine": 1, "symmetric": 2}
 
 library = torch.library.Library("gdfq_ext", "DEF")
 
 SCHEMAS = {
     # y of x's shape, type and layout. lower, upper: one element (axis -1) or (x.shape[axis],). The channel of the
     # element at memory offset i is (i / x.stride(axis)) % x.shape[axis]. Identity gradient, so no backward op.
-    "fake_quantize": "(Tensor x, Tensor lower, Tensor upper, int bits, int axis) -> Tensor",
+    "fake_quantize": "(Tensor x, Tensor lower, Tensor upper, int bits, int scheme, int axis) -> Tensor",
     # (y, mask). mask: uint8, (ceil(numel / 8),): bit i % 8 of byte i / 8 is set where element i in memory order is
     # inside; the unused bits of the last byte are 0.
-    "fake_quantize_clipped": "(Tensor x, Tensor lower, Tensor upper, int bits, int axis) -> (Tensor, Tensor)",
+    "fake_quantize_clipped": "(Tensor x, Tensor lower, Tensor upper, int bits, int scheme, int axis) "
+    "-> (Tensor, Tensor)",
     # grad_x: grad_y where the bit is set, else +0. grad_y has the layout that x had.
     "fake_quantize_clipped_backward": "(Tensor grad_y, Tensor mask) -> Tensor",
-    # Weights may differ in shape, 1-D or more, and type; bits has one value per weight. Ranges are the minimum and the
-    # maximum of weight[c], NaN if any element is NaN. Channel c is the c-th of shape[0] equal, consecutive pieces of
-    # memory in both layouts.
-    "fake_quantize_weights": "(Tensor[] weights, int[] bits) -> Tensor[]",
+    # Weights may differ in shape, 1-D or more, and type; bits and schemes have one value per weight. Ranges are the
+    # minimum and the maximum of weight[c], NaN if any element is NaN. Channel c is the c-th of shape[0] equal,
+    # consecutive pieces of memory in both layouts.
+    "fake_quantize_weights": "(Tensor[] weights, int[] bits, int[] schemes) -> Tensor[]",
     # (len(weights), K) int64: of each weight w, how many elements have another code in w - (kappa * learning_rate) * d
-    # than in w, for each kappa. A code is clamp(round(scale * x - zero), ...) with the ranges of w, those of
-    # fake_quantize_weights; each operation rounded on its own; NaN is another code than any. weights and directions are
-    # float32, alike in shape and layout; learning_rate: one element; kappas: (K,), K from 1 to 16.
-    "count_changed_codes": "(Tensor[] weights, Tensor[] directions, int[] bits, Tensor learning_rate, Tensor kappas) "
-    "-> Tensor",
+    # than in w, for each kappa. A code is the clamped level q with the ranges of w, those of fake_quantize_weights; NaN
+    # is another code than any. Each operation is rounded on its own. weights and directions are float32, alike in shape
+    # and layout; learning_rate: one element; kappas: (K,), K from 1 to 16.
+    "count_changed_codes": "(Tensor[] weights, Tensor[] directions, int[] bits, int[] schemes, Tensor learning_rate, "
+    "Tensor kappas) -> Tensor",
     # state, (3,) float32, updated in place: [raw average of min, raw average of max, accumulated weight];
     # average = m * average + (1 - m) * new, weight = m * weight + (1 - m), with (float)m and (float)(1.0 - m), no FMA.
     # Returns the new (2,) float32 [state[0] / state[2], state[1] / state[2]]. NaN in x makes both averages NaN.
@@ -65,12 +79,12 @@ SCHEMAS = {
     "observe_range": "(Tensor x, Tensor(a!) state, float momentum) -> Tensor",
     # y = quantize(act(bn(x))), x: (N, C, *spatial). `clipped` changes the gradient only.
     "batch_norm_act_fake_quantize": "(Tensor x, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, "
-    "Tensor lower, Tensor upper, int bits, float eps, int act, bool clipped) -> Tensor",
+    "Tensor lower, Tensor upper, int bits, int scheme, float eps, int act, bool clipped) -> Tensor",
     # (grad_x, grad_weight, grad_bias). Recomputes z. With dz = grad_y where active(z) and, if clipped, inside(act(z)),
     # else +0: grad_x = dz * scale_c, x's type and layout; grad_weight = sum dz * ((x - running_mean) * inv_std) and
     # grad_bias = sum dz, (C,) float32, returned always. Zeros for empty x.
     "batch_norm_act_fake_quantize_backward": "(Tensor grad_y, Tensor x, Tensor running_mean, Tensor running_var, "
-    "Tensor? weight, Tensor? bias, Tensor lower, Tensor upper, int bits, float eps, int act, bool clipped) "
+    "Tensor? weight, Tensor? bias, Tensor lower, Tensor upper, int bits, int scheme, float eps, int act, bool clipped) "
     "-> (Tensor, Tensor, Tensor)",
     # (y, mean, var): y = act(bn(x)) in x's type and layout; mean and biased variance of x per channel over N and
     # spatial, (C,) float32. Deviations are taken from running_mean or by Welford, never as E[x^2] - E[x]^2.
@@ -133,12 +147,12 @@ def _fake(name: str):
 
 
 @_fake("fake_quantize")
-def _(x, lower, upper, bits, axis):
+def _(x, lower, upper, bits, scheme, axis):
     return empty_dense_like(x)
 
 
 @_fake("fake_quantize_clipped")
-def _(x, lower, upper, bits, axis):
+def _(x, lower, upper, bits, scheme, axis):
     return empty_dense_like(x), x.new_empty(((x.numel() + 7) // 8,), dtype=torch.uint8)
 
 
@@ -148,12 +162,12 @@ def _(grad_y, mask):
 
 
 @_fake("fake_quantize_weights")
-def _(weights, bits):
+def _(weights, bits, schemes):
     return [empty_dense_like(weight) for weight in weights]
 
 
 @_fake("count_changed_codes")
-def _(weights, directions, bits, learning_rate, kappas):
+def _(weights, directions, bits, schemes, learning_rate, kappas):
     return kappas.new_empty((len(weights), kappas.numel()), dtype=torch.int64)
 
 
@@ -163,12 +177,12 @@ def _(x, state, momentum):
 
 
 @_fake("batch_norm_act_fake_quantize")
-def _(x, running_mean, running_var, weight, bias, lower, upper, bits, eps, act, clipped):
+def _(x, running_mean, running_var, weight, bias, lower, upper, bits, scheme, eps, act, clipped):
     return empty_dense_like(x)
 
 
 @_fake("batch_norm_act_fake_quantize_backward")
-def _(grad_y, x, running_mean, running_var, weight, bias, lower, upper, bits, eps, act, clipped):
+def _(grad_y, x, running_mean, running_var, weight, bias, lower, upper, bits, scheme, eps, act, clipped):
     return empty_dense_like(x), torch.empty_like(running_mean), torch.empty_like(running_mean)
 
 

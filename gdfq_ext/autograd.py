@@ -31,11 +31,11 @@ def _once(backward: Callable) -> Callable:
 
 
 def _fake_quantize_backward(ctx, grad_y: Tensor):
-    return grad_y, None, None, None, None
+    return grad_y, None, None, None, None, None
 
 
 def _fake_quantize_weights_backward(ctx, grads: list[Tensor]):
-    return grads, None
+    return grads, None, None
 
 
 _register("fake_quantize", None, _fake_quantize_backward)
@@ -56,7 +56,7 @@ def _clipped_setup(ctx, inputs, output):
 def _clipped_backward(ctx, grad_y: Tensor, _grad_mask):
     (mask,) = ctx.saved_tensors
     grad_x = _ops.fake_quantize_clipped_backward(grad_y.contiguous(memory_format=ctx.layout), mask)
-    return grad_x, None, None, None, None
+    return grad_x, None, None, None, None, None
 
 
 _register("fake_quantize_clipped", _clipped_setup, _clipped_backward)
@@ -66,9 +66,9 @@ _register("fake_quantize_clipped", _clipped_setup, _clipped_backward)
 
 
 def _batch_norm_quantize_setup(ctx, inputs, output):
-    *tensors, bits, eps, act, clipped = inputs
+    *tensors, bits, scheme, eps, act, clipped = inputs
     ctx.save_for_backward(*tensors)
-    ctx.settings = (bits, eps, act, clipped)
+    ctx.settings = (bits, scheme, eps, act, clipped)
 
 
 @_once
@@ -80,7 +80,7 @@ def _batch_norm_quantize_backward(ctx, grad_y: Tensor):
     )
     grad_weight = None if weight is None else grad_weight
     grad_bias = None if bias is None else grad_bias
-    return grad_x, None, None, grad_weight, grad_bias, None, None, None, None, None, None
+    return grad_x, None, None, grad_weight, grad_bias, None, None, None, None, None, None, None
 
 
 _register("batch_norm_act_fake_quantize", _batch_norm_quantize_setup, _batch_norm_quantize_backward)

@@ -32,13 +32,16 @@ from ._checks import (
     dense,
     float_parameter,
     range,
+    schemes_of_each,
     statistics,
 )
-from ._schemas import ACTIVATIONS, dense_format
+from ._schemas import ACTIVATIONS, SCHEMES, dense_format
+from .quantizer import Grid, quantizer
 from .reference import channel_range
 
 StraightThrough = Literal["identity", "clipped"]
 Activation = Literal["none", "relu", "relu6"]
+Scheme = Literal["eq6", "affine", "symmetric"]
 
 _ops = torch.ops.gdfq_ext
 
@@ -50,12 +53,22 @@ def fake_quantize(
     bits: int,
     *,
     axis: int | None = None,
+    scheme: Scheme = "eq6",
     straight_through: StraightThrough = "identity",
 ) -> Tensor:
-    """Rounds `x` to the `2**bits` values of an asymmetric quantizer with a given range (GDFQ, ECCV 2020, Eq. 6).
+    """Rounds `x` to the values of a quantizer with a given range, at most `2**bits`.
+
+    "eq6" (GDFQ, ECCV 2020, Eq. 6):
 
         scale = (2^k - 1) / max(u - l, 1e-8)        zero = round(scale * l) + 2^(k-1)
         q = clamp(round(scale * x - zero), -2^(k-1), 2^(k-1) - 1)        y = (q + zero) / scale
+
+    "affine" and "symmetric" have 0 among their values, and are what ONNX's QuantizeLinear and DequantizeLinear compute:
+
+        q = clamp(round(x / step), low, high)        y = q * step
+        affine: step = max(max(u, 0) - min(l, 0), 1e-8) / (2^k - 1)        zero_point = round(-min(l, 0) / step)
+            low = -zero_point        high = 2^k - 1 - zero_point
+        symmetric: step = max(-l, u, 5e-9) / (2^(k-1) - 1)        high = -low = 2^(k-1) - 1
 
     in float32 and in this order, `round` half to even. NaN in `x` stays NaN; an infinite `x` takes the end level. An
     inverted, infinite or NaN range gives NaN. The gradient of `x` is straight-through; the range takes none.
@@ -66,37 +79,72 @@ def fake_quantize(
         upper: u; like `lower`.
         bits: k, 2..8.
         axis: the dimension that has a range of its own per index; None: one range for the tensor.
-        straight_through: "identity" passes the gradient unchanged; "clipped" makes it zero where
-            `round(scale * x - zero)` was clamped.
+        scheme: "eq6", "affine" or "symmetric".
+        straight_through: "identity" passes the gradient unchanged; "clipped" makes it zero where the rounded level was
+            clamped.
 
     Returns:
         y, with the shape and type of `x`.
 
     Raises:
         TypeError: `x` is not of an allowed type.
-        ValueError: `bits`, `axis` or `straight_through` is out of range, or a range has the wrong number of elements or
-            device.
+        ValueError: `bits`, `axis`, `scheme` or `straight_through` is out of range, or a range has the wrong number of
+            elements or device.
     """
     check_input("x", x)
     check_bits(bits)
+    check_choice("scheme", scheme, SCHEMES)
     check_choice("straight_through", straight_through, ("identity", "clipped"))
     axis = -1 if axis is None else check_axis(axis, x)
     count = 1 if axis < 0 else x.shape[axis]
     lower, upper = range(lower, upper, count, x)
     x = dense(x)
     if straight_through == "clipped" and torch.is_grad_enabled() and x.requires_grad:
-        return _ops.fake_quantize_clipped(x, lower, upper, bits, axis)[0]
-    return _ops.fake_quantize(x, lower, upper, bits, axis)
+        return _ops.fake_quantize_clipped(x, lower, upper, bits, SCHEMES[scheme], axis)[0]
+    return _ops.fake_quantize(x, lower, upper, bits, SCHEMES[scheme], axis)
 
 
-def fake_quantize_weight(weight: Tensor, bits: int, *, straight_through: StraightThrough = "identity") -> Tensor:
-    """Quantizes a weight per output channel, each with its own minimum and maximum as the range (Eq. 6).
+def quantizer_grid(lower: Tensor, upper: Tensor, bits: int, scheme: Scheme = "eq6") -> Grid:
+    """The values that `fake_quantize` rounds to, by their integer codes: `(code - zero_point) * step`.
+
+    "eq6" and "affine" have codes from 0 to 2^k - 1, "symmetric" from -(2^(k-1) - 1) to 2^(k-1) - 1 and zero point 0. A
+    zero point of "eq6" may lie beyond its codes, and its values are the quotients of Eq. 6, which these products equal
+    but for the last bits.
+
+    Args:
+        lower: l, any shape and floating type.
+        upper: u, of the shape of `lower`.
+        bits: k, 2..8.
+        scheme: see `fake_quantize`.
+
+    Returns:
+        `Grid(step, zero_point, lowest, highest)`: two float32 tensors shaped as the range, without a gradient, and two
+        integers.
+
+    Raises:
+        TypeError: the range is not floating.
+        ValueError: `bits` or `scheme` is out of range, or `upper` has another shape or device than `lower`.
+    """
+    check_bits(bits)
+    check_choice("scheme", scheme, SCHEMES)
+    check_floating("lower", lower)
+    check_floating("upper", upper)
+    check_shape("upper", upper, tuple(lower.shape))
+    check_device("upper", upper, lower)
+    return quantizer(lower.detach().float(), upper.detach().float(), bits, SCHEMES[scheme]).grid()
+
+
+def fake_quantize_weight(
+    weight: Tensor, bits: int, *, scheme: Scheme = "eq6", straight_through: StraightThrough = "identity"
+) -> Tensor:
+    """Quantizes a weight per output channel, each with its own minimum and maximum as the range.
 
     The ranges are taken anew in every call and take no gradient. A channel that holds NaN or Inf becomes NaN.
 
     Args:
         weight: `(out_channels, ...)`; float32, float16 or bfloat16.
         bits: k, 2..8.
+        scheme: see `fake_quantize`.
         straight_through: see `fake_quantize`. With "clipped" only the rare maximum that rounds past the top level has
             no gradient.
 
@@ -106,28 +154,31 @@ def fake_quantize_weight(weight: Tensor, bits: int, *, straight_through: Straigh
     Raises:
         TypeError, ValueError: as `fake_quantize`; ValueError also for a 0-dimensional weight.
     """
-    return fake_quantize_weights([weight], bits, straight_through=straight_through)[0]
+    return fake_quantize_weights([weight], bits, scheme=scheme, straight_through=straight_through)[0]
 
 
 def fake_quantize_weights(
-    weights: Sequence[Tensor], bits: int | Sequence[int], *, straight_through: StraightThrough = "identity"
-) -> list[Tensor]:
+    weights: Sequence[Tensor], bits: int | Sequence[int],
+    *, scheme: Scheme | Sequence[Scheme] = "eq6", straight_through: StraightThrough = "identity",
+) -> list[Tensor]:  # fmt: skip
     """`fake_quantize_weight` for all layers in one call.
 
     Args:
         weights: tensors of any shapes and allowed types, on one device.
         bits: one value for all, or one per weight.
+        scheme: one for all, or one per weight; see `fake_quantize`.
         straight_through: see `fake_quantize_weight`.
 
     Returns:
         The quantized weights, in order.
 
     Raises:
-        TypeError, ValueError: as `fake_quantize_weight`; ValueError also where the length of `bits` is not that of
-            `weights`.
+        TypeError, ValueError: as `fake_quantize_weight`; ValueError also where the length of `bits` or `scheme` is
+            not that of `weights`.
     """
     weights = list(weights)
     bits = bits_of_each(bits, weights)
+    schemes = schemes_of_each(scheme, weights)
     check_choice("straight_through", straight_through, ("identity", "clipped"))
     for index, (weight, weight_bits) in enumerate(zip(weights, bits, strict=True)):
         check_weight(f"weights[{index}]", weight)
@@ -136,23 +187,23 @@ def fake_quantize_weights(
     if not weights:
         return []
     if straight_through == "clipped":
-        pairs = zip(weights, bits, strict=True)
+        each = [scheme] * len(weights) if isinstance(scheme, str) else scheme
         return [
-            fake_quantize(w, *channel_range(w), k, axis=0, straight_through=straight_through)
+            fake_quantize(w, *channel_range(w), k, axis=0, scheme=s, straight_through=straight_through)
             if w.numel()
             else w.clone()
-            for w, k in pairs
+            for w, k, s in zip(weights, bits, each, strict=True)
         ]
-    return _ops.fake_quantize_weights([dense(weight) for weight in weights], bits)
+    return _ops.fake_quantize_weights([dense(weight) for weight in weights], bits, schemes)
 
 
 def count_changed_codes(
     weights: Sequence[Tensor], directions: Sequence[Tensor], bits: int | Sequence[int], learning_rate: Tensor,
-    kappas: Tensor,
+    kappas: Tensor, *, scheme: Scheme | Sequence[Scheme] = "eq6",
 ) -> Tensor:  # fmt: skip
     """How many integer codes of every weight a step would change, for several sizes of the step.
 
-        code(w) = clamp(round(scale * w - zero), -2^(k-1), 2^(k-1) - 1)        (Eq. 6, as `fake_quantize_weight`)
+        code(w) = q, the clamped level that `fake_quantize_weight` rounds w to
         count of kappa = number of elements where code(w - kappa * learning_rate * d) != code(w)
 
     with the ranges of w, from before the step, in both: what AIT (CVPR 2022) chooses the size of its steps by. In
@@ -164,16 +215,18 @@ def count_changed_codes(
         bits: k, 2..8; one value for all, or one per weight.
         learning_rate: one element, floating; on the device, where it is read.
         kappas: `(K,)`, floating, K from 1 to 16.
+        scheme: one for all, or one per weight; see `fake_quantize`.
 
     Returns:
         `(len(weights), K)` int64. No gradient, and nothing waits for the device.
 
     Raises:
         TypeError: a weight or a direction is not float32, or another tensor not floating.
-        ValueError: lengths, shapes, devices or `bits` do not fit.
+        ValueError: lengths, shapes, devices, `bits` or `scheme` do not fit.
     """
     weights, directions = list(weights), list(directions)
     bits = bits_of_each(bits, weights)
+    schemes = schemes_of_each(scheme, weights)
     if len(directions) != len(weights):
         raise ValueError(f"directions has {len(directions)} tensors for {len(weights)} weights; give one for each")
     check_floating("learning_rate", learning_rate)
@@ -192,7 +245,8 @@ def count_changed_codes(
     pairs = zip(directions, weights, strict=True)
     directions = [direction.detach().contiguous(memory_format=dense_format(weight)) for direction, weight in pairs]
     learning_rate = float_parameter("learning_rate", learning_rate.detach(), 1, kappas)
-    return _ops.count_changed_codes(weights, directions, bits, learning_rate, kappas.detach().float().contiguous())
+    kappas = kappas.detach().float().contiguous()
+    return _ops.count_changed_codes(weights, directions, bits, schemes, learning_rate, kappas)
 
 
 def observe_range(x: Tensor, state: Tensor, momentum: float = 0.9) -> Tensor:
@@ -224,12 +278,13 @@ def observe_range(x: Tensor, state: Tensor, momentum: float = 0.9) -> Tensor:
 def batch_norm_act_fake_quantize(
     x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None,
     lower: Tensor, upper: Tensor, bits: int,
-    *, eps: float = 1e-5, act: Activation = "none", straight_through: StraightThrough = "identity",
+    *, eps: float = 1e-5, act: Activation = "none", scheme: Scheme = "eq6",
+    straight_through: StraightThrough = "identity",
 ) -> Tensor:  # fmt: skip
-    """Frozen batch normalization, activation and per-tensor quantizer (Eq. 6) in one pass.
+    """Frozen batch normalization, activation and per-tensor quantizer in one pass.
 
         scale_c = weight * (1 / sqrt(running_var + eps))        shift_c = bias - running_mean * scale_c
-        z = x * scale_c + shift_c        y = fake_quantize(act(z), lower, upper, bits)
+        z = x * scale_c + shift_c        y = fake_quantize(act(z), lower, upper, bits, scheme=scheme)
 
     in float32, each operation rounded on its own. `running_mean` and `running_var` are not updated. Gradients go to
     `x`, `weight` and `bias`; the backward saves `x` alone and recomputes z.
@@ -245,6 +300,7 @@ def batch_norm_act_fake_quantize(
         bits: k, 2..8.
         eps: added to the variance.
         act: "none", "relu" or "relu6"; its gradient is zero at the kinks.
+        scheme: see `fake_quantize`.
         straight_through: see `fake_quantize`.
 
     Returns:
@@ -257,11 +313,12 @@ def batch_norm_act_fake_quantize(
     check_channels(x)
     check_bits(bits)
     check_choice("act", act, ACTIVATIONS)
+    check_choice("scheme", scheme, SCHEMES)
     check_choice("straight_through", straight_through, ("identity", "clipped"))
     parameters = batch_norm_parameters(x, running_mean, running_var, weight, bias)
     lower, upper = range(lower, upper, 1, x)
     return _ops.batch_norm_act_fake_quantize(
-        dense(x), *parameters, lower, upper, bits, eps, ACTIVATIONS[act], straight_through == "clipped"
+        dense(x), *parameters, lower, upper, bits, SCHEMES[scheme], eps, ACTIVATIONS[act], straight_through == "clipped"
     )
 
 

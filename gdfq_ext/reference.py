@@ -1,52 +1,53 @@
 """The ops in pure PyTorch: the default on every device, and what native kernels are tested against.
 
-The formulas, types and layouts are those of `_schemas.py`. Two habits keep the quantizer's levels exact: every
-operation is a separate PyTorch call (no FMA), and none is `number / tensor`, which PyTorch computes as
-`reciprocal() * number`.
+The formulas, types and layouts are those of `_schemas.py`; the quantizers are in `quantizer.py`.
 """
 
 import torch
 from torch import Tensor
 
 from ._schemas import SCHEMAS, dense_format, empty_dense_like, library
+from .quantizer import Quantizer, clamp, inside, quantizer
 
 
-def fake_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int, axis: int) -> Tensor:
-    scale, zero = _coefficients(x, lower, upper, bits, axis)
-    return _like(_dequantize(_level(x.float(), scale, zero), scale, zero, bits), x)
+def fake_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int, scheme: int, axis: int) -> Tensor:
+    of = _quantizer(x, lower, upper, bits, scheme, axis)
+    return _like(of.dequantize(_code(x.float(), of)), x)
 
 
-def fake_quantize_clipped(x: Tensor, lower: Tensor, upper: Tensor, bits: int, axis: int) -> tuple[Tensor, Tensor]:
-    scale, zero = _coefficients(x, lower, upper, bits, axis)
-    level = _level(x.float(), scale, zero)
-    mask = _pack(_memory_order(_inside(level, bits), dense_format(x)))
-    return _like(_dequantize(level, scale, zero, bits), x), mask
+def fake_quantize_clipped(
+    x: Tensor, lower: Tensor, upper: Tensor, bits: int, scheme: int, axis: int
+) -> tuple[Tensor, Tensor]:
+    of = _quantizer(x, lower, upper, bits, scheme, axis)
+    level = of.level(x.float())
+    mask = _pack(_memory_order(inside(level, of), dense_format(x)))
+    return _like(of.dequantize(clamp(level, of)), x), mask
 
 
 def fake_quantize_clipped_backward(grad_y: Tensor, mask: Tensor) -> Tensor:
-    inside = _unpack(mask, grad_y.numel())
-    gradient = torch.where(inside, _memory_order(grad_y, dense_format(grad_y)), 0)
+    passes = _unpack(mask, grad_y.numel())
+    gradient = torch.where(passes, _memory_order(grad_y, dense_format(grad_y)), 0)
     return _from_memory_order(gradient, grad_y)
 
 
-def fake_quantize_weights(weights: list[Tensor], bits: list[int]) -> list[Tensor]:
-    pairs = zip(weights, bits, strict=True)
+def fake_quantize_weights(weights: list[Tensor], bits: list[int], schemes: list[int]) -> list[Tensor]:
     return [
-        fake_quantize(weight, *channel_range(weight), k, 0) if weight.numel() else empty_dense_like(weight)
-        for weight, k in pairs
+        fake_quantize(weight, *channel_range(weight), k, scheme, 0) if weight.numel() else empty_dense_like(weight)
+        for weight, k, scheme in zip(weights, bits, schemes, strict=True)
     ]
 
 
 def count_changed_codes(
-    weights: list[Tensor], directions: list[Tensor], bits: list[int], learning_rate: Tensor, kappas: Tensor
-) -> Tensor:
+    weights: list[Tensor], directions: list[Tensor], bits: list[int], schemes: list[int], learning_rate: Tensor,
+    kappas: Tensor,
+) -> Tensor:  # fmt: skip
     sizes = kappas * learning_rate
     counts = torch.zeros(len(weights), len(sizes), dtype=torch.int64, device=kappas.device)
-    for row, weight, direction, weight_bits in zip(counts, weights, directions, bits, strict=True):
+    for row, weight, direction, k, scheme in zip(counts, weights, directions, bits, schemes, strict=True):
         if weight.numel() > 0:
-            quantizer = *_coefficients(weight, *channel_range(weight), weight_bits, 0), weight_bits
-            code = _code(weight, *quantizer)
-            changed = [(_code(weight - size * direction, *quantizer) != code).sum() for size in sizes]
+            of = _quantizer(weight, *channel_range(weight), k, scheme, 0)
+            code = _code(weight, of)
+            changed = [(_code(weight - size * direction, of) != code).sum() for size in sizes]
             row.copy_(torch.stack(changed))
     return counts
 
@@ -67,24 +68,24 @@ def observe_range(x: Tensor, state: Tensor, momentum: float) -> Tensor:
 
 def batch_norm_act_fake_quantize(
     x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None,
-    lower: Tensor, upper: Tensor, bits: int, eps: float, act: int, clipped: bool,
+    lower: Tensor, upper: Tensor, bits: int, scheme: int, eps: float, act: int, clipped: bool,
 ) -> Tensor:  # fmt: skip
     _, bn_scale, bn_shift = _fold(running_mean, running_var, weight, bias, eps)
     activation = _activate(_normalise(x, bn_scale, bn_shift), act)
-    scale, zero = _coefficients(x, lower, upper, bits, -1)
-    return _like(_dequantize(_level(activation, scale, zero), scale, zero, bits), x)
+    of = _quantizer(x, lower, upper, bits, scheme, -1)
+    return _like(of.dequantize(_code(activation, of)), x)
 
 
 def batch_norm_act_fake_quantize_backward(
     grad_y: Tensor, x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None,
-    lower: Tensor, upper: Tensor, bits: int, eps: float, act: int, clipped: bool,
+    lower: Tensor, upper: Tensor, bits: int, scheme: int, eps: float, act: int, clipped: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     inv_std, bn_scale, bn_shift = _fold(running_mean, running_var, weight, bias, eps)
     z = _normalise(x, bn_scale, bn_shift)
     passes = _active(z, act)
     if clipped:
-        level = _level(_activate(z, act), *_coefficients(x, lower, upper, bits, -1))
-        passes &= _inside(level, bits)
+        of = _quantizer(x, lower, upper, bits, scheme, -1)
+        passes &= inside(of.level(_activate(z, act)), of)
     grad_z = torch.where(passes, grad_y.float(), 0)
     normalised = (x.float() - _per_channel(running_mean, x)).mul_(_per_channel(inv_std, x))
     grad_weight = normalised.mul_(grad_z).sum(_reduced_dims(x))
@@ -215,35 +216,14 @@ def _conditional_affine(normalised: Tensor, weight: Tensor, bias: Tensor, labels
     return normalised * gamma + bias[index].view(shape)
 
 
-def _coefficients(x: Tensor, lower: Tensor, upper: Tensor, bits: int, axis: int) -> tuple[Tensor, Tensor]:
-    """scale and zero of Eq. 6, shaped to broadcast against `x`."""
-    width = (upper - lower).clamp(min=1e-8)
-    scale = torch.where(upper >= lower, torch.full_like(width, 2**bits - 1) / width, torch.nan)
-    zero = torch.round(scale * lower) + 2 ** (bits - 1)
+def _quantizer(x: Tensor, lower: Tensor, upper: Tensor, bits: int, scheme: int, axis: int) -> Quantizer:
+    """With its coefficients shaped to broadcast against `x`."""
     shape = [] if axis < 0 else [-1 if dim == axis else 1 for dim in range(x.dim())]
-    return scale.reshape(shape), zero.reshape(shape)
+    return quantizer(lower.reshape(shape), upper.reshape(shape), bits, scheme)
 
 
-def _level(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """round(scale * x - zero), not yet clamped."""
-    return (x * scale).sub_(zero).round_()
-
-
-def _dequantize(level: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """(clamp(level) + zero) / scale, computed in the memory of `level`."""
-    return _clamp(level, bits).add_(zero).div_(scale)
-
-
-def _clamp(level: Tensor, bits: int) -> Tensor:
-    return level.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-
-
-def _code(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    return _clamp(_level(x, scale, zero), bits)
-
-
-def _inside(level: Tensor, bits: int) -> Tensor:
-    return ~((level < -(2 ** (bits - 1))) | (level > 2 ** (bits - 1) - 1))
+def _code(x: Tensor, of: Quantizer) -> Tensor:
+    return clamp(of.level(x), of)
 
 
 def _fold(

@@ -73,9 +73,10 @@ struct NormalizedInput : ChannelInput {
   FrozenBatchNorm norm;
 };
 
-inline Ranges checked_ranges(const Tensor& lower, const Tensor& upper, std::int64_t bits, std::int64_t count,
-                             const Tensor& x) {
-  return {parameter("lower", lower, count, x), parameter("upper", upper, count, x), checked_bits(bits)};
+inline Ranges checked_ranges(const Tensor& lower, const Tensor& upper, std::int64_t bits, std::int64_t scheme,
+                             std::int64_t count, const Tensor& x) {
+  return {parameter("lower", lower, count, x), parameter("upper", upper, count, x), checked_bits(bits),
+          checked_scheme(scheme)};
 }
 
 inline ChannelShape channels_along(const Tensor& x, std::int64_t axis) {
@@ -85,10 +86,11 @@ inline ChannelShape channels_along(const Tensor& x, std::int64_t axis) {
 }
 
 template <class Where>
-Tensor fake_quantize(const Tensor& x, const Tensor& lower, const Tensor& upper, std::int64_t bits, std::int64_t axis) {
+Tensor fake_quantize(const Tensor& x, const Tensor& lower, const Tensor& upper, std::int64_t bits, std::int64_t scheme,
+                     std::int64_t axis) {
   const Input input("x", x);
   const ChannelShape shape = channels_along(input.tensor, axis);
-  const Ranges ranges = checked_ranges(lower, upper, bits, shape.channels, x);
+  const Ranges ranges = checked_ranges(lower, upper, bits, scheme, shape.channels, x);
   Tensor y = input.empty_like();
   Where where(x);
   fake_quantize(input.data(), y.mutable_data_ptr(), input.type, shape, ranges, where.device());
@@ -97,10 +99,10 @@ Tensor fake_quantize(const Tensor& x, const Tensor& lower, const Tensor& upper, 
 
 template <class Where>
 std::tuple<Tensor, Tensor> fake_quantize_clipped(const Tensor& x, const Tensor& lower, const Tensor& upper,
-                                                 std::int64_t bits, std::int64_t axis) {
+                                                 std::int64_t bits, std::int64_t scheme, std::int64_t axis) {
   const Input input("x", x);
   const ChannelShape shape = channels_along(input.tensor, axis);
-  const Ranges ranges = checked_ranges(lower, upper, bits, shape.channels, x);
+  const Ranges ranges = checked_ranges(lower, upper, bits, scheme, shape.channels, x);
   Tensor y = input.empty_like();
   Tensor mask = torch::stable::new_empty(x, {(x.numel() + 7) / 8}, ScalarType::Byte);
   Where where(x);
@@ -124,9 +126,10 @@ Tensor fake_quantize_clipped_backward(const Tensor& grad_y, const Tensor& mask) 
 }
 
 template <class Where>
-std::vector<Tensor> fake_quantize_weights(const std::vector<Tensor>& weights, const std::vector<std::int64_t>& bits) {
-  STD_TORCH_CHECK(weights.size() == bits.size(), "there are ", weights.size(), " weights and ", bits.size(),
-                  " bits; give one for each weight");
+std::vector<Tensor> fake_quantize_weights(const std::vector<Tensor>& weights, const std::vector<std::int64_t>& bits,
+                                          const std::vector<std::int64_t>& schemes) {
+  STD_TORCH_CHECK(weights.size() == bits.size() && weights.size() == schemes.size(), "there are ", weights.size(),
+                  " weights, ", bits.size(), " bits and ", schemes.size(), " schemes; give one of each");
   std::vector<Input> inputs;  // keep copies made dense alive
   std::vector<Tensor> quantized;
   std::vector<Weight> tasks;
@@ -137,8 +140,8 @@ std::vector<Tensor> fake_quantize_weights(const std::vector<Tensor>& weights, co
     quantized.push_back(input.empty_like());
     const std::int64_t channels = input.tensor.size(0);
     const std::int64_t length = channels == 0 ? 0 : input.tensor.numel() / channels;
-    tasks.push_back(
-        {input.data(), quantized.back().mutable_data_ptr(), input.type, channels, length, checked_bits(bits[i])});
+    tasks.push_back({input.data(), quantized.back().mutable_data_ptr(), input.type, channels, length,
+                     checked_bits(bits[i]), checked_scheme(schemes[i])});
   }
   if (weights.empty()) return quantized;
   Where where(weights.front());
@@ -148,9 +151,12 @@ std::vector<Tensor> fake_quantize_weights(const std::vector<Tensor>& weights, co
 
 template <class Where>
 Tensor count_changed_codes(const std::vector<Tensor>& weights, const std::vector<Tensor>& directions,
-                           const std::vector<std::int64_t>& bits, const Tensor& learning_rate, const Tensor& kappas) {
-  STD_TORCH_CHECK(weights.size() == directions.size() && weights.size() == bits.size(), "there are ", weights.size(),
-                  " weights, ", directions.size(), " directions and ", bits.size(), " bits; give one of each");
+                           const std::vector<std::int64_t>& bits, const std::vector<std::int64_t>& schemes,
+                           const Tensor& learning_rate, const Tensor& kappas) {
+  STD_TORCH_CHECK(
+      weights.size() == directions.size() && weights.size() == bits.size() && weights.size() == schemes.size(),
+      "there are ", weights.size(), " weights, ", directions.size(), " directions, ", bits.size(), " bits and ",
+      schemes.size(), " schemes; give one of each");
   const std::int64_t count = kappas.numel();
   STD_TORCH_CHECK(count >= 1 && count <= kMostKappas, "there are ", count, " kappas; 1 to ", kMostKappas,
                   " are allowed");
@@ -167,7 +173,8 @@ Tensor count_changed_codes(const std::vector<Tensor>& weights, const std::vector
     STD_TORCH_CHECK(weights[i].dim() >= 1, "a weight has no dimensions; it needs its output channels first");
     const std::int64_t channels = weights[i].size(0);
     steps.push_back({floats_of("weights", weights[i], weights[i]), floats_of("directions", directions[i], weights[i]),
-                     channels, channels == 0 ? 0 : weights[i].numel() / channels, checked_bits(bits[i])});
+                     channels, channels == 0 ? 0 : weights[i].numel() / channels, checked_bits(bits[i]),
+                     checked_scheme(schemes[i])});
   }
   Tensor counts =
       torch::stable::new_empty(kappas, {static_cast<std::int64_t>(weights.size()), count}, ScalarType::Long);
@@ -191,10 +198,10 @@ Tensor observe_range(const Tensor& x, const Tensor& state, double momentum) {
 template <class Where>
 Tensor batch_norm_act_fake_quantize(const Tensor& x, const Tensor& running_mean, const Tensor& running_var,
                                     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                                    const Tensor& lower, const Tensor& upper, std::int64_t bits, double eps,
-                                    std::int64_t act, bool /*clipped: the gradient's kind*/) {
+                                    const Tensor& lower, const Tensor& upper, std::int64_t bits, std::int64_t scheme,
+                                    double eps, std::int64_t act, bool /*clipped: the gradient's kind*/) {
   const NormalizedInput input(x, running_mean, running_var, weight, bias, eps);
-  const Ranges ranges = checked_ranges(lower, upper, bits, 1, x);
+  const Ranges ranges = checked_ranges(lower, upper, bits, scheme, 1, x);
   const Activation activation = checked_activation(act);
   Tensor y = input.empty_like();
   Where where(x);
@@ -207,10 +214,10 @@ template <class Where>
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act_fake_quantize_backward(
     const Tensor& grad_y, const Tensor& x, const Tensor& running_mean, const Tensor& running_var,
     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const Tensor& lower, const Tensor& upper,
-    std::int64_t bits, double eps, std::int64_t act, bool clipped) {
+    std::int64_t bits, std::int64_t scheme, double eps, std::int64_t act, bool clipped) {
   const NormalizedInput input(x, running_mean, running_var, weight, bias, eps);
   const Tensor gradient = gradient_like(grad_y, input);
-  const Ranges ranges = checked_ranges(lower, upper, bits, 1, x);
+  const Ranges ranges = checked_ranges(lower, upper, bits, scheme, 1, x);
   const Activation activation = checked_activation(act);
   Tensor grad_x = input.empty_like();
   Tensor grad_weight = input.empty_per_channel();

@@ -97,6 +97,12 @@ inline int checked_bits(std::int64_t bits) {
   return static_cast<int>(bits);
 }
 
+inline Scheme checked_scheme(std::int64_t scheme) {
+  STD_TORCH_CHECK(scheme >= 0 && scheme <= 2, "scheme is ", scheme,
+                  "; it must be 0 (eq6), 1 (affine) or 2 (symmetric)");
+  return static_cast<Scheme>(scheme);
+}
+
 inline Activation checked_activation(std::int64_t act) {
   STD_TORCH_CHECK(act >= 0 && act <= 2, "act is ", act, "; it must be 0 (none), 1 (ReLU) or 2 (ReLU6)");
   return static_cast<Activation>(act);

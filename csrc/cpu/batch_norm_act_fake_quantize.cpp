@@ -13,7 +13,7 @@ GDFQ_HD Affine affine_at(const Parameters& parameters, std::int64_t i) {
   return {parameters.get(0, i), parameters.get(1, i)};
 }
 
-template <class T, class Parameters>
+template <class T, class Parameters, class Quantizer>
 GDFQ_CLONES void forward_run(const T* x, T* y, std::int64_t length, Parameters parameters, Quantizer quantizer,
                              Bounds activation) {
   GDFQ_SIMD
@@ -24,7 +24,7 @@ GDFQ_CLONES void forward_run(const T* x, T* y, std::int64_t length, Parameters p
 }
 
 // Adds dz * (x - running_mean) and dz, where dz is the gradient of z.
-template <bool clipped, class T, class Parameters>
+template <bool clipped, class T, class Parameters, class Quantizer>
 GDFQ_CLONES void backward_run(const T* grad_y, const T* x, T* grad_x, std::int64_t length, Parameters parameters,
                               Quantizer quantizer, Bounds activation, Accumulators accumulators) {
   const auto strip = [&](std::int64_t begin, std::int64_t count, Accumulators sums) GDFQ_INLINE_LAMBDA {
@@ -51,17 +51,19 @@ void batch_norm_act_fake_quantize(const void* x, void* y, ElementType type, Chan
                                   const FrozenBatchNorm& norm, const Ranges& ranges, Activation activation,
                                   const Parallel& parallel) {
   if (shape.numel() == 0) return;
-  const Quantizer quantizer = ranges.quantizer();
   const Bounds bounds = bounds_of(activation);
   const ChannelTable<2> table(shape, [&](std::int64_t c) {
     const Affine affine = norm.affine(c);
     return std::array<float, 2>{affine.scale, affine.shift};
   });
-  with_type(type, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    for_each_run(table, parallel, [&](std::int64_t offset, std::int64_t length, const auto& parameters) {
-      forward_run(static_cast<const T*>(x) + offset, static_cast<T*>(y) + offset, length, parameters, quantizer,
-                  bounds);
+  with_quantizer(ranges.scheme, [&](auto scheme) {
+    const auto quantizer = ranges.quantizer<decltype(scheme)>();
+    with_type(type, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      for_each_run(table, parallel, [&](std::int64_t offset, std::int64_t length, const auto& parameters) {
+        forward_run(static_cast<const T*>(x) + offset, static_cast<T*>(y) + offset, length, parameters, quantizer,
+                    bounds);
+      });
     });
   });
 }
@@ -75,23 +77,25 @@ void batch_norm_act_fake_quantize_backward(const void* grad_y, const void* x, vo
     std::fill_n(grad_bias, shape.channels, 0.0f);
     return;
   }
-  const Quantizer quantizer = ranges.quantizer();
   const Bounds bounds = bounds_of(activation);
   const ChannelTable<3> table(shape, [&](std::int64_t c) {
     const Affine affine = norm.affine(c);
     return std::array<float, 3>{affine.scale, affine.shift, norm.running_mean[c]};
   });
   ChannelSums sums(shape.channels);
-  with_type(type, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    with_bool(clipped, [&](auto is_clipped) {
-      sums = sum_channels(
-          table, parallel,
-          [&](std::int64_t offset, std::int64_t length, const auto& parameters, Accumulators accumulators) {
-            backward_run<decltype(is_clipped)::value>(
-                static_cast<const T*>(grad_y) + offset, static_cast<const T*>(x) + offset,
-                static_cast<T*>(grad_x) + offset, length, parameters, quantizer, bounds, accumulators);
-          });
+  with_quantizer(ranges.scheme, [&](auto scheme) {
+    const auto quantizer = ranges.quantizer<decltype(scheme)>();
+    with_type(type, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      with_bool(clipped, [&](auto is_clipped) {
+        sums = sum_channels(
+            table, parallel,
+            [&](std::int64_t offset, std::int64_t length, const auto& parameters, Accumulators accumulators) {
+              backward_run<decltype(is_clipped)::value>(
+                  static_cast<const T*>(grad_y) + offset, static_cast<const T*>(x) + offset,
+                  static_cast<T*>(grad_x) + offset, length, parameters, quantizer, bounds, accumulators);
+            });
+      });
     });
   });
   for (std::int64_t c = 0; c < shape.channels; ++c) {

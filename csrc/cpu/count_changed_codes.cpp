@@ -13,11 +13,13 @@ using Counts = std::array<std::int64_t, kMostKappas>;
 
 constexpr std::int64_t kStrip = 1024;  // codes that are kept while all sizes are tried
 
+template <class Quantizer>
 GDFQ_CLONES void code_run(const float* weight, float* codes, std::int64_t length, Quantizer quantizer) {
   GDFQ_SIMD
   for (std::int64_t i = 0; i < length; ++i) codes[i] = code_of(weight[i], quantizer);
 }
 
+template <class Quantizer>
 GDFQ_CLONES std::int32_t changed_run(const float* weight, const float* direction, const float* codes,
                                      std::int64_t length, float size, Quantizer quantizer) {
   std::int32_t changed = 0;
@@ -28,10 +30,9 @@ GDFQ_CLONES std::int32_t changed_run(const float* weight, const float* direction
   return changed;
 }
 
-void add_channel(const float* weight, const float* direction, std::int64_t length, int bits,
+template <class Quantizer>
+void add_channel(const float* weight, const float* direction, std::int64_t length, const Quantizer& quantizer,
                  const std::vector<float>& sizes, Counts& counts) {
-  const Range range = range_of(weight, length);
-  const Quantizer quantizer = make_quantizer(range.lower, range.upper, bits);
   float codes[kStrip];
   for (std::int64_t begin = 0; begin < length; begin += kStrip) {
     const std::int64_t count = std::min(kStrip, length - begin);
@@ -55,7 +56,12 @@ void count_changed_codes(const std::vector<WeightStep>& weights, const float* le
       const WeightStep& weight = *tasks[t].weight;
       for (std::int64_t channel = tasks[t].first; channel < tasks[t].last; ++channel) {
         const std::int64_t offset = channel * weight.length;
-        add_channel(weight.weight + offset, weight.direction + offset, weight.length, weight.bits, sizes, of_task[t]);
+        const Range range = range_of(weight.weight + offset, weight.length);
+        with_quantizer(weight.scheme, [&](auto scheme) {
+          using Quantizer = decltype(scheme);
+          const auto quantizer = Quantizer::make(range.lower, range.upper, weight.bits, weight.scheme);
+          add_channel(weight.weight + offset, weight.direction + offset, weight.length, quantizer, sizes, of_task[t]);
+        });
       }
     }
   });

@@ -17,10 +17,12 @@ struct WeightStep {
   std::int64_t channels;
   std::int64_t length;
   int bits;
+  Scheme scheme;
 };
 
 // An element's code, the level that it is stored as.
-GDFQ_HD float code_of(float x, const Quantizer& quantizer) {
+template <class AnyQuantizer>
+GDFQ_HD float code_of(float x, const AnyQuantizer& quantizer) {
   return clamp_level(round_to_level(x, quantizer), quantizer);
 }
 

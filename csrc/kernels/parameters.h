@@ -14,8 +14,12 @@ struct Ranges {
   const float* lower;
   const float* upper;
   int bits;
+  Scheme scheme;
 
-  GDFQ_HD Quantizer quantizer(std::int64_t c = 0) const { return make_quantizer(lower[c], upper[c], bits); }
+  template <class Quantizer>
+  GDFQ_HD Quantizer quantizer(std::int64_t c = 0) const {
+    return Quantizer::make(lower[c], upper[c], bits, scheme);
+  }
 };
 
 struct FrozenBatchNorm {
@@ -39,6 +43,7 @@ struct Weight {
   std::int64_t channels;
   std::int64_t length;
   int bits;
+  Scheme scheme;
 };
 
 }  // namespace gdfq

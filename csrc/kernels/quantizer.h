@@ -1,9 +1,17 @@
-// The quantizer's arithmetic (GDFQ, Eq. 6), frozen batch normalization and its activation: one element at a time,
-// for the host and for CUDA.
+// The quantizers' arithmetic, frozen batch normalization and its activation: one element at a time, for the host and
+// for CUDA.
 //
+// eq6 (GDFQ, Eq. 6):
 //   scale = (2^k - 1) / max(u - l, 1e-8)         zero = round(scale * l) + 2^(k-1)
 //   q     = clamp(round(scale * x - zero), -2^(k-1), 2^(k-1) - 1)
 //   y     = (q + zero) / scale
+// affine and symmetric (ONNX's QuantizeLinear and DequantizeLinear):
+//   affine       step = max(max(u, 0) - min(l, 0), 1e-8) / (2^k - 1)
+//                low  = -round(-min(l, 0) / step)           high = 2^k - 1 + low
+//   symmetric    step = max(-l, u, 5e-9) / (2^(k-1) - 1)    high = -low = 2^(k-1) - 1
+//   q     = clamp(round(x / step), low, high)
+//   y     = q * step
+// An inverted range means that something upstream is broken: it gives NaN, as NaN and infinite ranges do.
 //
 // Every operation is a single float32 operation rounded to nearest, in exactly this order, so that the CPU, CUDA and
 // PyTorch agree level by level. Host code must be compiled with -ffp-contract=off; device code names the rounding.
@@ -104,57 +112,100 @@ GDFQ_HD float round_half_even(float a) {
 
 }  // namespace fp32
 
+enum class Scheme : int { kEq6 = 0, kAffine = 1, kSymmetric = 2 };
+
 // Eq. 6 for one range. `low` and `high` are the first and the last level, -2^(k-1) and 2^(k-1) - 1.
-struct Quantizer {
+struct Eq6Quantizer {
   float scale;
   float zero;
   float low;
   float high;
+
+  static GDFQ_HD Eq6Quantizer make(float lower, float upper, int bits, Scheme = Scheme::kEq6) {
+    const float half = static_cast<float>(1 << (bits - 1));
+    const float levels = static_cast<float>((1 << bits) - 1);
+    float range = fp32::subtract(upper, lower);
+    range = upper < lower ? NAN : range;
+    range = range < 1e-8f ? 1e-8f : range;
+    Eq6Quantizer quantizer;
+    quantizer.scale = fp32::divide(levels, range);
+    quantizer.zero = fp32::add(fp32::round_half_even(fp32::multiply(quantizer.scale, lower)), half);
+    quantizer.low = -half;
+    quantizer.high = half - 1.0f;
+    return quantizer;
+  }
 };
 
-// An inverted range means that something upstream is broken: it gives NaN, as NaN and infinite ranges do by themselves.
-GDFQ_HD Quantizer make_quantizer(float lower, float upper, int bits) {
-  const float half = static_cast<float>(1 << (bits - 1));
-  const float levels = static_cast<float>((1 << bits) - 1);
-  float range = fp32::subtract(upper, lower);
-  range = upper < lower ? NAN : range;
-  range = range < 1e-8f ? 1e-8f : range;
-  Quantizer quantizer;
-  quantizer.scale = fp32::divide(levels, range);
-  quantizer.zero = fp32::add(fp32::round_half_even(fp32::multiply(quantizer.scale, lower)), half);
-  quantizer.low = -half;
-  quantizer.high = half - 1.0f;
-  return quantizer;
+// Affine or symmetric, for one range. `low` and `high` are the first and the last multiple of the step.
+struct StepQuantizer {
+  float step;
+  float low;
+  float high;
+
+  static GDFQ_HD StepQuantizer make(float lower, float upper, int bits, Scheme scheme) {
+    const bool affine = scheme == Scheme::kAffine;
+    const float levels = static_cast<float>((1 << (affine ? bits : bits - 1)) - 1);
+    const float below = fp32::subtract(0.0f, fp32::at_most(lower, 0.0f));
+    const float width = affine ? fp32::add(fp32::at_least(upper, 0.0f), below) : fp32::at_least(upper, -lower);
+    const float step = fp32::divide(fp32::at_least(width, affine ? 1e-8f : 5e-9f), levels);
+    StepQuantizer quantizer;
+    quantizer.step = upper >= lower && width < INFINITY ? step : NAN;
+    quantizer.low = affine ? -fp32::round_half_even(fp32::divide(below, quantizer.step)) : -levels;
+    quantizer.high = affine ? fp32::add(quantizer.low, levels) : levels;
+    return quantizer;
+  }
+};
+
+// Calls function with an object of the type that has the scheme's arithmetic.
+template <class Function>
+void with_quantizer(Scheme scheme, const Function& function) {
+  if (scheme == Scheme::kEq6) {
+    function(Eq6Quantizer{});
+  } else {
+    function(StepQuantizer{});
+  }
 }
 
-// round(scale * x - zero), not yet clamped: outside [low, high] the element is clipped.
-GDFQ_HD float round_to_level(float x, const Quantizer& quantizer) {
+// The level of x, not yet clamped: outside [low, high] the element is clipped.
+GDFQ_HD float round_to_level(float x, const Eq6Quantizer& quantizer) {
   return fp32::round_half_even(fp32::subtract(fp32::multiply(quantizer.scale, x), quantizer.zero));
 }
 
-GDFQ_HD float clamp_level(float level, const Quantizer& quantizer) {
+GDFQ_HD float round_to_level(float x, const StepQuantizer& quantizer) {
+  return fp32::round_half_even(fp32::divide(x, quantizer.step));
+}
+
+template <class AnyQuantizer>
+GDFQ_HD float clamp_level(float level, const AnyQuantizer& quantizer) {
   return fp32::at_most(fp32::at_least(level, quantizer.low), quantizer.high);
 }
 
-GDFQ_HD float dequantize(float level, const Quantizer& quantizer) {
+GDFQ_HD float dequantize(float level, const Eq6Quantizer& quantizer) {
   return fp32::divide(fp32::add(level, quantizer.zero), quantizer.scale);
 }
 
+// Adding 0 makes 0 of -0.
+GDFQ_HD float dequantize(float level, const StepQuantizer& quantizer) {
+  return fp32::multiply(fp32::add(level, 0.0f), quantizer.step);
+}
+
 // The clipped straight-through gradient passes where the level was not clamped. NaN was not, and keeps its gradient.
-GDFQ_HD bool is_inside(float level, const Quantizer& quantizer) {
+template <class AnyQuantizer>
+GDFQ_HD bool is_inside(float level, const AnyQuantizer& quantizer) {
   return !(level < quantizer.low) && !(level > quantizer.high);
 }
 
-// A quantizer with what it takes to divide by its scale without dividing. CUDA's division is eight instructions, and
-// for a numerator of 0, which is what a ReLU makes of half of the elements, a slow path of some forty.
-struct FastQuantizer : Quantizer {
+// A quantizer with what it takes to divide without dividing. CUDA's division is eight instructions, and for a numerator
+// of 0, which is what a ReLU makes of half of the elements, a slow path of some forty. Instead there is one Newton step
+// from the product with the reciprocal, whose remainder is exact (Markstein, 1990).
+struct FastEq6Quantizer : Eq6Quantizer {
   float reciprocal;
   float divisor;
   float correction;
 };
 
-GDFQ_HD FastQuantizer make_fast(const Quantizer& quantizer) {
-  FastQuantizer fast{quantizer, fp32::divide(1.0f, quantizer.scale), quantizer.scale, 0.0f};
+GDFQ_HD FastEq6Quantizer make_fast(const Eq6Quantizer& quantizer) {
+  FastEq6Quantizer fast{quantizer, fp32::divide(1.0f, quantizer.scale), quantizer.scale, 0.0f};
   const float greatest = (fabsf(quantizer.zero) - quantizer.low) * fast.reciprocal;  // of all results, or NaN
   const bool may_overflow = !(greatest < INFINITY);
   fast.divisor = may_overflow ? -0x1p-100f : quantizer.scale;
@@ -162,14 +213,44 @@ GDFQ_HD FastQuantizer make_fast(const Quantizer& quantizer) {
   return fast;
 }
 
-// The same quotient, correctly rounded: one Newton step from the product with the reciprocal, whose remainder is exact
-// (Markstein, 1990). A level with its zero point is never -0, of which the step would make +0. Where the step might
-// meet infinity, in ranges that reach 2^125, it adds next to nothing, and the quotient may be off by a last bit.
-GDFQ_HD float dequantize(float level, const FastQuantizer& quantizer) {
+// The same quotient, correctly rounded. A level with its zero point is never -0, of which the step would make +0. Where
+// the step might meet infinity, in ranges that reach 2^125, it adds next to nothing, and the quotient may be off by a
+// last bit.
+GDFQ_HD float dequantize(float level, const FastEq6Quantizer& quantizer) {
   const float value = fp32::add(level, quantizer.zero);
   const float quotient = fp32::multiply(value, quantizer.reciprocal);
   const float remainder = fp32::multiply_add(-quotient, quantizer.divisor, value);
   return fp32::multiply_add(remainder, quantizer.correction, quotient);
+}
+
+struct FastStepQuantizer : StepQuantizer {
+  float unit;  // a power of two, by which x and the step are multiplied: neither overflows
+  float divisor;
+  float reciprocal;
+  float least;  // of x in units: one level beyond the last
+  float greatest;
+};
+
+GDFQ_HD FastStepQuantizer make_fast(const StepQuantizer& quantizer) {
+  const float unit = quantizer.step > 0x1p64f ? 0x1p-64f : 1.0f;
+  const float divisor = fp32::multiply(quantizer.step, unit);
+  return {quantizer,
+          unit,
+          divisor,
+          fp32::divide(1.0f, divisor),
+          fp32::multiply(quantizer.low - 1.0f, divisor),
+          fp32::multiply(quantizer.high + 1.0f, divisor)};
+}
+
+// The same level, but for those beyond [low, high], which all become the nearest such one. The quotient may be the
+// neighbor of the correctly rounded one, but never across a half: of all steps and halves, test_quantizer.cpp tries
+// some.
+GDFQ_HD float round_to_level(float x, const FastStepQuantizer& quantizer) {
+  const float scaled = fp32::multiply(x, quantizer.unit);
+  const float value = fp32::at_most(fp32::at_least(scaled, quantizer.least), quantizer.greatest);
+  const float quotient = fp32::multiply(value, quantizer.reciprocal);
+  const float remainder = fp32::multiply_add(-quotient, quantizer.divisor, value);
+  return fp32::round_half_even(fp32::multiply_add(remainder, quantizer.reciprocal, quotient));
 }
 
 template <class AnyQuantizer>

@@ -1,4 +1,4 @@
-"""The command line: `gdfq quantize`, `gdfq evaluate`, `gdfq reproduce`, `gdfq doctor`."""
+"""The command line: `gdfq quantize`, `gdfq evaluate`, `gdfq targets`, `gdfq reproduce`, `gdfq doctor`."""
 
 import json
 import sys
@@ -103,7 +103,9 @@ def quantize(
     ] = None,
     weight_bits: Annotated[int | None, typer.Option(help="2 to 8; default 4")] = None,
     activation_bits: Annotated[int | None, typer.Option(help="2 to 8; default 4")] = None,
-    target: Annotated[str | None, typer.Option(help=_listed(TARGETS))] = None,
+    target: Annotated[
+        str | None, typer.Option(help=f"{', '.join(TARGETS)}, or a TOML file, see gdfq targets; default onnx")
+    ] = None,
     image_size: ImageSizeOption = None,
     input_mean: Annotated[
         str | None,
@@ -311,6 +313,35 @@ def reproduce(
     typer.echo(json.dumps(result) if as_json else render.markdown(result))
     if grid.failed:
         _exit(f"gdfq: {len(grid.failed)} cells failed, the first: {next(iter(grid.failed.values()))}", 1)
+
+
+@app.command()
+def targets(as_json: JsonOption = False) -> None:
+    """List what the quantized network can be made to run on, and what each means for the quantizer.
+
+    A target of your own is a TOML table of what differs from one of these, in a file for --target or as the setting
+    quantizer.target:
+
+        extends = "onnx"
+        name = "my accelerator"
+        weight_scheme = "symmetric"
+    """
+    known = {name: target.model_dump(mode="json") for name, target in TARGETS.items()}
+    if as_json:
+        typer.echo(json.dumps(known, indent=2))
+        return
+    from gdfq.target import Target
+
+    for name, values in known.items():
+        typer.echo(f"{name}: {values['help']}")
+        for key, value in values.items():
+            if key not in ("name", "help"):
+                shown = ", ".join(value) if isinstance(value, list) else "-" if value in (None, {}) else value
+                typer.echo(f"  {key:18} {shown}")
+    typer.echo("\nwhat each key says:")
+    for key, field in Target.model_fields.items():
+        if field.description:
+            typer.echo(f"  {key:18} {field.description}")
 
 
 @app.command()

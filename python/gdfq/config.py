@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from gdfq.errors import GdfqError
-from gdfq.registry import ALL, SECTIONS
+from gdfq.registry import ALL, CHECKS, SECTIONS
 
 
 class Section(BaseModel):
@@ -96,8 +96,12 @@ class LayerBits(Section):
         return {"weights": value, "activations": value} if isinstance(value, int | str) else value
 
 
+def _read_file(value: Any) -> Any:
+    return _toml(Path(value)) if isinstance(value, str) and value.endswith(".toml") else value
+
+
 class QuantizerConfig(Section):
-    """Eq. 6: what is quantized, to how many bits."""
+    """What is quantized, to how many bits, and how."""
 
     weight_bits: Bits = Field(4, description="bits of every weight, per output channel")
     activation_bits: Bits = Field(4, description="bits of every activation, per tensor")
@@ -108,10 +112,10 @@ class QuantizerConfig(Section):
         '"float", or both kinds apart as {weights = 8, activations = 4}; the last pattern that fits counts. An '
         "activation that several layers read takes the most bits that one of them wants",
     )
-    target: str = Field(
+    target: Annotated[str | dict[str, Any], BeforeValidator(_read_file)] = Field(
         "onnx",
-        description="what the quantized network is to run on; paper: the outputs of ReLU and ReLU6 only, as in "
-        "published tables",
+        description="what the quantized network is to run on: a name (`gdfq targets` lists them), or a table of your "
+        "own, or the TOML file that holds it, with what differs from the one that its key `extends` names",
     )
     observer: Literal["moving_average", "learned_step"] = Field(
         "moving_average", description="where activation ranges come from: seen and then fixed, or trained along (LSQ)"
@@ -295,8 +299,10 @@ class Config(Section):
         try:
             config = _with_all_sections().model_validate(tree)
         except ValidationError as error:
-            raise GdfqError(_explain(error)) from None
+            raise GdfqError(explained(error, _with_all_sections())) from None
         _check_names(config)
+        for check in CHECKS:
+            check(config)
         return config
 
     def to_toml(self) -> str:
@@ -348,17 +354,23 @@ def _preset_folder() -> Traversable:
 def _read(preset: str | Path) -> dict[str, Any]:
     name = str(preset)
     if name in presets():
-        text = _preset_folder().joinpath(f"{name}.toml").read_text()
+        file = _preset_folder().joinpath(f"{name}.toml")
     elif Path(preset).is_file():
-        text = Path(preset).read_text()
+        file = Path(preset)
     else:
         raise GdfqError(f"'{name}' is neither a preset ({', '.join(presets())}) nor a TOML file")
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise GdfqError(f"{name} is not valid TOML: {error}") from None
+    tree = _toml(file)
     base = tree.pop("extends", None)
     return _merge(_read(base), tree) if base else tree
+
+
+def _toml(file: Traversable) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text())
+    except OSError as error:
+        raise GdfqError(f"{file} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise GdfqError(f"{file} is not valid TOML: {error}") from None
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
@@ -366,19 +378,20 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return {**base, **change, **nested}
 
 
-def _explain(error: ValidationError) -> str:
+def explained(error: ValidationError, section: type[Section], prefix: str = "") -> str:
+    """What is wrong with the settings of a section, a line each; `prefix`: what stands before their names."""
     lines = []
     for problem in error.errors():
-        name = ".".join(str(part) for part in problem["loc"] if isinstance(part, str) and part not in ("int", "tuple"))
+        path = [str(part) for part in problem["loc"] if isinstance(part, str) and part not in ("int", "tuple")]
+        name = prefix + ".".join(path)
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown setting '{name}'; there {_known(problem['loc'][:-1])}")
+            lines.append(f"unknown setting '{name}'; there {_known(section, problem['loc'][:-1])}")
         else:
             lines.append(f"setting '{name}' = {json.dumps(problem['input'], default=str)}: {problem['msg'].lower()}")
     return "\n".join(dict.fromkeys(lines))
 
 
-def _known(path: tuple) -> str:
-    section: Any = _with_all_sections()
+def _known(section: Any, path: tuple) -> str:
     for name in path:
         fields = getattr(section, "model_fields", None)  # none: a dict of sections
         section = get_args(section)[-1] if fields is None else fields[name].annotation

@@ -13,44 +13,70 @@ from torch.nn import functional as F
 
 import gdfq_ext
 from gdfq.observers import LearnedStep, MovingAverage, Observer
+from gdfq_ext import Grid, Scheme, quantizer_grid
 
 
 class WeightFakeQuantize(nn.Module):
     """Quantizes the weights of several layers in one call, per output channel.
 
-    A weight's range is taken anew in every forward pass (Eq. 6), until `store` gives it a step, a zero point and a
-    rounding of its own: what methods that choose these need, and what leaves the package.
+    A weight's range is its minimum and maximum, taken anew in every forward pass, until `store` gives it a step, a zero
+    point and a rounding of its own: what methods that choose these need.
 
     Args:
         bits: of every weight, 2 to 8.
         straight_through: `identity` or `clipped` (see `gdfq_ext.fake_quantize`).
+        schemes: of every weight (see `gdfq_ext.fake_quantize`); default: Eq. 6.
     """
 
-    def __init__(self, bits: list[int], straight_through: str = "identity") -> None:
+    def __init__(
+        self, bits: list[int], straight_through: str = "identity", schemes: list[Scheme] | None = None
+    ) -> None:
         super().__init__()
         self.bits = bits
+        self.schemes = schemes or ["eq6"] * len(bits)
         self.straight_through = straight_through
         self.stored = nn.ModuleDict()
 
     def store(self, index: int, step: Tensor, zero_point: Tensor, rounding: Tensor | None = None) -> None:
         """From now on the weight of this index is quantized by what is given, see `StoredQuantizer`."""
-        self.stored[str(index)] = StoredQuantizer(self.bits[index], self.straight_through, step, zero_point, rounding)
+        self.stored[str(index)] = StoredQuantizer(
+            self.bits[index], self.straight_through, step, zero_point, rounding, self.schemes[index]
+        )
 
     def forward(self, weights: list[Tensor]) -> list[Tensor]:
         anew = [index for index in range(len(weights)) if str(index) not in self.stored]
         if len(anew) == len(weights):
-            return self._anew(weights, self.bits)
+            return self._anew(weights, anew)
         result = {int(index): quantizer(weights[int(index)]) for index, quantizer in self.stored.items()}
         if anew:
-            quantized = self._anew([weights[index] for index in anew], [self.bits[index] for index in anew])
+            quantized = self._anew([weights[index] for index in anew], anew)
             result |= dict(zip(anew, quantized, strict=True))
         return [result[index] for index in range(len(weights))]
 
-    def _anew(self, weights: list[Tensor], bits: list[int]) -> list[Tensor]:
-        return gdfq_ext.fake_quantize_weights(weights, bits, straight_through=self.straight_through)
+    def _anew(self, weights: list[Tensor], indices: list[int]) -> list[Tensor]:
+        bits, schemes = ([values[index] for index in indices] for values in (self.bits, self.schemes))
+        return gdfq_ext.fake_quantize_weights(weights, bits, scheme=schemes, straight_through=self.straight_through)
+
+    def quantized(self, index: int, weight: Tensor) -> Tensor:
+        """The weight of this index alone, quantized."""
+        return self.stored[str(index)](weight) if str(index) in self.stored else self._anew([weight], [index])[0]
+
+    def grid(self, index: int, weight: Tensor) -> Grid:
+        """Steps and zero points `(channels,)` of the weight of this index."""
+        if str(index) in self.stored:
+            return self.stored[str(index)].grid
+        rows = weight.detach().flatten(1)
+        return quantizer_grid(rows.amin(1), rows.amax(1), self.bits[index], self.schemes[index])
+
+    def codes(self, index: int, weight: Tensor) -> Tensor:
+        """Codes of the weight of this index, of its shape, as float32: y = (code - zero_point) * step."""
+        step, zero_point, *_ = self.grid(index, weight)
+        return (self.quantized(index, weight.detach()) / per_channel(step, weight)).round() + per_channel(
+            zero_point, weight
+        )
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, straight_through={self.straight_through!r}"
+        return f"bits={self.bits}, schemes={self.schemes}, straight_through={self.straight_through!r}"
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """Weights that were stored when the state was saved are stored again."""
@@ -65,51 +91,59 @@ class WeightFakeQuantize(nn.Module):
 class StoredQuantizer(nn.Module):
     """Quantizes a weight per output channel with a given step, zero point and rounding:
 
-        q = clamp(r(w / step) + zero_point, 0, 2^k - 1)      y = (q - zero_point) * step
+        q = clamp(r(w / step) + zero_point, lowest, highest)      y = (q - zero_point) * step
 
     Args:
         bits: k, 2 to 8.
         straight_through: `identity` or `clipped`: whether the gradient passes where q was clamped.
         step, zero_point: `(channels,)` float32; the zero point holds integers.
         rounding: integers of the weight's shape, r(x) = floor(x) + rounding; None: to the nearest, half to even.
+        scheme: says the lowest and the highest code: 0 and 2^k - 1, or as many above as below zero (`symmetric`).
     """
 
     def __init__(
-        self, bits: int, straight_through: str, step: Tensor, zero_point: Tensor, rounding: Tensor | None = None
+        self,
+        bits: int,
+        straight_through: str,
+        step: Tensor,
+        zero_point: Tensor,
+        rounding: Tensor | None = None,
+        scheme: Scheme = "eq6",
     ) -> None:
         super().__init__()
         self.bits = bits
         self.straight_through = straight_through
+        _, _, self.lowest, self.highest = quantizer_grid(step, step, bits, scheme)
         self.register_buffer("step", step.detach().clone().float())
         self.register_buffer("zero_point", zero_point.detach().clone().float())
         self.register_buffer("rounding", None if rounding is None else rounding.detach().clone().to(torch.int8))
 
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.step, self.zero_point, self.lowest, self.highest)
+
     def codes(self, weight: Tensor) -> Tensor:
         """q of the weight, `(channels, ...)`, as float32."""
-        return self._levels(weight).clamp(0, 2**self.bits - 1)
+        return self._levels(weight).clamp(self.lowest, self.highest)
 
     def forward(self, weight: Tensor) -> Tensor:
         levels = self._levels(weight)
-        codes = levels.clamp(0, 2**self.bits - 1)
-        quantized = (codes - self._per_channel(self.zero_point, weight)) * self._per_channel(self.step, weight)
+        codes = levels.clamp(self.lowest, self.highest)
+        quantized = (codes - per_channel(self.zero_point, weight)) * per_channel(self.step, weight)
         through = weight if self.straight_through == "identity" else torch.where(levels == codes, weight, quantized)
         return through + (quantized - through).detach()
 
     def _levels(self, weight: Tensor) -> Tensor:
-        in_steps = weight.detach() / self._per_channel(self.step, weight)
+        in_steps = weight.detach() / per_channel(self.step, weight)
         rounded = in_steps.round() if self.rounding is None else in_steps.floor() + self.rounding
-        return rounded + self._per_channel(self.zero_point, weight)
-
-    @staticmethod
-    def _per_channel(values: Tensor, weight: Tensor) -> Tensor:
-        return values.view(-1, *[1] * (weight.dim() - 1))
+        return rounded + per_channel(self.zero_point, weight)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, straight_through={self.straight_through!r}"
 
 
 class FakeQuantize(nn.Module):
-    """Quantizes one activation tensor: Eq. 6 per tensor, with a range that an observer finds and that is then fixed.
+    """Quantizes one activation tensor, with a range that an observer finds and that is then fixed.
 
     The range is NaN until it has been observed, so that a model that was never calibrated gives NaN and not noise.
 
@@ -118,6 +152,7 @@ class FakeQuantize(nn.Module):
         straight_through: `identity` or `clipped` (see `gdfq_ext.fake_quantize`).
         observer: where the range comes from, see `gdfq.observers`; default: a moving average.
         reach: `(2,)` float32, what the range holds at least, whatever was observed.
+        scheme: how a range is made into levels (see `gdfq_ext.fake_quantize`).
 
     Attributes:
         observing: while true, the observer sees every input first.
@@ -130,10 +165,12 @@ class FakeQuantize(nn.Module):
         straight_through: str = "identity",
         observer: Observer | None = None,
         reach: Tensor | None = None,
+        scheme: Scheme = "eq6",
     ) -> None:
         super().__init__()
         self.bits = bits
         self.straight_through = straight_through
+        self.scheme: Scheme = scheme
         self.observer = observer or MovingAverage()
         self.observing = False
         self.register_buffer("range", torch.full((2,), torch.nan))
@@ -153,6 +190,12 @@ class FakeQuantize(nn.Module):
         self.observer.end_pass(self.range, self.bits)
         self._widen()
 
+    def grid(self) -> Grid:
+        """Step and zero point `()` that the range means, and the lowest and the highest code."""
+        if isinstance(self.observer, LearnedStep) and not self.observing:
+            return self.observer.grid(self.bits)
+        return quantizer_grid(self.range[0], self.range[1], self.bits, self.scheme)
+
     def _widen(self) -> None:
         if self.reach is not None:
             self.range[0].clamp_(max=self.reach[0])
@@ -166,11 +209,11 @@ class FakeQuantize(nn.Module):
         elif isinstance(self.observer, LearnedStep):
             return self.observer.quantize(x, self.range, self.bits)
         return gdfq_ext.fake_quantize(
-            x, self.range[0], self.range[1], self.bits, straight_through=self.straight_through
+            x, self.range[0], self.range[1], self.bits, scheme=self.scheme, straight_through=self.straight_through
         )
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, straight_through={self.straight_through!r}"
+        return f"bits={self.bits}, scheme={self.scheme!r}, straight_through={self.straight_through!r}"
 
 
 class BatchNormAct(nn.Module):
@@ -224,11 +267,71 @@ class BatchNormActFakeQuantize(nn.Module):
             return quantizer(bn(x, running_mean, running_var, weight, bias))
         return gdfq_ext.batch_norm_act_fake_quantize(
             x, running_mean, running_var, weight, bias, quantizer.range[0], quantizer.range[1], quantizer.bits,
-            eps=bn.eps, act=bn.act, straight_through=quantizer.straight_through,
+            scheme=quantizer.scheme, eps=bn.eps, act=bn.act, straight_through=quantizer.straight_through,
         )  # fmt: skip
 
 
+class BiasFakeQuantize(nn.Module):
+    """Rounds what is added to a layer's products to what integers can add to them: multiples of step_x * step_w.
+
+        no BN behind the layer:   b = bias                                             unit = step_x * step_w
+        BN behind it:             b = beta + (bias - mean) * gamma / sigma             unit = step_x * step_w |gamma| / sigma
+
+    The gradient passes unchanged. While the input's range is not known yet, nothing is rounded.
+
+    Args:
+        weights: what quantizes the layer's weight, together with others.
+        index: which of them it is.
+        activation: what quantizes the layer's input.
+        eps: of the BN.
+    """
+
+    def __init__(self, weights: WeightFakeQuantize, index: int, activation: FakeQuantize, eps: float = 0.0) -> None:
+        super().__init__()
+        self.of = (weights, index, activation)  # they belong to others: in a tuple, they are no submodules of this one
+        self.eps = eps
+
+    def forward(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        gamma: Tensor | None = None,
+        beta: Tensor | None = None,
+    ) -> Tensor | None:
+        """The rounded beta, or bias where there is no BN, `(channels,)` float32.
+
+        Args:
+            weight, bias: the layer's.
+            running_mean, running_var, gamma, beta: of the BN behind it.
+        """
+        if running_mean is None:
+            return bias if bias is None else bias + (self._rounded(bias, weight, 1.0) - bias).detach()
+        beta = torch.zeros_like(running_mean) if beta is None else beta
+        with torch.no_grad():
+            factor = (running_var + self.eps).rsqrt() * (1.0 if gamma is None else gamma)
+            shift = beta + ((0.0 if bias is None else bias) - running_mean) * factor
+            difference = self._rounded(shift, weight, factor.abs()) - shift
+        return beta + difference
+
+    def _rounded(self, values: Tensor, weight: Tensor, factor: Tensor | float) -> Tensor:
+        weights, index, activation = self.of
+        if activation.observing and not activation.observer.quantizes:
+            return values
+        unit = activation.grid().step * weights.grid(index, weight).step * factor
+        return torch.where(unit == 0, values, (values / unit).round() * unit)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+
 _ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "relu6": F.relu6}
+
+
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """`values (channels,)` shaped to go with `x (channels, ...)`."""
+    return values.view(-1, *[1] * (x.dim() - 1))
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, FakeQuantize]:

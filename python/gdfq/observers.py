@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import gdfq_ext
 from gdfq.clip_values import Rule
+from gdfq_ext import Grid, Scheme, quantizer_grid
 
 BINS = 2048  # on either side of zero
 
@@ -106,18 +107,22 @@ class Histogram(Observer):
 class LearnedStep(Observer):
     """The step is a parameter that training moves (LSQ, Esser et al., ICLR 2020); the zero point stays.
 
-        y = (clamp(round(x / step) + zero_point, 0, 2^k - 1) - zero_point) * step
+        y = clamp(round(x / step), lowest - zero_point, highest - zero_point) * step
 
     Gradients are LSQ's, whatever `quantizer.straight_through` says: straight through where nothing was clamped, the
     step's scaled by 1 / sqrt(numel * (2^k - 1)). It begins at the range that has been observed by its moving average.
+
+    Args:
+        scheme: what a range is made into levels by, see `gdfq_ext.fake_quantize`.
 
     Attributes:
         step: `()` float32, NaN until `end_pass`.
         zero_point: `()` float32, an integer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scheme: Scheme = "eq6") -> None:
         super().__init__()
+        self.scheme: Scheme = scheme
         self.moving_average = MovingAverage()
         self.step = nn.Parameter(torch.tensor(torch.nan))
         self.register_buffer("zero_point", torch.tensor(0.0))
@@ -127,20 +132,25 @@ class LearnedStep(Observer):
 
     @torch.no_grad()
     def end_pass(self, range: Tensor, bits: int) -> None:
-        step = (range[1] - range[0]).clamp_min(1e-8) / (2**bits - 1)
+        step, zero_point, *_ = quantizer_grid(range[0], range[1], bits, self.scheme)
         self.step.copy_(step)
-        self.zero_point.copy_(-torch.round(range[0] / step))
+        self.zero_point.copy_(zero_point)
 
     def reset(self) -> None:
         self.moving_average.reset()
 
+    def grid(self, bits: int) -> Grid:
+        _, _, lowest, highest = quantizer_grid(self.zero_point, self.zero_point, bits, self.scheme)
+        return Grid(self.step.detach(), self.zero_point, lowest, highest)
+
     def quantize(self, x: Tensor, range: Tensor, bits: int) -> Tensor:
         """`x` quantized, with gradients to it and to the step. `range` takes what the step makes of it."""
-        top = 2**bits - 1
-        scale = 1 / math.sqrt(x.numel() * top)
+        _, zero_point, lowest, highest = self.grid(bits)
+        low, high = lowest - zero_point, highest - zero_point
+        scale = 1 / math.sqrt(x.numel() * (2**bits - 1))
         step = self.step * scale + (self.step - self.step * scale).detach()
-        level = (x.float() / step + self.zero_point).clamp(0, top)
-        code = level + (level.round() - level).detach()
+        level = (x.float() / step).clamp(low, high)
+        rounded = level + (level.round() - level).detach()
         with torch.no_grad():
-            range.copy_(torch.stack([-self.zero_point, top - self.zero_point]) * self.step)
-        return ((code - self.zero_point) * step).to(x.dtype)
+            range.copy_(torch.stack([low, high]) * self.step)
+        return (rounded * step).to(x.dtype)

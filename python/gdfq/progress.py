@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from gdfq.config import Config, ScheduleConfig
+from gdfq.target import target_of
 
 LONG_ON_A_CPU = 6 * 3600
 SHORT = 30  # seconds that nobody needs to be told of
@@ -155,7 +156,7 @@ def plan(
     where = f"{device}, threads: {torch.get_num_threads()}" if device.type == "cpu" else str(device)
     first = (
         f"{name}, images {' x '.join(map(str, image_shape))}, {num_classes} classes, to "
-        f"W{quantizer.weight_bits}A{quantizer.activation_bits} for target '{quantizer.target}', on {where}, "
+        f"W{quantizer.weight_bits}A{quantizer.activation_bits} for target '{target_of(quantizer).name}', on {where}, "
         + ("no files" if folder is None else f"files in {folder}")
     )
     second = f"method '{config.method}': {what.removesuffix(' (default)')}"

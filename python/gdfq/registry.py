@@ -1,5 +1,6 @@
 """What the settings choose by name. The files that define a thing add it here when they are imported."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
@@ -22,7 +23,7 @@ class Registry(dict[str, Value]):
 
 
 METHODS: Registry[Any] = Registry("method")  # gdfq.methods
-TARGETS: Registry[Any] = Registry("quantizer.target")  # gdfq.target
+TARGETS: Registry[Any] = Registry()  # gdfq.target, which reads its setting
 SOURCES: Registry[Any] = Registry("images.source")  # gdfq.images
 TRANSFORMS: Registry[Any] = Registry("images.transforms")  # gdfq.images.transforms
 OPTIMIZERS: Registry[Any] = Registry("student.optimizer")  # gdfq.optim
@@ -31,3 +32,6 @@ ALL = (METHODS, TARGETS, SOURCES, TRANSFORMS, OPTIMIZERS, TERMS)
 
 # Sections of the settings, by name, besides those of `gdfq.config`.
 SECTIONS: dict[str, Any] = {}
+
+# What else is asked of all settings together: called with them, raises `GdfqError`.
+CHECKS: list[Callable[[Any], None]] = []

@@ -30,7 +30,7 @@ assert y.tolist() == [0.0, 3.0]
 y, mean, var = gdfq_ext.batch_norm_act_moments(torch.ones(2, 3, 4, 4), torch.ones(3), torch.ones(3), None, None)
 assert y.eq(0).all() and mean.eq(1).all() and var.eq(0).all()
 try:
-    torch.ops.gdfq_ext.fake_quantize(torch.ones(2), torch.zeros(2), torch.ones(1), 2, -1)
+    torch.ops.gdfq_ext.fake_quantize(torch.ones(2), torch.zeros(2), torch.ones(1), 2, 0, -1)
 except RuntimeError as error:
     assert "lower has 2 elements where 1 are needed" in str(error), error
 else:

@@ -137,7 +137,7 @@ def test_an_optimizer_that_no_graph_can_hold():
 
 def test_a_target():
     eight = LayerBits(weights=8, activations=8)
-    Target("toy", "first and last layer at 8 bits", layers={"<first>": eight, "<last>": eight})
+    TARGETS["toy"] = Target(name="toy", layers={"<first>": eight, "<last>": eight})
     summary = quantize(quantizer__target="toy", method="minmax").report.summary
     assert [entry.bits for entry in summary.weights] == [8, 4, 4, 4, 8]
     assert "toy" in TARGETS

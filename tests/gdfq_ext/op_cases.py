@@ -26,21 +26,22 @@ class Inputs:
 
 
 def fake_quantize(i):
-    yield i.x(2, 3, 5, 4).requires_grad_(), i.lower, i.upper, 4, -1
-    yield i.x(2, 3, 5, 4).requires_grad_(), -i.channel(), i.channel(), 2, 1
-    yield i.x(0, 3, 5, 4), i.lower, i.upper, 4, -1
-    yield i.x(17), i.lower, i.upper, 8, -1
+    for scheme in range(3):
+        yield i.x(2, 3, 5, 4).requires_grad_(), i.lower, i.upper, 4, scheme, -1
+        yield i.x(2, 3, 5, 4).requires_grad_(), -i.channel(), i.channel(), 2, scheme, 1
+        yield i.x(17), i.lower, i.upper, 8, scheme, -1
+    yield i.x(0, 3, 5, 4), i.lower, i.upper, 4, 0, -1
 
 
 def fake_quantize_clipped_backward(i):
     for shape in [(2, 3, 5, 4), (13,), (0, 3)]:
         x = i.x(*shape)
-        yield i.x(*shape), OPS.fake_quantize_clipped(x, i.lower, i.upper, 4, -1)[1]
+        yield i.x(*shape), OPS.fake_quantize_clipped(x, i.lower, i.upper, 4, 0, -1)[1]
 
 
 def fake_quantize_weights(i):
-    yield [i.x(4, 3, 3, 2).requires_grad_(), i.x(7, 2), i.x(5)], [4, 3, 2]
-    yield [i.x(4, 0), i.x(7, 2).requires_grad_()], [4, 3]
+    yield [i.x(4, 3, 3, 2).requires_grad_(), i.x(7, 2), i.x(5)], [4, 3, 2], [0, 1, 2]
+    yield [i.x(4, 0), i.x(7, 2).requires_grad_()], [4, 3], [1, 0]
 
 
 def count_changed_codes(i):
@@ -48,7 +49,7 @@ def count_changed_codes(i):
         return [i.x(4, 3, 3, 2), i.x(0, 5), i.x(7, 2)]
 
     for kappas in ([1.0], [2.0**k for k in range(16)]):
-        yield tensors(), tensors(), [4, 3, 2], torch.tensor(0.01), torch.tensor(kappas)
+        yield tensors(), tensors(), [4, 3, 2], [2, 1, 0], torch.tensor(0.01), torch.tensor(kappas)
 
 
 def observe_range(i):
@@ -63,9 +64,15 @@ def batch_norm(i, shape, affine):
 
 
 def batch_norm_act_fake_quantize(i):
-    for shape, affine, act, clipped in [((2, 3, 5, 4), 1, 1, True), ((4, 3), 0, 2, False), ((0, 3, 2, 2), 1, 0, True)]:
+    for shape, affine, scheme, act, clipped in [
+        ((2, 3, 5, 4), 1, 0, 1, True),
+        ((4, 3), 0, 0, 2, False),
+        ((2, 3, 5, 4), 1, 1, 1, True),
+        ((4, 3), 1, 2, 0, True),
+        ((0, 3, 2, 2), 1, 1, 0, True),
+    ]:
         x, parameters = batch_norm(i, shape, affine)
-        yield x.requires_grad_(), *parameters, i.lower, i.upper, 4, 1e-5, act, clipped
+        yield x.requires_grad_(), *parameters, i.lower, i.upper, 4, scheme, 1e-5, act, clipped
 
 
 def batch_norm_act_fake_quantize_backward(i):

@@ -1,4 +1,5 @@
-"""Eq. 6 written twice in NumPy, apart from the package: float32 step by step (exact), and float64 (the mathematics)."""
+"""The quantizers written in NumPy, apart from the package: Eq. 6 in float32 step by step (exact) and in float64 (the
+mathematics), and affine and symmetric as ONNX has them, with codes and a zero point."""
 
 import numpy as np
 import torch
@@ -39,6 +40,38 @@ def near_boundary(x, lower, upper, bits):
     exact = scale * np.asarray(x, np.float64) - zero
     error = (np.abs(scale * x) + np.abs(zero) + 1) * 2.0**-22
     return np.abs(np.abs(exact - np.rint(exact)) - 0.5) < error
+
+
+def onnx_grid(lower, upper, bits, scheme):
+    """scale, zero point, lowest and highest code, for finite ranges."""
+    lower, upper = np.asarray(lower, F32), np.asarray(upper, F32)
+    if scheme == "symmetric":
+        highest = 2 ** (bits - 1) - 1
+        return np.maximum(np.maximum(-lower, upper), F32(5e-9)) / F32(highest), np.zeros_like(lower), -highest, highest
+    below, above = np.minimum(lower, F32(0)), np.maximum(upper, F32(0))
+    scale = np.maximum(above - below, F32(1e-8)) / F32(2**bits - 1)
+    return scale, np.clip(np.rint(-below / scale), 0, 2**bits - 1), 0, 2**bits - 1
+
+
+def onnx_codes(x, lower, upper, bits, scheme):
+    """QuantizeLinear before it saturates; numerators and sums in float64, which holds them, the quotient in float32."""
+    scale, zero_point, _, _ = onnx_grid(lower, upper, bits, scheme)
+    with np.errstate(over="ignore"):
+        return np.rint((np.asarray(x, F32) / scale).astype(F32)).astype(np.float64) + zero_point
+
+
+def onnx_quantize(x, lower, upper, bits, scheme):
+    """DequantizeLinear of QuantizeLinear."""
+    scale, zero_point, lowest, highest = onnx_grid(lower, upper, bits, scheme)
+    codes = np.clip(onnx_codes(x, lower, upper, bits, scheme), lowest, highest)
+    return (codes - zero_point).astype(F32) * scale
+
+
+def onnx_inside(x, lower, upper, bits, scheme):
+    """Where nothing saturates; NaN counts as inside."""
+    _, _, lowest, highest = onnx_grid(lower, upper, bits, scheme)
+    codes = onnx_codes(x, lower, upper, bits, scheme)
+    return ~((codes < lowest) | (codes > highest))
 
 
 def exactly(actual: torch.Tensor, expected: np.ndarray) -> None:

@@ -175,7 +175,7 @@ def test_clipped_hides_neither_nan_nor_infinity():
 @pytest.mark.parametrize("shape", [(0,), (1,), (8,), (21,)])
 def test_mask_is_one_little_endian_bit_per_element(shape):
     x = sample(shape)
-    _, mask = torch.ops.gdfq_ext.fake_quantize_clipped(x, tensor(-0.5), tensor(0.5), 4, -1)
+    _, mask = torch.ops.gdfq_ext.fake_quantize_clipped(x, tensor(-0.5), tensor(0.5), 4, 0, -1)
     expected = np.packbits(oracle.inside(x.numpy(), -0.5, 0.5, 4), bitorder="little")
     assert mask.dtype == torch.uint8
     assert mask.tolist() == expected.tolist()

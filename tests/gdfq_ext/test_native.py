@@ -33,7 +33,8 @@ LARGE = [(16, 16, 24, 24), (5, 37, 13, 11), (1, 1, 1, 40_001), (20_001, 3)]
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", LARGE)
-def test_native_quantizers_agree_level_by_level_over_threads(shape, dtype, layout, threads):
+@pytest.mark.parametrize("scheme", range(3))
+def test_native_quantizers_agree_level_by_level_over_threads(shape, dtype, layout, scheme, threads):
     i = Inputs(dtype, layout)
     x = i.x(*shape)
     channels = shape[1]
@@ -41,21 +42,22 @@ def test_native_quantizers_agree_level_by_level_over_threads(shape, dtype, layou
     special = x.clone()
     special[0, 0].view(-1)[:1], special[-1, -1].view(-1)[-1:] = torch.nan, torch.inf
     for name, arguments in {
-        "fake_quantize": (special, i.lower, i.upper, 4, -1),
-        "fake_quantize_clipped": (special, lower, upper, 3, 1),
+        "fake_quantize": (special, i.lower, i.upper, 4, scheme, -1),
+        "fake_quantize_clipped": (special, lower, upper, 3, scheme, 1),
         "fake_quantize_clipped_backward": (x, torch.arange((x.numel() + 7) // 8).to(torch.uint8)),
-        "fake_quantize_weights": ([x], [4]),
+        "fake_quantize_weights": ([x], [4], [scheme]),
         "observe_range": (x, torch.tensor([-0.1, 0.2, 0.3]), 0.9),
     }.items():
         compare(OPS, name, arguments)
 
 
-def test_native_counts_the_codes_that_the_reference_counts(threads):
+@pytest.mark.parametrize("schemes", [[0, 0, 0], [1, 2, 1], [2, 1, 2]])
+def test_native_counts_the_codes_that_the_reference_counts(schemes, threads):
     i = Inputs(torch.float32, torch.channels_last)
     weights, directions = ([i.x(*shape) for shape in [(64, 37, 3, 3), (3, 20_001), (300, 1, 3, 3)]] for _ in range(2))
     weights[0][5, 1, 2, 0], directions[1][2, 7] = torch.inf, torch.nan
     kappas = torch.tensor([2.0**k for k in range(-2, 14)])
-    compare(OPS, "count_changed_codes", (weights, directions, [4, 8, 3], torch.tensor(1e-3), kappas))
+    compare(OPS, "count_changed_codes", (weights, directions, [4, 8, 3], schemes, torch.tensor(1e-3), kappas))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -66,10 +68,11 @@ def test_native_batch_norm_agrees_over_threads(shape, dtype, layout, act, thread
     x, grad = i.x(*shape), i.x(*shape)
     mean, var, weight, bias, grad_mean, grad_var = (i.channel(shape[1]) for _ in range(6))
     bn = (mean, var, weight - 0.5, bias - 0.5)
-    settings = (i.lower, i.upper, 4, 1e-5, act, True)
-    compare(OPS, "batch_norm_act_fake_quantize", (x, *bn, *settings))
     small = grad / x.numel() ** 0.5  # sums of order one, so that one absolute tolerance fits
-    compare(OPS, "batch_norm_act_fake_quantize_backward", (small.to(dtype), x, *bn, *settings))
+    for scheme in range(3):
+        settings = (i.lower, i.upper, 4, scheme, 1e-5, act, True)
+        compare(OPS, "batch_norm_act_fake_quantize", (x, *bn, *settings))
+        compare(OPS, "batch_norm_act_fake_quantize_backward", (small.to(dtype), x, *bn, *settings))
     compare(OPS, "batch_norm_act_moments", (x, *bn, 1e-5, act))
     compare(OPS, "batch_norm_act_moments_backward", (grad, grad_mean, grad_var, x, mean, *bn, 1e-5, act))
 
@@ -111,14 +114,14 @@ def test_native_takes_misaligned_slices(offset, threads):
     base = torch.randn(10_007, generator=torch.Generator().manual_seed(0))
     x = base[offset:]
     assert torch.equal(
-        torch.ops.gdfq_ext.fake_quantize(x, torch.tensor([-1.0]), torch.tensor([1.0]), 4, -1),
-        reference.fake_quantize(x, torch.tensor([-1.0]), torch.tensor([1.0]), 4, -1),
+        torch.ops.gdfq_ext.fake_quantize(x, torch.tensor([-1.0]), torch.tensor([1.0]), 4, 0, -1),
+        reference.fake_quantize(x, torch.tensor([-1.0]), torch.tensor([1.0]), 4, 0, -1),
     )
 
 
 def test_native_is_deterministic():
     i = Inputs(torch.float32, torch.contiguous_format)
     arguments = i.x(16, 16, 32, 32), i.x(16, 16, 32, 32), *(i.channel(16) for _ in range(4))
-    arguments += (i.lower, i.upper, 4, 1e-5, 1, True)
+    arguments += (i.lower, i.upper, 4, 0, 1e-5, 1, True)
     first, second = (torch.ops.gdfq_ext.batch_norm_act_fake_quantize_backward(*arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,7 +1,9 @@
 """What the nodes of a captured graph are: layers, activations, operators that only move values, and their names."""
 
 import operator
+import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -93,15 +95,47 @@ def _is_one_of_several(layer: fx.Node) -> bool:
     return sum(list(node.meta.get("nn_module_stack") or ()) == call for node in layers) > 1
 
 
-def quantized_inputs(node: fx.Node) -> list[fx.Node]:
-    """What an integer runtime reads as integers at `node`: the input of a layer, both inputs of a residual add."""
-    if node.target in WEIGHTED:
-        return [node.args[0]]
-    if node.target is aten.add.Tensor:
-        sources = [arg for arg in node.args[:2] if isinstance(arg, fx.Node) and arg.meta.get("of_image")]
-        dims = [getattr(source.meta.get("val"), "ndim", 0) for source in sources]
-        return sources if len(sources) == 2 and min(dims) > 1 else []
-    return []
+def layer_inputs(node: fx.Node) -> list[fx.Node]:
+    """What a convolution or linear layer reads, its weight aside."""
+    return [node.args[0]] if node.target in WEIGHTED else []
+
+
+def sum_inputs(node: fx.Node) -> list[fx.Node]:
+    """Both of a residual add."""
+    if node.target is not aten.add.Tensor:
+        return []
+    sources = [arg for arg in node.args[:2] if isinstance(arg, fx.Node) and arg.meta.get("of_image")]
+    dims = [_dimensions(source) for source in sources]
+    return sources if len(sources) == 2 and min(dims) > 1 else []
+
+
+def average_pool_inputs(node: fx.Node) -> list[fx.Node]:
+    """That of a pooling by averages, a mean over all places of an image included."""
+    if is_image(node) or not node.meta.get("of_image"):
+        return []
+    source, count = node.args[0], _dimensions(node.args[0])
+    if node.target is aten.mean.dim and count > 2 and node.args[1]:
+        return [source] if all(dim % count >= 2 for dim in node.args[1]) else []
+    return [source] if re.fullmatch(r"(adaptive_)?avg_pool[123]d", op_of(node)) else []
+
+
+def concatenation_inputs(node: fx.Node) -> list[fx.Node]:
+    """Those of a concatenation; of one among them, its own are quantized already."""
+    if node.target is not aten.cat.default or is_image(node):
+        return []
+    return [source for source in node.args[0] if source.meta.get("of_image") and source.target is not node.target]
+
+
+INPUTS: dict[str, Callable[[fx.Node], list[fx.Node]]] = {  # by what a target says of them
+    "layer_inputs": layer_inputs,
+    "sum_inputs": sum_inputs,
+    "average_pool_inputs": average_pool_inputs,
+    "concatenation_inputs": concatenation_inputs,
+}
+
+
+def _dimensions(node: fx.Node | Any) -> int:
+    return getattr(node.meta.get("val"), "ndim", 0) if isinstance(node, fx.Node) else 0
 
 
 def preserves_values(node: fx.Node) -> bool:
@@ -133,12 +167,13 @@ def _types(node: fx.Node) -> set[torch.dtype]:
     return {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
 
 
-def computes_in_float(node: fx.Node) -> bool:
+def computes(node: fx.Node) -> bool:
+    """Whether `node` makes new numbers of the image's, other than by ReLU or ReLU6."""
     if node.op != "call_function" or not _types(node):
         return False  # sizes, indices, masks
     if not node.meta.get("of_image"):
         return False  # constants, weights
-    return not (node.target in WEIGHTED or preserves_values(node) or activation_name(node) or quantized_inputs(node))
+    return not (preserves_values(node) or activation_name(node))
 
 
 def is_image(node: fx.Node) -> bool:

@@ -11,24 +11,24 @@ from gdfq.config import LayerBits, QuantizerConfig
 from gdfq.errors import GdfqError
 from gdfq.graph.capture import CapturedModel
 from gdfq.graph.nodes import (
+    INPUTS,
     WEIGHTED,
     activation_name,
     batch_norm_act,
-    computes_in_float,
+    computes,
     is_image,
     name_of,
     op_of,
     preserves_values,
-    quantized_inputs,
 )
 from gdfq.graph.leaving import speak_when_leaving
 from gdfq.graph.pixels import reach_of
+from gdfq.graph.query import batch_norm_of, quantizer_of
 from gdfq.graph.sizes import refuse_other_sizes
 from gdfq.graph.summary import ActivationEntry, FloatEntry, Summary, WeightEntry
-from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize
+from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, BiasFakeQuantize, FakeQuantize, WeightFakeQuantize
 from gdfq.observers import LearnedStep
-from gdfq.registry import TARGETS
-from gdfq.target import Target
+from gdfq.target import Target, target_of
 
 _NOT_QUANTIZED = {  # by what an operator's name matches
     r".*conv_transpose.*|convolution": (
@@ -38,15 +38,15 @@ _NOT_QUANTIZED = {  # by what an operator's name matches
     r".*batch_norm.*": "BatchNorm without running statistics",
     r".*(group|layer|instance|rms)_norm.*": "normalization by the input's own statistics",
 }
-_ADDED = ("weight_quantizers", "activation_quantizers", "batch_norms")
+_ADDED = ("weight_quantizers", "activation_quantizers", "bias_quantizers", "batch_norms")
 _AS_SET = "the setting 'quantizer.layers' says so"
 
 
 def build_quantized(captured: CapturedModel, config: QuantizerConfig) -> tuple[fx.GraphModule, Summary]:
     """Rewrite the captured model into Q: quantizers where the target has them, ranges not observed yet.
 
-    The parameters are a copy that takes gradients. New modules are `weight_quantizers.*`, `activation_quantizers.*` and
-    `batch_norms.*`, with a `_` behind a name that the model has already; only what they store (ranges, what observers
+    The parameters are a copy that takes gradients. New modules are `weight_quantizers.*`, `activation_quantizers.*`,
+    `bias_quantizers.*` and `batch_norms.*`, with a `_` behind a name that the model has already; only what they store (ranges, what observers
     keep, weight quantizers that were stored) enters the state dict, everything else in it has its old name.
 
     Returns:
@@ -68,10 +68,10 @@ class _Rewriter:
         self.module = module = copy.deepcopy(captured.module)
         self.graph = module.graph
         self.config = config
-        self.target: Target = TARGETS[config.target]
+        self.target: Target = target_of(config)
         self.summary = Summary()
         self.on_grid: set[fx.Node] = set()
-        self.of_layer = _bits_by_layer(self.graph, config)
+        self.of_layer = _bits_by_layer(self.graph, self.target, config)
         self.pixels = captured.pixels
         # Under names that the model has not taken itself.
         self.added = {name: _free_name(module, name) for name in _ADDED}
@@ -91,6 +91,8 @@ class _Rewriter:
                 self.on_grid.add(result)
         self._account_for_float()
         self._quantize_weights()
+        if self.target.rounds_bias:
+            self._round_biases()
         self.graph.eliminate_dead_code()
         self.graph.lint()
         self.module.recompile()
@@ -104,24 +106,49 @@ class _Rewriter:
 
     def _values_to_quantize(self) -> dict[fx.Node, int]:
         """The activations that the target quantizes, and their bits."""
-        nodes = list(self.graph.nodes)
-        if self.target.activations == "relu_outputs":
-            values = [
-                node
-                for node in nodes
-                if activation_name(node) or (node.target is batch_norm_act and node.args[-1] != "none")
-            ]
-        else:
-            values = [source for node in nodes for source in quantized_inputs(node)]
+        values: list[fx.Node] = []
+        for node in self.graph.nodes:
+            if "relu_outputs" in self.target.quantized:
+                has_activation = node.target is batch_norm_act and node.args[-1] != "none"
+                values += [node] if activation_name(node) or has_activation else []
+            values += map(self._where_it_arises, self._quantized_inputs(node))
         bits = {value: self._bits_of_value(value) for value in dict.fromkeys(values)}
         return {value: number for value, number in bits.items() if number is not None}
+
+    def _quantized_inputs(self, node: fx.Node) -> list[fx.Node]:
+        """What the target reads in integers at `node`."""
+        return [source for place in self.target.quantized if place in INPUTS for source in INPUTS[place](node)]
+
+    def _where_it_arises(self, value: fx.Node) -> fx.Node:
+        """What `value` is only moved or picked from, as far as nobody reads that in float: what computes it can then
+        give integers, and they are moved."""
+        while preserves_values(value) and self._is_read_in_integers(value.all_input_nodes[0]):
+            value = value.all_input_nodes[0]
+        return value
+
+    def _is_read_in_integers(self, value: fx.Node) -> bool:
+        return all(
+            value in self._quantized_inputs(user)
+            or (preserves_values(user) and user.all_input_nodes[0] is value and self._is_read_in_integers(user))
+            for user in value.users
+        ) and bool(value.users)
 
     def _bits_of_value(self, value: fx.Node) -> int | None:
         """The most that a reader of the value, or of values picked from it, wants; None where all want float."""
         default = self.config.input_bits if is_image(value) else self.config.activation_bits
-        wanted = [self.of_layer.get(reader) for reader in _readers(value)]
+        wanted = [self.of_layer.get(reader) for reader in self._readers(value)]
         numbers = [default if bits is None else bits.activations for bits in wanted] or [default]
         return max((number for number in numbers if number != "float"), default=None)
+
+    def _readers(self, value: fx.Node) -> list[fx.Node]:
+        """What reads `value`, or what is only picked from it, in integers."""
+        readers = []
+        for user in value.users:
+            if value in self._quantized_inputs(user):
+                readers.append(user)
+            elif preserves_values(user) and user.all_input_nodes[0] is value:
+                readers += self._readers(user)
+        return readers
 
     def _keeps_grid(self, node: fx.Node) -> bool:
         return preserves_values(node) and node.all_input_nodes[0] in self.on_grid
@@ -153,8 +180,9 @@ class _Rewriter:
         self._record(result, "", bits)
 
     def _new_quantizer(self, bits: int, reach: Tensor | None) -> FakeQuantize:
-        observer = LearnedStep() if self.config.observer == "learned_step" else None
-        return FakeQuantize(bits, self.config.straight_through, observer, reach)
+        scheme = self.target.activation_scheme
+        observer = LearnedStep(scheme) if self.config.observer == "learned_step" else None
+        return FakeQuantize(bits, self.config.straight_through, observer, reach, scheme)
 
     def _call(self, container: str, name: str, module: nn.Module, args: tuple) -> fx.Node:
         container = self.added[container]
@@ -175,17 +203,19 @@ class _Rewriter:
         for node in self.graph.nodes:
             bits = self.of_layer.get(node)
             as_set = bits is not None and bits.activations == "float"
-            for source in quantized_inputs(node):
+            read = [source for place in ("layer_inputs", "sum_inputs") for source in INPUTS[place](node)]
+            for source in dict.fromkeys(read + self._quantized_inputs(node)):
                 if source in self.on_grid:
                     if as_set:
                         self.summary.overruled.append(name_of(node))
                 else:
                     what = "image" if is_image(source) else "activation"
-                    reason = _AS_SET if as_set else f"target '{self.target.name}' quantizes ReLU and ReLU6 only"
+                    only = "quantizes ReLU and ReLU6 only" if "relu_outputs" in self.target.quantized else "reads it so"
+                    reason = _AS_SET if as_set else f"target '{self.target.name}' {only}"
                     self._stays_float(node, f"input {what} of {op_of(node)}", reason)
             if bits is not None and bits.weights == "float":
                 self._stays_float(node, f"weight of {op_of(node)}", _AS_SET)
-            if computes_in_float(node):
+            if computes(node) and not read and not self._quantized_inputs(node):
                 op = op_of(node)
                 reasons = (reason for name, reason in _NOT_QUANTIZED.items() if re.fullmatch(name, op))
                 reason = next(reasons, "computed in float between quantizers")
@@ -214,7 +244,9 @@ class _Rewriter:
         groups |= {weight.name: [weight] for weight in bits_of if weight.op != "get_attr"}
         order = list(self.graph.nodes)
         for name, group in groups.items():
-            module = WeightFakeQuantize([bits_of[weight] for weight in group], self.config.straight_through)
+            bits = [bits_of[weight] for weight in group]
+            schemes = [self.target.scheme_of_weight(number) for number in bits]
+            module = WeightFakeQuantize(bits, self.config.straight_through, schemes)
             with self.graph.inserting_after(max(group, key=order.index)):
                 quantized = self._call("weight_quantizers", name, module, (group,))
             for index, weight in reversed(list(enumerate(group))):
@@ -226,17 +258,46 @@ class _Rewriter:
     def _has_quantized_weight(self, node: fx.Node) -> bool:
         return node.target in WEIGHTED and (node not in self.of_layer or self.of_layer[node].weights != "float")
 
+    # --- biases ---
+
+    def _round_biases(self) -> None:
+        """Of layers whose weight and input are quantized: their own, or what the BN behind them makes of it."""
+        for node in [node for node in self.graph.nodes if node.target in WEIGHTED]:
+            call, index = node.args[1].args if node.args[1].target is operator.getitem else (None, 0)
+            activation = self._quantizer_behind(node.args[0])
+            if call is None or activation is None:
+                continue
+            weight, bias = call.args[0][index], node.args[2] if len(node.args) > 2 else None
+            batch_norm = next(iter(node.users)) if len(node.users) == 1 else None
+            of_batch_norm = batch_norm_of(self.module, batch_norm)
+            if of_batch_norm is None and bias is None:
+                continue
+            eps = 0.0 if of_batch_norm is None else of_batch_norm.eps
+            rounded = BiasFakeQuantize(self.module.get_submodule(call.target), index, activation, eps)
+            statistics = () if of_batch_norm is None else batch_norm.args[1:]
+            reader, position = (node, 2) if of_batch_norm is None else (batch_norm, 4)
+            with self.graph.inserting_before(reader):
+                result = self._call("bias_quantizers", name_of(node), rounded, (weight, bias, *statistics))
+            result.meta = {"of_image": False}
+            reader.update_arg(position, result)
+
+    def _quantizer_behind(self, value: fx.Node) -> FakeQuantize | None:
+        """The one on whose grid `value` is."""
+        while preserves_values(value):
+            value = value.all_input_nodes[0]
+        return quantizer_of(self.module, value)
+
 
 def _free_name(module: nn.Module, name: str) -> str:
     return name if not hasattr(module, name) else _free_name(module, f"{name}_")
 
 
-def _bits_by_layer(graph: fx.Graph, config: QuantizerConfig) -> dict[fx.Node, LayerBits]:
-    """What `quantizer.layers` and the target say of single layers: where several patterns fit, the last one."""
+def _bits_by_layer(graph: fx.Graph, target: Target, config: QuantizerConfig) -> dict[fx.Node, LayerBits]:
+    """What the target and `quantizer.layers` say of single layers: where several patterns fit, the last one."""
     layers = [node for node in graph.nodes if node.target in WEIGHTED]
     ends = {"<first>": layers[:1], "<last>": layers[-1:]}
     found: dict[fx.Node, LayerBits] = {}
-    for patterns, all_known in ((TARGETS[config.target].layers, False), (config.layers, True)):
+    for patterns, all_known in ((target.layers, False), (config.layers, True)):
         for pattern, bits in patterns.items():
             fitting = ends.get(pattern) or [node for node in layers if fnmatchcase(name_of(node), pattern)]
             if not fitting and all_known:
@@ -245,14 +306,3 @@ def _bits_by_layer(graph: fx.Graph, config: QuantizerConfig) -> dict[fx.Node, La
                 raise GdfqError(f"setting 'quantizer.layers': '{pattern}' fits no layer; there are: {shown}")
             found |= dict.fromkeys(fitting, bits)
     return found
-
-
-def _readers(value: fx.Node) -> list[fx.Node]:
-    """The layers and residual adds that read `value`, or what is only picked from it."""
-    readers = []
-    for user in value.users:
-        if value in quantized_inputs(user):
-            readers.append(user)
-        elif preserves_values(user) and user.all_input_nodes[0] is value:
-            readers += _readers(user)
-    return readers

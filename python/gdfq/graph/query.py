@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
 from gdfq.graph.nodes import WEIGHTED
-from gdfq.nn import BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize
+from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, BiasFakeQuantize, FakeQuantize, WeightFakeQuantize
+from gdfq_ext import Scheme
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class QuantizedLayer:
     def bits(self) -> int:
         return self.quantizer.bits[self.index]
 
+    @property
+    def scheme(self) -> Scheme:
+        return self.quantizer.schemes[self.index]
+
 
 def quantized_layers(student: fx.GraphModule) -> list[QuantizedLayer]:
     """The layers of Q, from `build_quantized`, in the order of the forward pass; those are left out whose weight the
@@ -40,16 +45,36 @@ def quantized_layers(student: fx.GraphModule) -> list[QuantizedLayer]:
         if node.target not in WEIGHTED or node.args[1].op == "get_attr":
             continue
         call, index = node.args[1].args  # the item that the call of a weight quantizer gives for this layer
-        quantizer = student.get_submodule(call.target) if call.op == "call_module" else None
+        quantizer = called_by(student, call)
         if isinstance(quantizer, WeightFakeQuantize) and call.args[0][index].op == "get_attr":
-            weight, bias = call.args[0][index], node.args[2] if len(node.args) > 2 else None
+            weight, bias = call.args[0][index], unrounded(student, node.args[2] if len(node.args) > 2 else None)
             groups = node.args[6] if len(node.args) > 6 else 1
             layers.append(QuantizedLayer(node, weight.target, bias and str(bias.target), groups, quantizer, index))
     return layers
 
 
-def quantizer_of(student: fx.GraphModule, node: fx.Node) -> FakeQuantize | None:
+def unrounded(student: fx.GraphModule, bias: fx.Node | None) -> fx.Node | None:
+    """The bias of a layer, or beta of a BN, as it is before a `BiasFakeQuantize` has rounded it."""
+    if not isinstance(called_by(student, bias), BiasFakeQuantize):
+        return bias
+    _, of_layer, *of_batch_norm = bias.args
+    return of_batch_norm[-1] if of_batch_norm else of_layer
+
+
+def called_by(student: fx.GraphModule, node: fx.Node | None) -> nn.Module | None:
+    """The module that `node` of Q's graph calls, if it calls one."""
+    return student.get_submodule(node.target) if node is not None and node.op == "call_module" else None
+
+
+def batch_norm_of(student: fx.GraphModule, node: fx.Node | None) -> BatchNormAct | None:
+    """The BN that `node` of Q's graph calls, alone or in one pass with a quantizer."""
+    module = called_by(student, node)
+    module = module.batch_norm_act if isinstance(module, BatchNormActFakeQuantize) else module
+    return module if isinstance(module, BatchNormAct) else None
+
+
+def quantizer_of(student: fx.GraphModule, node: fx.Node | None) -> FakeQuantize | None:
     """The quantizer that `node` of Q's graph calls, alone or in one pass with a BN."""
-    module = student.get_submodule(node.target) if node.op == "call_module" else None
+    module = called_by(student, node)
     module = module.quantizer if isinstance(module, BatchNormActFakeQuantize) else module
     return module if isinstance(module, FakeQuantize) else None

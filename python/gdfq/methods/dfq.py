@@ -13,16 +13,16 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.special import ndtr
 
-import gdfq_ext
 from gdfq.calibrate import calibrate, end_pass
 from gdfq.graph import CapturedModel, QuantizedLayer, quantized_layers, quantizer_of
 from gdfq.graph.nodes import BOUNDS, activation_name, aten, batch_norm_act
+from gdfq.graph.query import batch_norm_of, called_by, unrounded
 from gdfq.methods.calibration import calibrating
 from gdfq.methods.method import Method
-from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize
+from gdfq.nn import BatchNormAct, BiasFakeQuantize, FakeQuantize, WeightFakeQuantize
 
 _EQUALIZATION_SWEEPS, _EQUALIZATION_TOLERANCE = 100, 1e-3
 _ABSORBED_DEVIATIONS = 3  # a channel stays above beta - 3 gamma with a probability of 0.9987
@@ -82,14 +82,14 @@ def equalizable_pairs(student: fx.GraphModule) -> list[Pair]:
     pairs = []
     for first in layers.values():
         batch_norm = _only_user(first.node)
-        module = _batch_norm(student, batch_norm)
+        module = batch_norm_of(student, batch_norm)
         node = _only_user(batch_norm) if module is not None and module.act != "relu6" else None
         while node is not None and (_is_quantizer(student, node) or node.target is aten.max_pool2d.default):
             node = _only_user(node)
         second = layers.get(node)
-        if second is None or not all(batch_norm.args[3:]):
+        if second is None or not all(_parameters(student, batch_norm)):
             continue
-        scaled = [second.weight, *(node.target for node in batch_norm.args[3:])]
+        scaled = [second.weight, *(node.target for node in _parameters(student, batch_norm)[2:])]
         if all(uses[name] == 1 for name in scaled):
             pairs.append(Pair(first, batch_norm, second))
     return pairs
@@ -108,8 +108,8 @@ def equalize(student: fx.GraphModule, pairs: list[Pair]) -> None:
     for _ in range(_EQUALIZATION_SWEEPS):
         moved = 0.0
         for first, batch_norm, second in pairs:
-            _, running_var, gamma, beta = (_tensor(student, node) for node in batch_norm.args[1:])
-            sigma = (running_var + _batch_norm(student, batch_norm).eps).sqrt()
+            _, running_var, gamma, beta = (_tensor(student, node) for node in _parameters(student, batch_norm))
+            sigma = (running_var + batch_norm_of(student, batch_norm).eps).sqrt()
             made = student.get_parameter(first.weight).flatten(1).abs().amax(1) * gamma.abs() / sigma
             weight = _by_input_channel(student.get_parameter(second.weight), second.groups)
             read = weight.abs().amax((1, 3)).flatten()
@@ -132,8 +132,8 @@ def absorb_high_biases(student: fx.GraphModule, pairs: list[Pair]) -> None:
     not part of, its output is off at the border; DFQ takes no notice of that.
     """
     for _, batch_norm, second in pairs:
-        if _batch_norm(student, batch_norm).act == "relu":
-            gamma, beta = (_tensor(student, node) for node in batch_norm.args[3:])
+        if batch_norm_of(student, batch_norm).act == "relu":
+            gamma, beta = (_tensor(student, node) for node in _parameters(student, batch_norm)[2:])
             absorbed = (beta - _ABSORBED_DEVIATIONS * gamma.abs()).clamp_min(0)
             weight = student.get_parameter(second.weight)
             if _shift_output(student, second, _response(weight, absorbed, second.groups)):
@@ -201,9 +201,9 @@ def channel_statistics(student: fx.GraphModule) -> dict[fx.Node, ChannelStatisti
 def _statistics(
     student: fx.GraphModule, node: fx.Node, known: dict[fx.Node, ChannelStatistics]
 ) -> ChannelStatistics | None:
-    batch_norm = _batch_norm(student, node)
+    batch_norm = batch_norm_of(student, node)
     if batch_norm is not None:
-        return _behind_batch_norm(student, node, batch_norm)
+        return _behindbatch_norm_of(student, node, batch_norm)
     is_sum = node.target is aten.add.Tensor and len(node.args) == 2
     is_concatenation = node.target is aten.cat.default and node.args[1:] == (1,)
     inputs = node.args[0] if is_concatenation else node.args[: 2 if is_sum else 1]
@@ -223,8 +223,8 @@ def _statistics(
 
 
 def _behind_batch_norm(student: fx.GraphModule, node: fx.Node, batch_norm: BatchNormAct) -> ChannelStatistics:
-    variance = _tensor(student, node.args[2]).double()
-    gamma, beta = (None if given is None else _tensor(student, given).double() for given in node.args[3:])
+    _, *others = _parameters(student, node)
+    variance, gamma, beta = (None if given is None else _tensor(student, given).double() for given in others)
     # Of a channel whose variance is hardly more than eps, BN gives less than gamma^2.
     variance = variance / (variance + batch_norm.eps) * (1 if gamma is None else gamma.square())
     return activated(normal(torch.zeros_like(variance) if beta is None else beta, variance), batch_norm.act)
@@ -258,7 +258,7 @@ def correct_biases(student: fx.GraphModule) -> None:
         statistics = known.get(layer.node.args[0])
         if statistics is not None:
             weight = student.get_parameter(layer.weight)
-            error = gdfq_ext.fake_quantize_weights([weight], layer.bits)[0] - weight
+            error = layer.quantizer.quantized(layer.index, weight) - weight
             _shift_output(student, layer, -_response(error.double(), statistics.mean, layer.groups))
 
 
@@ -274,10 +274,8 @@ def _uses(student: fx.GraphModule) -> Counter[str]:
     uses = Counter(layer.weight for layer in quantized_layers(student))
     for node in student.graph.nodes:
         for user in node.users if node.op == "get_attr" else ():
-            is_quantized = user.op == "call_module" and isinstance(
-                student.get_submodule(user.target), WeightFakeQuantize
-            )
-            uses[node.target] += not is_quantized
+            quantizes = isinstance(called_by(student, user), WeightFakeQuantize | BiasFakeQuantize)
+            uses[node.target] += not quantizes or node is unrounded(student, user)
     return uses
 
 
@@ -287,20 +285,16 @@ def _tensor(student: fx.GraphModule, node: fx.Node) -> Tensor:
     return getattr(student.get_submodule(path), name)
 
 
-def _module(student: fx.GraphModule, node: fx.Node | None) -> nn.Module | None:
-    return student.get_submodule(node.target) if node is not None and node.op == "call_module" else None
-
-
 def _is_quantizer(student: fx.GraphModule, node: fx.Node) -> bool:
-    return isinstance(_module(student, node), FakeQuantize)
+    return isinstance(called_by(student, node), FakeQuantize)
 
 
-def _batch_norm(student: fx.GraphModule, node: fx.Node | None) -> BatchNormAct | None:
-    """The BN that `node` calls, if it calls one."""
-    module = _module(student, node)
-    if isinstance(module, BatchNormActFakeQuantize):
-        return module.batch_norm_act
-    return module if isinstance(module, BatchNormAct) else None
+def _parameters(
+    student: fx.GraphModule, batch_norm: fx.Node
+) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node | None]:
+    """running_mean, running_var, gamma and beta of a BN."""
+    mean, variance, gamma, beta = batch_norm.args[1:]
+    return mean, variance, gamma, unrounded(student, beta)
 
 
 def _by_input_channel(weight: Tensor, groups: int) -> Tensor:
@@ -323,7 +317,7 @@ def _shift_output(student: fx.GraphModule, layer: QuantizedLayer, shift: Tensor)
             student.get_parameter(layer.bias).add_(shift)
         return uses[layer.bias] == 1
     users = list(layer.node.users)
-    means = [user.args[1] for user in users if _batch_norm(student, user) is not None]
+    means = [user.args[1] for user in users if batch_norm_of(student, user) is not None]
     if not users or len(means) < len(users) or any(uses[mean.target] > 1 for mean in means):
         return False
     for mean in means:

@@ -15,6 +15,7 @@ from gdfq.config import Config, Section
 from gdfq.graph import quantized_layers
 from gdfq.optim.rates import rate, with_initial_rates
 from gdfq.registry import OPTIMIZERS, SECTIONS
+from gdfq_ext import Scheme
 
 KAPPAS = 16  # that `gdfq_ext.count_changed_codes` counts for at once
 
@@ -36,7 +37,7 @@ class AIT(torch.optim.Optimizer):
     steps. All kappas are counted at once on the device: nothing waits for it.
 
     Args:
-        quantized: the quantized weights and their bits.
+        quantized: the quantized weights, and bits and scheme of each (see `gdfq_ext.fake_quantize`).
         others: parameters that take plain steps.
         lr, tau: `()` float32 tensors on the parameters' device.
         momentum, weight_decay: as in `torch.optim.SGD`.
@@ -44,14 +45,14 @@ class AIT(torch.optim.Optimizer):
 
     def __init__(
         self,
-        quantized: dict[torch.nn.Parameter, int],
+        quantized: dict[torch.nn.Parameter, tuple[int, Scheme]],
         others: list[torch.nn.Parameter],
         lr: Tensor,
         tau: Tensor,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
     ) -> None:
-        groups = [{"params": list(quantized), "tau": tau, "bits": list(quantized.values())}, {"params": others}]
+        groups = [{"params": list(quantized), "tau": tau, "how": list(quantized.values())}, {"params": others}]
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -62,12 +63,9 @@ class AIT(torch.optim.Optimizer):
                 directions = self._directions(parameters, group["momentum"], group["weight_decay"])
                 rates = [group["lr"]] * len(parameters)
                 if "tau" in group:
-                    bits = [
-                        number
-                        for parameter, number in zip(group["params"], group["bits"], strict=True)
-                        if parameter.grad is not None
-                    ]
-                    kappas = choose_kappas(parameters, directions, bits, group["lr"], group["tau"])
+                    pairs = zip(group["params"], group["how"], strict=True)
+                    how = [(bits, scheme) for parameter, (bits, scheme) in pairs if parameter.grad is not None]
+                    kappas = choose_kappas(parameters, directions, how, group["lr"], group["tau"])
                     rates = list((kappas * group["lr"]).unbind())
                 torch._foreach_sub_(parameters, torch._foreach_mul(directions, rates))
 
@@ -85,15 +83,18 @@ class AIT(torch.optim.Optimizer):
         return torch._foreach_add(gradients, buffers, alpha=momentum)
 
 
-def choose_kappas(weights: list[Tensor], directions: list[Tensor], bits: list[int], lr: Tensor, tau: Tensor) -> Tensor:
-    """kappa of every weight, `(len(weights),)` float32, see `AIT`."""
+def choose_kappas(
+    weights: list[Tensor], directions: list[Tensor], how: list[tuple[int, Scheme]], lr: Tensor, tau: Tensor
+) -> Tensor:
+    """kappa of every weight, `(len(weights),)` float32, see `AIT`; `how`: bits and scheme of each."""
+    bits, schemes = zip(*how, strict=True)
     # Made of tau, not of a list: a copy from the host cannot be captured.
     least = torch.stack(torch._foreach_mul([tau] * len(weights), [weight.numel() for weight in weights]))[:, None]
     powers = 2.0 ** torch.arange(KAPPAS, device=lr.device)
 
     def first_that_changes_enough(directions: list[Tensor], kappas: Tensor) -> Tensor:
         """Index of the first kappa for which enough codes change, the last where none does."""
-        counts = gdfq_ext.count_changed_codes(weights, directions, bits, lr, kappas)
+        counts = gdfq_ext.count_changed_codes(weights, directions, bits, lr, kappas, scheme=schemes)
         enough = counts >= least
         enough[:, -1] = True
         return enough.int().argmax(1)
@@ -108,7 +109,8 @@ def choose_kappas(weights: list[Tensor], directions: list[Tensor], bits: list[in
 def ait(student: fx.GraphModule, config: Config) -> torch.optim.Optimizer:
     """For all of Q's parameters."""
     section: AitConfig = config.ait
-    quantized = {student.get_parameter(layer.weight): layer.bits for layer in quantized_layers(student)}
+    layers = quantized_layers(student)
+    quantized = {student.get_parameter(layer.weight): (layer.bits, layer.scheme) for layer in layers}
     others = [parameter for parameter in student.parameters() if parameter not in quantized]
     device, settings = others[0].device, config.student
     lr, tau = rate(settings.learning_rate, device), rate(section.tau, device)

@@ -12,6 +12,7 @@ from gdfq.fit import Fit
 from gdfq.graph import Pixels, Summary
 from gdfq.provenance import versions
 from gdfq.run.pictures import new_figure, save_figure
+from gdfq.target import target_of
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Report:
         quantizer = self.config.quantizer
         lines = [
             f"method       {self.config.method}, W{quantizer.weight_bits}A{quantizer.activation_bits}, "
-            f"target '{quantizer.target}', {self.seconds:.0f} s on {self.versions['device']}",
+            f"target '{target_of(quantizer).name}', {self.seconds:.0f} s on {self.versions['device']}",
             str(self.summary),
             f"size         {self.float_bytes / 1e6:.2f} MB in float32, {self.quantized_bytes / 1e6:.2f} MB packed",
             f"pixels       {self.pixels}",

@@ -1,7 +1,14 @@
 """What published tables of data-free quantization mean by "all layers quantized"."""
 
+from gdfq.registry import TARGETS
 from gdfq.target.target import Target
 
-PAPER = Target(
-    name="paper", help="the outputs of ReLU and ReLU6 only, as in published tables", activations="relu_outputs"
+TARGETS["paper"] = Target(
+    name="paper",
+    help="the outputs of ReLU and ReLU6 only, by Eq. 6 as published; for published tables, not for a runtime",
+    quantized=("relu_outputs",),
+    activation_scheme="eq6",
+    weight_scheme="eq6",
+    carrier_bits=None,
+    rounds_bias=False,
 )

@@ -8,8 +8,7 @@ from torch.nn import functional as F
 
 from gdfq.calibrate import calibrate
 from gdfq.config import QuantizerConfig
-from gdfq.graph import build_quantized, capture
-from gdfq.nn import activation_quantizers
+from gdfq.graph import build_quantized, capture, quantized_layers, quantizer_of
 
 
 class Prepared(nn.Module):
@@ -102,10 +101,11 @@ NO_IMAGE = {
 def bits_of_first_layer(model: nn.Module) -> int:
     """Of the input of `Plain.conv`."""
     student, _ = build_quantized(capture(randomize_batch_norm(model)), QuantizerConfig(input_bits=8))
-    x = torch.rand(16, 3, 8, 8)
-    calibrate(student, [x])
-    quantizers = list(activation_quantizers(student).values())
-    return quantizers[-2].bits  # the last one is the linear layer's
+    calibrate(student, [torch.rand(16, 3, 8, 8)])
+    value = quantized_layers(student)[-2].node.args[0]  # the last one is the linear layer
+    while quantizer_of(student, value) is None:
+        value = value.all_input_nodes[0]
+    return quantizer_of(student, value).bits
 
 
 @pytest.mark.parametrize("what", IMAGE)

@@ -161,9 +161,9 @@ def test_bits_that_there_are_not_are_refused(bits):
 
 
 def test_what_the_target_says_of_layers_gives_way_to_the_setting(monkeypatch):
-    monkeypatch.setitem(TARGETS, "ours", None)  # put back afterwards
     both = LayerBits(weights=8, activations=8)
-    Target(name="ours", help="", layers={"<first>": both, "<last>": both, "head.*": both})
+    layers = {"<first>": both, "<last>": both, "head.*": both}
+    monkeypatch.setitem(TARGETS, "ours", Target(name="ours", layers=layers))
     assert weight_bits(quantized({"fc": 3}, **{"quantizer.target": "ours"})[2]) == [8, 4, 4, 4, 3]
 
 

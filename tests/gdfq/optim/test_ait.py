@@ -32,7 +32,7 @@ def test_kappa_is_the_least_doubling_narrowed_down(size):
     torch.manual_seed(0)
     weight, direction, lr, tau = torch.randn(8, 16, 3, 3), size * torch.randn(8, 16, 3, 3), 1e-3, 1e-2
     rates = torch.tensor(lr), torch.tensor(tau)
-    kappa = choose_kappas([weight], [direction], [BITS], *rates).item()
+    kappa = choose_kappas([weight], [direction], [(BITS, "eq6")], *rates).item()
     if share_changed(weight, direction, lr, 1.0) >= tau:
         assert kappa == 1
         return
@@ -48,9 +48,9 @@ def test_a_gradient_of_zero_has_the_cap_and_moves_nothing():
     weight = torch.nn.Parameter(torch.randn(4, 8))
     weight.grad = torch.zeros_like(weight)
     before = weight.detach().clone()
-    AIT({weight: BITS}, [], torch.tensor(0.1), torch.tensor(0.5)).step()
+    AIT({weight: (BITS, "eq6")}, [], torch.tensor(0.1), torch.tensor(0.5)).step()
     assert torch.equal(weight, before)
-    kappas = choose_kappas([before], [weight.grad], [BITS], torch.tensor(0.1), torch.tensor(0.5))
+    kappas = choose_kappas([before], [weight.grad], [(BITS, "eq6")], torch.tensor(0.1), torch.tensor(0.5))
     assert kappas.item() == 2.0**15
 
 
@@ -59,7 +59,7 @@ def test_where_every_step_changes_enough_it_is_sgd_with_nesterov():
     start = [torch.randn(4, 8), torch.randn(8)]
     ours, theirs = ([torch.nn.Parameter(value.clone()) for value in start] for _ in range(2))
     lr, tau = torch.tensor(0.1), torch.tensor(1e-9)
-    optimizer = AIT({ours[0]: BITS}, ours[1:], lr, tau, momentum=0.9, weight_decay=0.01)
+    optimizer = AIT({ours[0]: (BITS, "eq6")}, ours[1:], lr, tau, momentum=0.9, weight_decay=0.01)
     expected = torch.optim.SGD(theirs, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
     for _ in range(4):
         for one, other in zip(ours, theirs, strict=True):

@@ -1,0 +1,176 @@
+"""What a target makes of the quantizer: where it stands, which levels it has, what a bias is a multiple of."""
+
+import itertools
+
+import pytest
+import torch
+from small_models import Plain, Residual, TwoHeads, randomize_batch_norm
+from torch import nn
+from torch.nn import functional as F
+
+from gdfq.calibrate import calibrate
+from gdfq.config import Config
+from gdfq.errors import GdfqError
+from gdfq.graph import build_quantized, capture, quantized_layers
+from gdfq.graph.query import batch_norm_of, quantizer_of
+from gdfq.nn import activation_quantizers
+from gdfq.registry import TARGETS
+from gdfq.target import target_of
+
+DEPLOYED = [name for name in TARGETS if name != "paper"]
+
+
+class Dense(nn.Module):
+    """Concatenations that are concatenated again, one of them read by a convolution in between, and an average pool."""
+
+    in_size = (8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.first = nn.Conv2d(4, 4, 3, padding=1)
+        self.second = nn.Conv2d(8, 4, 3, padding=1)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.bn(self.stem(x))), 2)
+        x = torch.cat([x, self.first(x)], 1)
+        x = torch.cat([x, self.second(x)], 1)
+        return self.fc(F.avg_pool2d(x, 4).flatten(1))
+
+
+def student_of(make=Residual, target="onnx", **changes):
+    config = Config.load("cifar", {"quantizer.target": target, **changes}).quantizer
+    student, summary = build_quantized(capture(randomize_batch_norm(make())), config)
+    calibrate(student, [torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))])
+    return student, summary
+
+
+class Seeing(torch.fx.Interpreter):
+    """Runs a graph and keeps what every node gave."""
+
+    def __init__(self, student, images):
+        super().__init__(student, garbage_collect_values=False)
+        self.run(images)
+
+    def __getitem__(self, node):
+        return self.env[node].detach().double() if node is not None else None
+
+
+def input_step(student, layer) -> torch.Tensor:
+    node = layer.node.args[0]
+    while quantizer_of(student, node) is None:
+        node = node.args[0]
+    return quantizer_of(student, node).grid().step.double()
+
+
+def off_grid(values: torch.Tensor, unit: torch.Tensor) -> float:
+    """How far the values, channels last, are from whole numbers of units at most, in units."""
+    levels = values / unit
+    return (levels - levels.round()).abs().max().item()
+
+
+@pytest.mark.parametrize("target", DEPLOYED)
+@pytest.mark.parametrize(("make", "bits"), [*itertools.product([Residual, TwoHeads, Dense, Plain], [4, 2])])
+def test_what_a_layer_gives_is_a_whole_number_of_its_steps(target, make, bits):
+    student, _ = student_of(make, target, **{"quantizer.weight_bits": bits})
+    seen = Seeing(student, torch.randn(4, 3, 8, 8))
+    layers = quantized_layers(student)
+    assert layers
+    for layer in layers:
+        step = input_step(student, layer)
+        assert off_grid(seen[layer.node.args[0]], step) < 1e-4
+        unit = step * layer.quantizer.grid(layer.index, student.get_parameter(layer.weight)).step
+        y, user = seen[layer.node], next(iter(layer.node.users))
+        batch_norm = batch_norm_of(student, user)
+        if batch_norm is not None and len(layer.node.users) == 1:
+            mean, variance, gamma, beta = (seen[arg] for arg in user.args[1:])
+            y = F.batch_norm(y, mean, variance, gamma, beta, eps=batch_norm.eps)
+            unit = unit * (1.0 if gamma is None else gamma.abs()) / (variance + batch_norm.eps).sqrt()
+        assert off_grid(y.movedim(1, -1), unit) < 1e-2, layer.weight
+
+
+@pytest.mark.parametrize("target", DEPLOYED)
+def test_zero_is_a_level_of_every_quantizer(target):
+    student, _ = student_of(TwoHeads, target)
+    for quantizer in activation_quantizers(student).values():
+        for low, high in ((0.5, 2.0), (-2.0, -0.5), (-0.3, 1.9)):
+            quantizer.range.copy_(torch.tensor([low, high]))
+            step, zero_point, lowest, highest = quantizer.grid()
+            assert lowest <= zero_point <= highest
+            assert zero_point == zero_point.round()
+            assert quantizer(torch.zeros(1)).item() == 0
+            ends = quantizer(torch.tensor([-100.0, 100.0]))
+            torch.testing.assert_close(ends, torch.stack([lowest - zero_point, highest - zero_point]) * step)
+
+
+@pytest.mark.parametrize(
+    ("target", "bits", "lowest", "highest"),
+    [("onnx", 4, -15, 15), ("onnx", 7, -127, 127), ("onnx", 8, -127, 127), ("int4-symmetric", 4, -7, 7),
+     ("int4-symmetric", 2, -1, 1)],
+)  # fmt: skip
+def test_weights_fit_the_integers_that_the_runtime_reads(target, bits, lowest, highest):
+    student, _ = student_of(Residual, target, **{"quantizer.weight_bits": bits})
+    for layer in quantized_layers(student):
+        weight = student.get_parameter(layer.weight)
+        step, zero_point, *_ = layer.quantizer.grid(layer.index, weight)
+        shape = (-1, *[1] * (weight.dim() - 1))
+        carriers = layer.quantizer.codes(layer.index, weight) - zero_point.view(shape)
+        assert lowest <= carriers.min() <= carriers.max() <= highest
+        torch.testing.assert_close(carriers * step.view(shape), layer.quantizer.quantized(layer.index, weight))
+        assert target != "int4-symmetric" or not zero_point.any()
+
+
+def test_quantizers_stand_where_values_arise_and_in_front_of_pools_and_concatenations():
+    _, summary = student_of(Dense)
+    names = [entry.name for entry in summary.activations]
+    assert names == ["x", "bn", "first", "cat", "second", "cat_1", "avg_pool2d"], names
+    assert not summary.stayed_float
+    fused = {entry.name: entry.fused for entry in summary.activations}
+    assert fused["bn"] == "batch_norm, relu"  # not behind the max pool
+
+
+def test_a_target_of_ones_own(tmp_path):
+    table = {"extends": "onnx", "name": "ours", "weight_scheme": "symmetric", "quantized": ["layer_inputs"]}
+    config = Config.load("cifar", {"quantizer.target": table})
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    assert Config.load(tmp_path / "config.toml") == config
+    (tmp_path / "ours.toml").write_text(
+        'extends = "onnx"\nname = "ours"\nweight_scheme = "symmetric"\nquantized = ["layer_inputs"]\n'
+    )
+    assert Config.load("cifar", {"quantizer.target": str(tmp_path / "ours.toml")}) == config
+    target = target_of(config.quantizer)
+    assert (target.name, target.weight_scheme, target.activation_scheme) == ("ours", "symmetric", "affine")
+    student, summary = student_of(Dense, table)
+    assert [entry.name for entry in summary.activations] == ["x", "max_pool2d", "cat", "avg_pool2d"]
+    assert {layer.scheme for layer in quantized_layers(student)} == {"symmetric"}
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("tensorrt", ["quantizer.target", "'tensorrt'", "onnx", "paper"]),
+        ({"extends": "tensorrt"}, ["quantizer.target.extends", "'tensorrt'", "onnx"]),
+        ({"weight_schem": "affine"}, ["quantizer.target.weight_schem", "weight_scheme"]),
+        ({"weight_scheme": "power of two"}, ["quantizer.target.weight_scheme", "symmetric"]),
+        ({"most_weight_bits": 3}, ["at most 3 bits", "4 are asked for"]),
+        ("missing.toml", ["missing.toml"]),
+    ],
+)
+def test_what_is_wrong_with_a_target_is_said(target, words):
+    with pytest.raises(GdfqError) as error:
+        Config.load("cifar", {"quantizer.target": target})
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_int4_holds_no_more_than_four_bits():
+    for settings in ({"quantizer.weight_bits": 8}, {"quantizer.layers": {"<first>": 8}}):
+        with pytest.raises(GdfqError, match="int4-symmetric"):
+            Config.load("cifar", {"quantizer.target": "int4-symmetric", **settings})
+
+
+def test_the_gradient_passes_through_rounded_biases():
+    student, _ = student_of(Residual)
+    student(torch.randn(4, 3, 8, 8)).square().mean().backward()
+    assert all(student.get_parameter(name).grad.abs().max() > 0 for name in ("bn1.bias", "depthwise.bias", "fc.bias"))
