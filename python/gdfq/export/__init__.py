@@ -1,1 +1,5 @@
-"""From the simulation to a file that a runtime takes, and whether that file does what the simulation did."""
+"""From Q to a file that runs in integers."""
+
+from gdfq.export.writer import Normalization, QuantizedTensor, Written, WrittenLayer, write
+
+__all__ = ["Normalization", "QuantizedTensor", "Written", "WrittenLayer", "write"]
