@@ -1,0 +1,424 @@
+"""Operators that compute, in float unless a runtime fuses them with the quantizers around: aten to ONNX."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from gdfq.export.call import Call
+from gdfq.export.layers import LayerSpec, Weight
+from gdfq.export.pools import pool_attributes, spread
+from gdfq.export.values import Clamped, Joined, Value
+
+Operator = Callable[[Call], Value | list[Value | None]]
+
+
+def _unary(operator: str, **attributes: Any) -> Operator:
+    return lambda call: call.computed(operator, call.tensor("self"), **attributes)
+
+
+def _with(operator: str, **names: str) -> Operator:
+    """One input, and attributes that are arguments by other names."""
+    return lambda call: call.computed(
+        operator, call.tensor("self"), **{key: float(call.fixed(name)) for key, name in names.items()}
+    )
+
+
+def _binary(operator: str, first: str = "self", second: str = "other") -> Operator:
+    return lambda call: call.computed(operator, call.tensor(first), call.tensor(second))
+
+
+def _number(call: Call, name: str) -> float | None:
+    """An argument that is a number; None where it is a tensor."""
+    given = call.arguments[name]
+    fixed = given if isinstance(given, (int, float)) else None
+    return None if fixed is None else float(fixed)
+
+
+def _scaled_other(call: Call) -> str:
+    other = call.tensor("other")
+    alpha = float(call.fixed("alpha"))
+    return other if alpha == 1 else call.builder.add("Mul", other, call.builder.constant(alpha, np.float32))
+
+
+def _add(call: Call) -> Value:
+    if _number(call, "other") == 0:
+        return call.value("self")
+    return call.computed("Add", call.tensor("self"), _scaled_other(call))
+
+
+def _sub(call: Call) -> Value:
+    if _number(call, "other") == 0:
+        return call.value("self")
+    return call.computed("Sub", call.tensor("self"), _scaled_other(call))
+
+
+def _rsub(call: Call) -> Value:
+    return call.computed("Sub", _scaled_other(call), call.tensor("self"))
+
+
+def _scale(operator: str) -> Operator:
+    def scale(call: Call) -> Value:
+        if _number(call, "other") == 1:
+            return call.value("self")
+        return call.computed(operator, call.tensor("self"), call.tensor("other"))
+
+    return scale
+
+
+def _clamp(low: str | float | None, high: str | float | None) -> Operator:
+    """Bounds are numbers, or names of arguments."""
+
+    def clamp(call: Call) -> Value:
+        bounds = [call.fixed(bound) if isinstance(bound, str) else bound for bound in (low, high)]
+        return Clamped(call.value("self"), *(None if bound is None else float(bound) for bound in bounds))
+
+    return clamp
+
+
+def _threshold(call: Call) -> Value:
+    threshold, value = call.fixed("threshold"), call.fixed("value")
+    if threshold == value == 0:
+        return Clamped(call.value("self"), 0.0, None)
+    x, builder = call.tensor("self"), call.builder
+    above = builder.add("Greater", x, builder.constant(threshold, np.float32))
+    return call.computed("Where", above, x, builder.constant(value, np.float32))
+
+
+def _gate(gate: str, **attributes: Any) -> Operator:
+    """x times a function of x."""
+
+    def write(call: Call) -> Value:
+        x = call.tensor("self")
+        return call.computed("Mul", x, call.builder.add(gate, x, **attributes))
+
+    return write
+
+
+def _elu(call: Call) -> Value:
+    alpha, scale, input_scale = (float(call.fixed(name)) for name in ("alpha", "scale", "input_scale"))
+    if input_scale != 1:  # celu
+        return call.computed("Celu", call.tensor("self"), alpha=alpha)
+    if scale == 1:
+        return call.computed("Elu", call.tensor("self"), alpha=alpha)
+    return call.computed("Selu", call.tensor("self"), alpha=alpha, gamma=scale)
+
+
+def _prelu(call: Call) -> Value:
+    slope = call.array("weight")
+    rank = len(call.shape("self"))
+    slope = slope.reshape(-1, *[1] * (rank - 2)) if rank > 1 else slope
+    return call.computed("PRelu", call.tensor("self"), call.builder.constant(slope))
+
+
+def _softmax(operator: str) -> Operator:
+    return lambda call: call.computed(operator, call.tensor("self"), axis=call.fixed("dim"))
+
+
+def _gelu(call: Call) -> Value:
+    return call.computed("Gelu", call.tensor("self"), approximate=call.fixed("approximate"))
+
+
+def _cat(call: Call) -> Value:
+    parts: list[Value] = []
+    dim = call.fixed("dim") % len(call.shape())
+    only_reader = call.only_reader
+    for node in call.arguments["tensors"]:
+        part = call.of(node)
+        if isinstance(part, Joined) and part.axis == dim:
+            parts += part.parts
+            only_reader = only_reader and part.only_reader
+        else:
+            parts.append(part)
+    return Joined(parts, dim, only_reader, call.name)
+
+
+def _stack(call: Call) -> Value:
+    dim = call.fixed("dim") % len(call.shape())
+    axes = call.builder.constant([dim], np.int64)
+    parts = [
+        call.of(node).moved(lambda x, zero: call.builder.add("Unsqueeze", x, axes), True)
+        for node in call.arguments["tensors"]
+    ]
+    return Joined(parts, dim, call.only_reader, call.name)
+
+
+# --- pools and reductions ---
+
+
+def _average_pool(call: Call) -> Value:
+    attributes = pool_attributes(call)
+    rank = len(attributes["kernel_shape"])
+    sizes = call.sizes("self", list(range(2, 2 + rank)))
+    if attributes["kernel_shape"] == sizes and not any(attributes["pads"]):
+        return call.computed("GlobalAveragePool", call.tensor("self"))
+    padding = spread(call.fixed("padding"), rank)
+    source = call.value("self")
+    padded = bool(call.fixed("count_include_pad")) and any(padding)
+    if padded and attributes["pads"][rank:] != padding:  # what is beyond the padding does not count
+        zeros = call.builder.constant([*padding, *padding], np.int64)
+        axes = call.builder.constant(list(range(2, 2 + rank)), np.int64)
+        source = source.moved(
+            lambda x, zero: call.builder.add("Pad", x, zeros, call.builder.constant(zero), axes), False
+        )
+        ends = [end - before for end, before in zip(attributes["pads"][rank:], padding, strict=True)]
+        attributes["pads"] = [0] * rank + ends
+        padded = False
+    divisor = call.arguments.get("divisor_override")
+    pooled = partial(call.computed, "AveragePool", source.as_float, **attributes)
+    if divisor is None:
+        return pooled(count_include_pad=int(padded) or None)
+    ratio = call.builder.constant(math.prod(attributes["kernel_shape"]) / divisor, np.float32)
+    return call.computed("Mul", pooled(count_include_pad=1).as_float, ratio)
+
+
+def _adaptive_average_pool(call: Call) -> Value:
+    outputs = list(call.shape()[2:])
+    dims = list(range(2, 2 + len(outputs)))
+    sizes = call.sizes("self", dims)
+    if all(output == 1 for output in outputs):
+        return call.computed("GlobalAveragePool", call.tensor("self"))
+    if outputs == sizes:
+        return call.value("self")
+    if all(size % output == 0 for size, output in zip(sizes, outputs, strict=True)):
+        kernel = [size // output for size, output in zip(sizes, outputs, strict=True)]
+        return call.computed("AveragePool", call.tensor("self"), kernel_shape=kernel, strides=kernel)
+    if len(outputs) > 2:
+        raise call.unknown()
+    x = call.tensor("self")
+    for dim, size, output in zip(dims, sizes, outputs, strict=True):
+        means = call.builder.constant(_windows(size, output))  # (output, size)
+        if dim == dims[-1]:
+            x = call.add("MatMul", x, call.builder.add("Transpose", means, perm=[1, 0]))
+        else:
+            x = call.add("MatMul", means, x)
+    return call.of_float(x)
+
+
+def _windows(size: int, output: int) -> np.ndarray:
+    """`(output, size)` float32: each row takes the mean of a window of PyTorch's adaptive pools."""
+    matrix = np.zeros((output, size), np.float32)
+    for index in range(output):
+        start, end = index * size // output, -(-(index + 1) * size // output)
+        matrix[index, start:end] = 1 / (end - start)
+    return matrix
+
+
+def _mean(call: Call) -> Value:
+    rank = len(call.shape("self"))
+    dims = call.arguments.get("dim")
+    dims = sorted(dim % rank for dim in dims) if dims else list(range(rank))
+    if rank > 2 and dims == list(range(2, rank)):
+        pooled = call.computed("GlobalAveragePool", call.tensor("self"))
+        if call.fixed("keepdim"):
+            return pooled
+        shape = call.as_reshape(call.shape())
+        return pooled.moved(lambda x, zero: call.builder.add("Reshape", x, shape), True)
+    return _reduce("ReduceMean")(call)
+
+
+def _reduce(operator: str) -> Operator:
+    def reduce(call: Call) -> Value:
+        dims = call.fixed("dim") if call.arguments.get("dim") is not None else []
+        dims = [dims] if isinstance(dims, int) else list(dims)
+        axes = call.builder.constant(dims or list(range(len(call.shape("self")))), np.int64)
+        return call.computed(operator, call.tensor("self"), axes, keepdims=int(call.arguments.get("keepdim") or 0))
+
+    return reduce
+
+
+def _variance(call: Call) -> Value:
+    builder = call.builder
+    rank = len(call.shape("self"))
+    dims = [dim % rank for dim in call.fixed("dim") or range(rank)]
+    correction = call.arguments.get("correction")
+    count = math.prod(call.sizes("self", dims))
+    axes = builder.constant(dims, np.int64)
+    x = call.tensor("self")
+    centered = builder.add("Sub", x, builder.add("ReduceMean", x, axes, keepdims=1))
+    squares = builder.add("Mul", centered, centered)
+    total = builder.add("ReduceSum", squares, axes, keepdims=int(call.fixed("keepdim")))
+    return call.computed("Div", total, builder.constant(count - (1 if correction is None else correction), np.float32))
+
+
+# --- normalization ---
+
+
+def _layer_norm(call: Call) -> Value:
+    shape = call.fixed("normalized_shape")
+    weight = call.tensor("weight") or call.builder.constant(np.ones(shape, np.float32))
+    inputs = (call.tensor("input"), weight, call.tensor("bias"))
+    return call.computed("LayerNormalization", *inputs, axis=-len(shape), epsilon=float(call.fixed("eps")))
+
+
+def _group_norm(call: Call) -> Value:
+    channels = call.known(call.shape("input")[1])
+    weight = call.tensor("weight") or call.builder.constant(np.ones(channels, np.float32))
+    bias = call.tensor("bias") or call.builder.constant(np.zeros(channels, np.float32))
+    groups = call.fixed("num_groups")
+    eps = float(call.fixed("eps"))
+    return call.computed(
+        "GroupNormalization", call.tensor("input"), weight, bias, num_groups=groups, epsilon=eps
+    )
+
+
+def _instance_norm(call: Call) -> Value:
+    channels = call.known(call.shape("input")[1])
+    weight = call.tensor("weight") or call.builder.constant(np.ones(channels, np.float32))
+    bias = call.tensor("bias") or call.builder.constant(np.zeros(channels, np.float32))
+    return call.computed(
+        "InstanceNormalization", call.tensor("input"), weight, bias, epsilon=float(call.fixed("eps"))
+    )
+
+
+# --- layers without a quantized weight, matrix products, sizes ---
+
+
+def convolution(call: Call, weight: Weight) -> LayerSpec:
+    """conv1d, conv2d, conv3d."""
+    kernel = list(weight.values.shape[2:])
+    rank = len(kernel)
+    strides, dilations = (spread(call.fixed(name), rank) for name in ("stride", "dilation"))
+    padding = call.fixed("padding")
+    if isinstance(padding, str):
+        total = [dilation * (size - 1) * (padding == "same") for dilation, size in zip(dilations, kernel, strict=True)]
+        pads = [size // 2 for size in total] + [size - size // 2 for size in total]
+    else:
+        pads = spread(padding, rank) * 2
+    attributes = {
+        "kernel_shape": kernel,
+        "strides": strides if any(stride != 1 for stride in strides) else None,
+        "pads": pads if any(pads) else None,
+        "dilations": dilations if any(dilation != 1 for dilation in dilations) else None,
+        "group": call.fixed("groups") if call.fixed("groups") != 1 else None,
+    }
+    return LayerSpec(call.name, "Conv", weight, _bias(call), attributes)
+
+
+def linear(call: Call, weight: Weight) -> LayerSpec:
+    """A linear layer of inputs `(N, features)`."""
+    return LayerSpec(call.name, "Gemm", weight, _bias(call), {"transB": 1})
+
+
+def _bias(call: Call) -> np.ndarray | None:
+    bias = call.array("bias")
+    return None if bias is None else bias.astype(np.float64)
+
+
+def _transposed_convolution(call: Call) -> Value:
+    if not call.fixed("transposed"):
+        raise call.unknown()
+    rank = len(call.fixed("stride"))
+    padding = spread(call.fixed("padding"), rank)
+    extra = spread(call.fixed("output_padding"), rank)
+    inputs = (call.tensor("input"), call.tensor("weight"), call.tensor("bias"))
+    return call.computed(
+        "ConvTranspose", *inputs, strides=spread(call.fixed("stride"), rank), pads=padding * 2,
+        dilations=spread(call.fixed("dilation"), rank), output_padding=extra, group=call.fixed("groups"),
+    )  # fmt: skip
+
+
+def _resize(mode: str) -> Operator:
+    def resize(call: Call) -> Value:
+        sizes = call.shape()[2:]
+        axes = list(range(2, 2 + len(sizes)))
+        where = "align_corners" if call.fixed("align_corners") else "half_pixel"
+        name = call.builder.constant([call.known(size) for size in sizes], np.int64)
+        return call.computed(
+            "Resize", call.tensor("self"), "", "", name, axes=axes, mode=mode, coordinate_transformation_mode=where,
+            cubic_coeff_a=-0.75 if mode == "cubic" else None,
+        )  # fmt: skip
+
+    return resize
+
+
+def _masked_fill(call: Call) -> Value:
+    return call.computed("Where", call.tensor("mask"), call.tensor("value"), call.tensor("self"))
+
+
+def _pow(call: Call) -> Value:
+    if _number(call, "exponent") == 2:
+        x = call.tensor("self")
+        return call.computed("Mul", x, x)
+    return call.computed("Pow", call.tensor("self"), call.tensor("exponent"))
+
+
+def _reciprocal_root(call: Call) -> Value:
+    return call.computed("Reciprocal", call.builder.add("Sqrt", call.tensor("self")))
+
+
+def _same(call: Call) -> Value:
+    return call.value(next(iter(call.arguments)))
+
+
+_UNARY = {
+    "abs": "Abs", "ceil": "Ceil", "cos": "Cos", "erf": "Erf", "exp": "Exp", "floor": "Floor", "hardswish": "HardSwish",
+    "log": "Log", "mish": "Mish", "neg": "Neg", "reciprocal": "Reciprocal", "round": "Round", "sigmoid": "Sigmoid",
+    "sign": "Sign", "sin": "Sin", "softplus": "Softplus", "sqrt": "Sqrt", "tanh": "Tanh",
+}  # fmt: skip
+_COMPARISONS = {"gt": "Greater", "ge": "GreaterOrEqual", "lt": "Less", "le": "LessOrEqual", "eq": "Equal"}
+_IDENTITIES = """
+    alias clone contiguous detach dropout feature_dropout lift_fresh lift_fresh_copy positive _to_copy to
+""".split()
+
+OPERATORS: dict[str, Operator] = {
+    **{name: _unary(operator) for name, operator in _UNARY.items()},
+    **{name: _binary(operator) for name, operator in _COMPARISONS.items()},
+    **dict.fromkeys(_IDENTITIES, _same),
+    "_log_softmax": _softmax("LogSoftmax"),
+    "_softmax": _softmax("Softmax"),
+    "adaptive_avg_pool1d": _adaptive_average_pool,
+    "adaptive_avg_pool2d": _adaptive_average_pool,
+    "adaptive_avg_pool3d": _adaptive_average_pool,
+    "_adaptive_avg_pool2d": _adaptive_average_pool,
+    "add": _add,
+    "avg_pool1d": _average_pool,
+    "avg_pool2d": _average_pool,
+    "avg_pool3d": _average_pool,
+    "bmm": _binary("MatMul", second="mat2"),
+    "cat": _cat,
+    "clamp": _clamp("min", "max"),
+    "clamp_max": _clamp(None, "max"),
+    "clamp_min": _clamp("min", None),
+    "clip": _clamp("min", "max"),
+    "convolution": _transposed_convolution,
+    "div": _scale("Div"),
+    "elu": _elu,
+    "gelu": _gelu,
+    "group_norm": _group_norm,
+    "hardsigmoid": _unary("HardSigmoid", alpha=1 / 6, beta=0.5),
+    "hardtanh": _clamp("min_val", "max_val"),
+    "instance_norm": _instance_norm,
+    "layer_norm": _layer_norm,
+    "leaky_relu": _with("LeakyRelu", alpha="negative_slope"),
+    "log_softmax": _softmax("LogSoftmax"),
+    "logsumexp": _reduce("ReduceLogSumExp"),
+    "masked_fill": _masked_fill,
+    "matmul": _binary("MatMul"),
+    "maximum": _binary("Max"),
+    "mean": _mean,
+    "minimum": _binary("Min"),
+    "mm": _binary("MatMul", second="mat2"),
+    "mul": _scale("Mul"),
+    "pow": _pow,
+    "prelu": _prelu,
+    "_prelu_kernel": _prelu,
+    "relu": _clamp(0.0, None),
+    "relu6": _clamp(0.0, 6.0),
+    "rsqrt": _reciprocal_root,
+    "rsub": _rsub,
+    "silu": _gate("Sigmoid"),
+    "softmax": _softmax("Softmax"),
+    "stack": _stack,
+    "sub": _sub,
+    "sum": _reduce("ReduceSum"),
+    "threshold": _threshold,
+    "upsample_bicubic2d": _resize("cubic"),
+    "upsample_bilinear2d": _resize("linear"),
+    "upsample_linear1d": _resize("linear"),
+    "upsample_trilinear3d": _resize("linear"),
+    "var": _variance,
+    "where": lambda call: call.computed("Where", call.tensor("condition"), call.tensor("self"), call.tensor("other")),
+}

@@ -1,0 +1,327 @@
+"""Q's graph as an ONNX file that integer runtimes read: Q/DQ around operators, BN folded, weights in 4 or 8 bits."""
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from gdfq.calibrate import check_ranges
+from gdfq.errors import GdfqError
+from gdfq.export import operators
+from gdfq.export.builder import Builder
+from gdfq.export.call import INPUT, Call
+from gdfq.export.grids import Grid, activation_grid, weight_codes
+from gdfq.export.layers import Affine, LayerResult, LayerSpec, Weight, per_channel
+from gdfq.export.moves import MOVES
+from gdfq.export.operators import OPERATORS
+from gdfq.export.trial import Seen, try_batches
+from gdfq.export.values import Clamped, Codes, Computed, Value, quantized
+from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, WEIGHTED, name_of, op_of
+from gdfq.graph.sizes import ImageSizes
+from gdfq.graph.summary import FloatEntry
+from gdfq.models import check_finite
+from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize
+
+if TYPE_CHECKING:
+    import onnx
+
+OUTPUT, BATCH = "logits", "N"
+_INT16_TOP = 2**15 - 1
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What is done to pixels of 0..255: (pixel / 255 - mean) / std, a number for each channel."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """The codes of one of Q's activation quantizers.
+
+    Attributes:
+        tensor: the name of the ONNX tensor that holds them, of the shape that the quantizer sees in Q.
+        grid: their step, zero point, lowest and highest.
+    """
+
+    tensor: str
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class WrittenLayer:
+    """A convolution or linear layer.
+
+    Attributes:
+        name: the user's.
+        node: the name of the ONNX node.
+        stays_float: why it is not computed in integers, empty where it is.
+        largest_pair: the largest amount that two products of a carrier and a code can have together.
+    """
+
+    name: str
+    node: str
+    stays_float: str
+    largest_pair: int
+
+    @property
+    def can_saturate(self) -> bool:
+        """Whether processors that add two products in 16 bits (AVX2 without VNNI) can compute something else."""
+        return self.largest_pair > _INT16_TOP
+
+
+@dataclass(frozen=True)
+class Written:
+    """An ONNX model and what is known of it.
+
+    Attributes:
+        model: input `images`, output `logits`; any batch.
+        codes: by the names of Q's activation quantizers.
+        layers: in the order of the forward pass.
+        floats: what is computed in float, and why.
+    """
+
+    model: "onnx.ModelProto"
+    codes: dict[str, QuantizedTensor]
+    layers: list[WrittenLayer]
+    floats: list[FloatEntry] = field(default_factory=list)
+
+
+def write(
+    student: fx.GraphModule,
+    image_shape: tuple[int, int, int],
+    *,
+    pixels: Normalization | None = None,
+    metadata: Mapping[str, str] | None = None,
+    opset: int = 21,
+) -> Written:
+    """Q, from `build_quantized`, as an ONNX model that computes the same.
+
+    Args:
+        student: with ranges observed.
+        image_shape: `(channels, height, width)`; the model takes no other.
+        pixels: the input is uint8, `(N, channels, height, width)` of 0..255, and this is done to it first; None: it is
+            float32, as Q takes it.
+        metadata: kept in the file, text by name.
+        opset: of ONNX, 21 or later.
+
+    Raises:
+        GdfqError: `onnx` is not installed; a range was never observed, a weight is NaN or infinite; an operator that
+            ONNX, or this writer, does not know (with its place).
+    """
+    builder = Builder(opset)
+    check_finite_parameters(student)
+    check_ranges(student)
+    return _Writer(builder, student, tuple(image_shape), pixels).written(dict(metadata or {}))
+
+
+def check_finite_parameters(student: fx.GraphModule) -> None:
+    """As `check_finite`, apart from ranges that have not been observed yet."""
+    try:
+        check_finite(student)
+    except GdfqError:
+        check_ranges(student)
+        raise
+
+
+class _Writer:
+    def __init__(
+        self, builder: Builder, student: fx.GraphModule, image_shape: tuple[int, int, int], pixels: Normalization | None
+    ) -> None:
+        self.builder = builder
+        self.student = student
+        self.image_shape = image_shape
+        self.pixels = pixels
+        self.seen = try_batches(student, image_shape)
+        self.values: dict[fx.Node, Any] = {}
+        self.codes: dict[str, QuantizedTensor] = {}
+        self.layers: list[LayerResult] = []
+        self.computed: dict[fx.Node, Value] = {}
+        self.floats: list[FloatEntry] = []
+
+    def written(self, metadata: dict[str, str]) -> Written:
+        output = ""
+        for node in self.student.graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = self._image()
+            elif node.op == "output":
+                output = self.values[node.args[0]].as_float
+            elif self.seen[node].of_image:
+                self.values[node] = self._value(node)
+        classes = self.seen[next(node for node in self.student.graph.nodes if node.op == "output").args[0]].shape[1]
+        output = self.builder.add("Identity", output) if output == INPUT else output
+        self.builder.rename(output, OUTPUT)
+        dtype = "float32" if self.pixels is None else "uint8"
+        model = self.builder.model(
+            [(INPUT, dtype, [BATCH, *self.image_shape])], [(OUTPUT, "float32", [BATCH, classes])],
+            metadata, metadata.get("gdfq", ""),
+        )  # fmt: skip
+        layers = [self._entry(layer) for layer in self.layers if layer.node]
+        return Written(model, self.codes, layers, self._floats())
+
+    # --- nodes ---
+
+    def _image(self) -> Value:
+        if self.pixels is None:
+            return Computed(self.builder, INPUT)
+        mean, std = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in (self.pixels.mean, self.pixels.std))
+        add, constant = self.builder.add, self.builder.constant
+        x = add("Cast", INPUT, to=self.builder.type_of("float32"))
+        x = add("Div", x, constant(255, np.float32))
+        return Computed(self.builder, add("Div", add("Sub", x, constant(mean)), constant(std)))
+
+    def _value(self, node: fx.Node) -> Any:
+        if node.op == "call_module":
+            return self._module(node, self.student.get_submodule(node.target))
+        if node.target is operator.getitem:
+            return self.values[node.args[0]][node.args[1]]
+        if not hasattr(node.target, "_schema"):
+            raise self._unknown(node)
+        call = Call(self.builder, node, self.seen, self.values)
+        if node.target in WEIGHTED:
+            return self._layer(call)
+        op = op_of(node)
+        if op in MOVES:
+            source = call.value("self")
+            moves = MOVES[op](call)
+            if isinstance(moves, list):
+                return [source.moved(move, len(moves) == 1 and call.only_reader_of_source) for move in moves]
+            return source.moved(moves, call.only_reader_of_source)
+        if op not in OPERATORS:
+            raise call.unknown()
+        result = OPERATORS[op](call)
+        if isinstance(result, Computed):
+            self.computed[node] = result
+        return result
+
+    def _module(self, node: fx.Node, module: torch.nn.Module) -> Any:
+        if isinstance(module, ImageSizes):
+            return None
+        if isinstance(module, FakeQuantize):
+            return self._quantized(node, node.target, module, self.values[node.args[0]])
+        if isinstance(module, BatchNormActFakeQuantize):
+            value = self._batch_norm(node, module.batch_norm_act)
+            return self._quantized(node, f"{node.target}.quantizer", module.quantizer, value)
+        if isinstance(module, BatchNormAct):
+            return self._batch_norm(node, module)
+        raise self._unknown(node)
+
+    def _quantized(self, node: fx.Node, name: str, quantizer: FakeQuantize, value: Value) -> Value:
+        grid = activation_grid(quantizer).in_a_byte()
+        if grid is None:
+            return self._rounded_in_float(node, activation_grid(quantizer), value)
+        result = quantized(value, grid)
+        self.codes[name] = QuantizedTensor(result.codes, grid)
+        return result
+
+    def _rounded_in_float(self, node: fx.Node, grid: Grid, value: Value) -> Value:
+        """On a grid whose zero point is too far out for codes of a byte: the same values in float."""
+        add, constant = self.builder.add, self.builder.constant
+        step = constant(grid.step, np.float32)
+        bounds = (constant(code - grid.zero_point, np.float32) for code in (grid.lowest, grid.highest))
+        levels = add("Clip", add("Round", add("Div", value.as_float, step)), *bounds)
+        reason = f"its zero point is {grid.zero_point}, which no byte holds"
+        self.floats.append(FloatEntry(name_of(node), "activation quantizer", reason))
+        return Computed(self.builder, add("Mul", levels, step))
+
+    def _batch_norm(self, node: fx.Node, module: BatchNormAct) -> Value:
+        source, *tensors = node.args
+        mean, variance, gamma, beta = (None if t is None else self._constant(t) for t in tensors)
+        value = self.values[source]
+        factor = (1.0 if gamma is None else gamma) / np.sqrt(variance + module.eps)
+        shift = (0.0 if beta is None else beta) - mean * factor
+        if isinstance(value, LayerResult) and value.affine is None and len(source.users) == 1:
+            value = value.behind(Affine(factor, shift))
+            self.layers.append(value)
+        else:
+            value = self._affine(node, value, factor, shift)
+        return value if module.act == "none" else Clamped(value, *BOUNDS[module.act])
+
+    def _affine(self, node: fx.Node, value: Value, factor: np.ndarray, shift: np.ndarray) -> Value:
+        ones = [1] * (len(self.seen[node].shape) - 2)
+        factor, shift = (self.builder.constant(a.reshape(-1, *ones), np.float32) for a in (factor, shift))
+        scaled = self.builder.add("Mul", value.as_float, factor, name=name_of(node))
+        self.computed[node] = Computed(self.builder, self.builder.add("Add", scaled, shift), "BatchNormalization")
+        return self.computed[node]
+
+    # --- layers ---
+
+    def _layer(self, call: Call) -> Value:
+        node = call.node
+        weight = self._weight(node.args[1])
+        source = call.value("input")
+        rank = len(call.shape("input"))
+        if node.target not in CONVOLUTIONS and rank != 2:
+            return self._linear_of_rows(call, weight, source)
+        spec = (operators.convolution if node.target in CONVOLUTIONS else operators.linear)(call, weight)
+        result = LayerResult(self.builder, spec, source)
+        self.layers.append(result)
+        return result
+
+    def _linear_of_rows(self, call: Call, weight: Weight, source: Value) -> Value:
+        """A linear layer of `(..., features)`, as one of `(rows, features)`."""
+        rows = self.builder.constant([-1, call.known(call.shape("input")[-1])], np.int64)
+        shape = call.as_reshape(call.shape())
+        flat = source.moved(lambda x, zero: self.builder.add("Reshape", x, rows), call.only_reader_of_source)
+        result = LayerResult(self.builder, operators.linear(call, weight), flat)
+        self.layers.append(result)
+        return result.moved(lambda x, zero: self.builder.add("Reshape", x, shape), True)
+
+    def _weight(self, node: fx.Node) -> Weight:
+        values = self._constant(node)
+        call, index = node.args if node.target is operator.getitem else (None, 0)
+        module = self.student.get_submodule(call.target) if call is not None and call.op == "call_module" else None
+        if not isinstance(module, WeightFakeQuantize):
+            return Weight(values)
+        codes, step, zero_point = (
+            t.double().cpu().numpy() for t in weight_codes(module, index, self.seen[call.args[0][index]].value)
+        )
+        carriers = codes - per_channel(zero_point, codes)
+        fits = np.abs(carriers).max(initial=0) <= 127
+        return Weight(values, carriers.astype(np.int8) if fits else None, step)
+
+    def _constant(self, node: fx.Node) -> np.ndarray:
+        if self.seen[node].of_image:
+            raise GdfqError(f"{name_of(node)}: a weight that is computed from the image cannot be written to ONNX")
+        value: Tensor = self.seen[node].value
+        return value.detach().double().cpu().numpy()
+
+    # --- account ---
+
+    def _entry(self, layer: LayerResult) -> WrittenLayer:
+        grid, carriers = layer.input_grid, layer.carriers
+        pair = 0
+        if grid is not None and carriers is not None:
+            largest = grid.highest + (128 if grid.lowest < 0 else 0)  # int8 codes are moved to 0..255
+            ordered = np.sort(carriers.reshape(len(carriers), -1).astype(np.int64), axis=1)
+            low, high = ordered[:, :2].clip(max=0), ordered[:, -2:].clip(min=0)
+            pair = int(largest * max(high.sum(1).max(initial=0), -low.sum(1).min(initial=0)))
+        return WrittenLayer(layer.spec.name, layer.node, layer.stays_float, pair)
+
+    def _floats(self) -> list[FloatEntry]:
+        layers = [
+            FloatEntry(layer.spec.name, layer.spec.operator, layer.stays_float)
+            for layer in self.layers if layer.node and layer.stays_float
+        ]  # fmt: skip
+        others = [
+            FloatEntry(name_of(node), value.operator, _why_float(value))
+            for node, value in self.computed.items() if value.operator and not value.in_integers
+        ]  # fmt: skip
+        return self.floats + layers + others
+
+    def _unknown(self, node: fx.Node) -> GdfqError:
+        return GdfqError(f"{name_of(node)}: the ONNX writer does not know the operator {op_of(node)}")
+
+
+def _why_float(value: Computed) -> str:
+    if value.operator == "BatchNormalization":
+        return "it is not behind a convolution that it could be folded into"
+    if not value.reads_codes:
+        return "its input is not quantized"
+    return "its result is not quantized" if not value.only_rounded else "runtimes compute it in float"
