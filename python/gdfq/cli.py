@@ -189,7 +189,9 @@ def quantize(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path | None, typer.Argument(help="folder of a run: its quantized model is evaluated")] = None,
+    run: Annotated[
+        Path | None, typer.Argument(help="folder of a run, whose quantized model is evaluated, or an ONNX file")
+    ] = None,
     model: ModelOption = None,
     weights: WeightsOption = None,
     weights_entry: WeightsEntryOption = None,
@@ -205,7 +207,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Top-1 and top-5 on real labeled images, of a quantized or a float model.
+    """Top-1 and top-5 on real labeled images, of a quantized or a float model, or of an ONNX file as onnxruntime runs it.
 
     Example: gdfq evaluate runs/resnet20 --data path/to/cifar-10-batches-py
     """
@@ -214,23 +216,30 @@ def evaluate(
     from gdfq.run import folder as run_folder
 
     settings = ModelConfig(image_size=image_size)
-    if run is not None:
+    source: dict[str, Any] = {"data": None}
+    is_onnx = run is not None and (run.is_file() or run.suffix == ".onnx")
+    if is_onnx:
+        from gdfq.export.classifier import OnnxClassifier
+
+        _nothing_but_data(model=model, weights=weights, quantized=quantized, device=device != "cpu")
+        network = OnnxClassifier(run)
+        settings = _of_shape(run, image_size, network.in_size, network.channels)
+    elif run is not None:
         _, source = run_folder.read_run(run)
         quantized = run / run_folder.MODEL
     elif model is not None:
         source = inputs.model_source(model, weights, weights_entry, model_arg)
     else:
-        raise GdfqError("say what to evaluate: the folder of a run, or --model SPEC (see --help)")
+        raise GdfqError("say what to evaluate: the folder of a run, an ONNX file, or --model SPEC (see --help)")
     if data is not None or run is None:
         source |= inputs.data_source(data, data_kind, data_arg)
     if source["data"] is None:
         raise GdfqError("say what to evaluate on: --data FOLDER, or --data fashion-mnist")
-    network = inputs.model_of(source)
+    if not is_onnx:
+        network = inputs.model_of(source)
     if quantized is not None:
         channels, *size = run_folder.image_shape_of(quantized)
-        if image_size is not None and size != [image_size, image_size]:
-            raise GdfqError(f"{quantized} takes images of {size[0]} x {size[1]} pixels: leave out --image-size")
-        settings = ModelConfig(image_size=tuple(size), channels=channels)
+        settings = _of_shape(quantized, image_size, tuple(size), channels)
     dataset = inputs.data_of(source, network, settings)
     if quantized is not None:
         network = gdfq.load_quantized(quantized, network)
@@ -351,6 +360,21 @@ def doctor(as_json: JsonOption = False) -> None:
         for name, value in entries.items():
             typer.echo(f"  {name:18} {value}")
     typer.echo(str(backends))
+
+
+def _of_shape(
+    path: Path, image_size: int | None, size: tuple[int, int] | None, channels: int | None
+) -> ModelConfig:
+    """Images as a stored network takes them; `size` is None where it takes several."""
+    if None not in (image_size, size) and size != (image_size, image_size):
+        raise GdfqError(f"{path} takes images of {size[0]} x {size[1]} pixels: leave out --image-size")
+    return ModelConfig(image_size=size or image_size, channels=channels)
+
+
+def _nothing_but_data(**options: object) -> None:
+    given = [f"--{name}" for name, value in options.items() if value]
+    if given:
+        raise GdfqError(f"an ONNX file is all of a model, and runs on the CPU: leave out {', '.join(given)}")
 
 
 def _nothing_but_settings(**options: object) -> None:

@@ -41,7 +41,8 @@ def data_of(
     """The images, prepared as the model takes them, or None where there are none.
 
     Their size is `settings.image_size` or what the model says of itself, as are the channels; a folder of images is
-    normalized, resized and cut as timm's models say. Options of the data go before.
+    normalized, resized and cut as timm's models say, and a model with a `normalization` (an ONNX file) gets what that
+    says. Options of the data go before.
 
     Raises:
         GdfqError: the size is not known; or as `load_dataset`.
@@ -60,6 +61,7 @@ def data_of(
                 "`--image-size`, for example 32 for CIFAR or 224 for most ImageNet models"
             )
         options = _of_timm(model, size, options) | options
+    options = getattr(model, "normalization", {}) | options
     return load_dataset(data, kind, image_size=size, channels=channels, labeled=purpose != CALIBRATION, **options)
 
 

@@ -21,6 +21,7 @@ from gdfq.graph.nodes import (
     op_of,
     preserves_values,
 )
+from gdfq.graph.leaving import speak_when_leaving
 from gdfq.graph.pixels import reach_of
 from gdfq.graph.query import batch_norm_of, quantizer_of
 from gdfq.graph.sizes import refuse_other_sizes
@@ -57,6 +58,7 @@ def build_quantized(captured: CapturedModel, config: QuantizerConfig) -> tuple[f
     """
     student, summary = _Rewriter(captured, config).run()
     refuse_other_sizes(student, captured.sizes)
+    speak_when_leaving(student)
     return student, summary
 
 

@@ -1,0 +1,277 @@
+"""Whether a file does what the simulation does, in integers, and what that is worth: size and time."""
+
+import copy
+import io
+import json
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from gdfq.errors import GdfqError
+from gdfq.export.classifier import OnnxClassifier
+from gdfq.export.levels import (
+    EPSILON,
+    LOGITS,
+    LayerCheck,
+    Simulation,
+    compare,
+    computed_levels,
+    cut,
+    layers_before,
+)
+from gdfq.export.runtime import Operators, Timing, imported, interleaved_time, operators, session
+from gdfq.export.writer import Written
+from gdfq.precision import products_in_tf32
+
+LEVELS_OF = 32
+"""Images whose levels are compared."""
+_AT_ONCE = 8 * 224 * 224  # pixels of images whose levels are held together
+_MOST_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Argmax:
+    """On how many of the images the file and the simulation say the same class."""
+
+    equal: int
+    images: int
+
+    def __str__(self) -> str:
+        return f"{self.equal} of {self.images} equal ({self.equal / self.images:.2%})"
+
+
+@dataclass
+class Verification:
+    """What was found. What could not be is None, and `notes` says why.
+
+    Attributes:
+        file: its name.
+        layers: by quantizer, its levels against the simulation's.
+        logits: how far they are apart, given the simulation's levels, as a share of the largest; `LOGITS` are allowed.
+        last_layer: what the logits are computed by.
+        argmax: of the whole file, on `synthetic` images and on `real` ones.
+        operators: what onnxruntime makes of the file.
+        bytes, float_bytes: of the file, and of the float model written by torch.onnx.
+        time, float_time: of one image.
+        threads: that were timed.
+        saturating: layers that can saturate on x64 without VNNI.
+        saturated: by layer, how many codes are others with `session.x64quantprecision`.
+        notes: what could not be found out, and what a reader has to know.
+    """
+
+    file: str
+    layers: dict[str, LayerCheck] = field(default_factory=dict)
+    logits: float | None = None
+    last_layer: str = "logits"
+    argmax: dict[str, Argmax] = field(default_factory=dict)
+    operators: Operators | None = None
+    bytes: int = 0
+    float_bytes: int | None = None
+    time: Timing | None = None
+    float_time: Timing | None = None
+    threads: int = 1
+    saturating: list[str] = field(default_factory=list)
+    saturated: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the layers that compute something else than the simulation."""
+        wrong = [check.name for check in self.layers.values() if check.wrong]
+        return wrong + ([self.last_layer] if self.logits is not None and not self.logits <= LOGITS else [])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dicts, lists, numbers and text, fit for JSON."""
+        return asdict(self) | {"failed": self.failed, "epsilon": EPSILON, "logits_epsilon": LOGITS}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def __str__(self) -> str:
+        table = Table(box=None, show_header=False, title=f"verification of {self.file}", title_justify="left")
+        table.add_column()
+        table.add_column()
+        for name, text in self._rows():
+            table.add_row(name, text)
+        out = io.StringIO()
+        Console(file=out, width=120).print(table)
+        return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = []
+        if self.layers:
+            total = sum(self.layers.values(), LayerCheck(""))
+            text = f"{total.codes:,} in {len(self.layers)} places: {total.wrong:,} wrong"
+            at_boundary = f", {total.boundary:,} within {EPSILON:g} of a step of a rounding boundary"
+            rows.append(("levels", text + at_boundary + (f" (at most {total.farthest:.1g})" if total.boundary else "")))
+            rows += [("WRONG", f"{check.name}: {check.wrong:,} of {check.codes:,}") for check in self.layers.values() if check.wrong]
+        if self.logits is not None:
+            is_wrong = not self.logits <= LOGITS
+            rows.append(("WRONG" if is_wrong else "logits", f"{self.last_layer}: {self.logits:.1g} of the largest apart"))
+        rows += [("argmax", f"on {name} images {found}") for name, found in self.argmax.items()]
+        if self.operators is not None:
+            places = self.operators.places
+            rows.append(("integers", ", ".join(f"{place.integer} of {place.total} {kind}" for kind, place in places.items())))
+            rows += [("in float", f"{kind}: {', '.join(place.floats)}") for kind, place in places.items() if place.floats]
+            rows.append(("operators", ", ".join(f"{name} {count}" for name, count in self.operators.counts.items())))
+        size = f"{self.bytes / 1e6:.3g} MB"
+        if self.float_bytes:
+            ratio = self.float_bytes / self.bytes
+            share = f"1/{ratio:.1f} of" if ratio >= 1 else f"{1 / ratio:.1f} times"
+            size += f", {share} the float model's {self.float_bytes / 1e6:.3g} MB"
+        rows.append(("size", size))
+        if self.time is not None:
+            text = f"{self.time} an image, {self.threads} threads"
+            if self.float_time is not None:
+                text += f"; the float model {self.float_time}: {self.time.median / self.float_time.median:.2f} of it"
+            rows.append(("time", text))
+        if self.saturating:
+            rows.append(("saturation", f"possible on x64 without VNNI in {', '.join(self.saturating)}"))
+        if self.saturated:
+            here = ", ".join(f"{name} ({count:,} codes)" for name, count in self.saturated.items())
+            rows.append(("", f"happens on this CPU in {here}: set session.x64quantprecision to 1"))
+        return rows + [("note", note) for note in self.notes]
+
+
+@products_in_tf32(False)
+def verify(
+    student: nn.Module,
+    written: Written,
+    path: str | Path,
+    images: Iterable[Tensor],
+    *,
+    real_images: Iterable[Tensor] | None = None,
+    float_model: nn.Module | None = None,
+    threads: int | None = None,
+) -> Verification:
+    """Check a file against Q, from which it was written.
+
+    Args:
+        student: Q; it is not changed.
+        written: what the file holds, and where the codes of Q's quantizers are in it.
+        path: the file.
+        images: synthetic batches `(N, C, H, W)`, as Q takes them. On the first `LEVELS_OF` images all levels are
+            compared, on all of them the class.
+        real_images: more of them, for the class alone.
+        float_model: what was quantized, to compare size and time with.
+        threads: of onnxruntime, default: as many as PyTorch's.
+
+    Raises:
+        GdfqError: onnxruntime refuses the file; there are no images.
+    """
+    path = Path(path)
+    result = Verification(path.name, bytes=path.stat().st_size, threads=threads or torch.get_num_threads())
+    try:
+        imported("onnx"), imported("onnxruntime")
+    except GdfqError as error:
+        result.notes.append(f"not verified: {error}")
+        return result
+    file = OnnxClassifier(path, threads=result.threads)
+    student = _on_cpu(student)
+    batches = [batch.detach().cpu().float() for batch in images]
+    if not batches or not len(batches[0]):
+        raise GdfqError("there are no images to verify the file on")
+    result.operators = operators(path)
+    _check_levels(result, student, written, file, torch.cat(batches)[:LEVELS_OF])
+    result.argmax["synthetic"] = _argmax(student, file, batches)
+    if real_images is not None:
+        result.argmax["real"] = _argmax(student, file, real_images)
+    _compare_with_float(result, file, float_model, batches[0][:1])
+    result.saturating = [layer.name for layer in written.layers if layer.can_saturate]
+    return result
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    on_cpu = all(tensor.device.type == "cpu" for tensor in model.state_dict().values())
+    return model if on_cpu else copy.deepcopy(model).cpu()
+
+
+def _check_levels(
+    result: Verification, student: nn.Module, written: Written, file: OnnxClassifier, images: Tensor
+) -> None:
+    model = cut(written.model, written.codes)
+    plain, precise = (session(model, x64quantprecision=way, threads=result.threads) for way in (False, True))
+    simulation = Simulation(student, written.codes)
+    names = layers_before(written.model, written.codes)
+    result.last_layer = names["logits"]
+    height, width = images.shape[2:]
+    apart = []
+    for part in images.split(max(1, min(_MOST_AT_ONCE, _AT_ONCE // (height * width)))):
+        part, feed = as_file_takes(file, part)
+        levels, logits = simulation.levels(part)
+        computed, of_file = computed_levels(plain, levels, written.codes, feed)
+        for name, check in compare(simulation, part, levels, computed, names).items():
+            result.layers[name] = result.layers[name] + check if name in result.layers else check
+        apart.append(float((of_file - logits).abs().max() / logits.abs().max()))
+        precisely, _ = computed_levels(precise, levels, written.codes, feed)
+        for name, found in computed.items():
+            differing = int((found != precisely[name]).sum())
+            if differing:
+                result.saturated[names[name]] = result.saturated.get(names[name], 0) + differing
+    result.logits = max(apart)
+    ours, whole = operators(model).integers, result.operators.integers
+    if ours != whole:
+        result.notes.append(f"levels were compared in {_listed(ours)}, but the whole file runs {_listed(whole)}")
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+
+
+def as_file_takes(file: OnnxClassifier, images: Tensor) -> tuple[Tensor, dict]:
+    """Images `(N, C, H, W)` as Q and as the file take them: where that is pixels, Q gets what they are normalized."""
+    if not file.takes_pixels:
+        return images, file.feed(images)
+    mean, std = (torch.tensor(json.loads(file.metadata[name])).view(-1, 1, 1) for name in ("mean", "std"))
+    pixels = ((images * std + mean) * 255).round().clamp(0, 255)
+    return (pixels / 255 - mean) / std, file.feed(pixels)
+
+
+@torch.inference_mode()
+def _argmax(student: nn.Module, file: OnnxClassifier, batches: Iterable[Tensor]) -> Argmax:
+    equal = count = 0
+    for batch in batches:
+        images, feed = as_file_takes(file, batch.detach().cpu().float())
+        (given,) = feed.values()
+        logits = file(torch.from_numpy(given).float())
+        equal += int((student(images).argmax(1) == logits.argmax(1)).sum())
+        count += len(images)
+    return Argmax(equal, count)
+
+
+def _compare_with_float(
+    result: Verification, file: OnnxClassifier, float_model: nn.Module | None, image: Tensor
+) -> None:
+    image, feed = as_file_takes(file, image)
+    calls = [lambda: file.session.run(None, feed)]
+    with tempfile.TemporaryDirectory() as folder:
+        if float_model is not None:
+            path = Path(folder) / "float.onnx"
+            try:
+                write_float(float_model, image, path)
+                other = session(path, threads=result.threads)
+                result.float_bytes = path.stat().st_size
+                calls.append(lambda: other.run(None, {"images": image.numpy()}))
+            except Exception as error:  # torch.onnx's: the float model is there to compare with, no more
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                result.notes.append(f"not compared with the float model, which torch.onnx does not write: {reason}")
+        result.time, *others = interleaved_time(calls)
+        result.float_time = next(iter(others), None)
+
+
+def write_float(model: nn.Module, image: Tensor, path: Path) -> None:
+    """`torch.onnx.export` of the float model, for any batch, by the exporter that needs no other package."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            copy.deepcopy(model).cpu().eval(), (image,), path, dynamo=False, input_names=["images"],
+            output_names=["logits"], dynamic_axes={"images": {0: "n"}, "logits": {0: "n"}},
+        )  # fmt: skip

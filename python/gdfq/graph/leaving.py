@@ -1,0 +1,51 @@
+"""What Q says when it leaves for a place that may have no `gdfq`."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gdfq.errors import GdfqError
+
+_WAYS = "gdfq.to_standard(model) gives plain PyTorch operators, gdfq.export an ONNX file"
+
+
+class Leaving(nn.Module):
+    """Called with the images ahead of everything else. Saved, traced or exported, the model is right wherever `gdfq` is
+    imported, and a warning says so; for what cannot work an error does."""
+
+    _is_impure = True  # its call has no result that anyone reads, and stays in the graph
+
+    def forward(self, x: Tensor) -> None:
+        if torch.onnx.is_in_onnx_export():
+            raise GdfqError(
+                "torch.onnx.export does not know the operators of a quantized model: gdfq.export writes it to ONNX"
+            )
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            warnings.warn(
+                f"the traced model needs `import gdfq` wherever it is loaded: {_WAYS}", stacklevel=2
+            )
+
+    def __reduce__(self) -> Any:
+        warnings.warn(
+            f"the pickled model needs gdfq, and `weights_only=False`, wherever it is loaded: {_WAYS}; "
+            "gdfq.save_quantized keeps a model for gdfq.load_quantized",
+            stacklevel=2,
+        )
+        return Leaving, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Leaving":
+        return Leaving()
+
+
+def speak_when_leaving(module: fx.GraphModule) -> None:
+    """Call `Leaving` ahead of everything else."""
+    name = "leaving"
+    while hasattr(module, name):
+        name += "_"
+    module.add_module(name, Leaving())
+    image = next(node for node in module.graph.nodes if node.op == "placeholder")
+    with module.graph.inserting_after(image):
+        module.graph.call_module(name, (image,))
+    module.recompile()
