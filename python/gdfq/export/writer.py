@@ -20,7 +20,6 @@ from gdfq.export.operators import OPERATORS
 from gdfq.export.trial import try_batches
 from gdfq.export.values import Clamped, Computed, Moved, Value, quantized
 from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, WEIGHTED, name_of, op_of, preserves_values
-from gdfq.graph.sizes import ImageSizes
 from gdfq.graph.summary import FloatEntry
 from gdfq.models import check_finite
 from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize, per_channel
@@ -201,8 +200,6 @@ class _Writer:
         return result
 
     def _module(self, node: fx.Node, module: torch.nn.Module) -> Any:
-        if isinstance(module, ImageSizes):
-            return None
         if isinstance(module, FakeQuantize):
             return self._quantized(node, node.target, module, self.values[node.args[0]])
         if isinstance(module, BatchNormActFakeQuantize):
