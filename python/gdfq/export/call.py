@@ -96,6 +96,11 @@ class Call:
         """`value` in float, by name; empty where the argument is None."""
         return "" if self.arguments[name] is None else self.value(name).as_float
 
+    def run(self, tensor: Tensor) -> Tensor:
+        """What the operator makes of another tensor in the place of its first argument."""
+        args, kwargs = fx.node.map_arg((self.node.args[1:], self.node.kwargs), lambda node: self._seen[node].value)
+        return self.node.target(tensor, *args, **kwargs)
+
     @property
     def inputs(self) -> list[fx.Node]:
         """The nodes it reads that are computed from the image."""

@@ -214,26 +214,25 @@ class LayerResult(Arising):
         return affine.factor, affine.shift if bias is None else bias * affine.factor + affine.shift
 
     def _weight(self, folded: Folded) -> str:
-        constant = self.builder.constant
-        zero_point = ""
-        if self.spec.operator == "Gemm":  # which onnxruntime fuses only where 0 is said, to each layer on its own
-            zero_point = constant(np.zeros(len(folded.step), np.int8), owner=self.spec.name)
-        return self.builder.add(
-            "DequantizeLinear", self._stored(folded.carriers), constant(folded.step), zero_point, axis=0
-        )
-
-    def _stored(self, carriers: np.ndarray) -> str:
-        """The carriers as int8, in packed INT4 where these hold them, or where a number for each channel brings them
-        into -8..7, as it does all weights of up to 4 bits: onnxruntime adds that number when it loads the file."""
-        builder = self.builder
+        """The carriers in packed INT4 where these hold them, or where a number for each channel brings them into -8..7,
+        as it does all weights of up to 4 bits: onnxruntime adds that number when it loads the file. Else in int8."""
+        builder, carriers = self.builder, folded.carriers
         by_channel = carriers.reshape(len(carriers), -1)
-        low, high = (a.astype(np.int16) for a in (by_channel.min(1, initial=0), by_channel.max(1, initial=0)))
+        low, high = (ends.astype(np.int16) for ends in (by_channel.min(1, initial=0), by_channel.max(1, initial=0)))
+        in_int4 = (high - low).max() <= 15
         if low.min() >= -8 and high.max() <= 7:
-            return self._unpacked(carriers)
-        if (high - low).max() > 15:
-            return builder.constant(carriers)
-        zero_points = per_channel((-8 - low).astype(np.int8), carriers)
-        return builder.add("Sub", self._unpacked(carriers + zero_points), self._unpacked(zero_points))
+            stored = self._unpacked(carriers)
+        elif in_int4:
+            zero_points = per_channel((-8 - low).astype(np.int8), carriers)
+            stored = builder.add("Sub", self._unpacked(carriers + zero_points), self._unpacked(zero_points))
+        else:
+            stored = builder.constant(carriers, owner=self.spec.name)
+        zero_point = ""
+        if self.spec.operator == "Gemm" or not in_int4:
+            # That 0 is the zero point must be said, and by a tensor of the layer's own: onnxruntime 1.32 fuses no Gemm
+            # without it, and session.x64quantprecision, which rewrites weights beyond 63, fails.
+            zero_point = builder.constant(np.zeros(len(low), np.int8), owner=self.spec.name)
+        return builder.add("DequantizeLinear", stored, builder.constant(folded.step), zero_point, axis=0)
 
     def _unpacked(self, values: np.ndarray) -> str:
         return self.builder.add("Cast", self.builder.packed_int4(values), to=self.builder.type_of("int8"))

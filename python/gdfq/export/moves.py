@@ -25,8 +25,7 @@ def _transpose(call: Call) -> Move:
     """The permutation is read off the strides of a transposed example."""
     dimensions = len(call.shape())
     example = torch.empty(tuple(range(2, dimensions + 2)), device="meta")
-    others = [call.fixed(name) for name in list(call.arguments)[1:]]
-    strides = call.node.target(example, *others).stride()
+    strides = call.run(example).stride()
     order = [example.stride().index(stride) for stride in strides]
     return lambda x, zero: call.builder.add("Transpose", x, perm=order)
 
@@ -172,11 +171,12 @@ def _nearest(call: Call) -> Move:
     """Resizing to the nearest is picking rows, columns and so on; which, PyTorch itself says."""
     outputs = call.shape()[2:]
     sizes = call.sizes("self", list(range(2, 2 + len(outputs))))
-    others = [call.fixed(name) for name in list(call.arguments)[1:]]
-    moves = []
-    for axis, (size, output) in enumerate(zip(sizes, outputs, strict=True)):
-        if size != output or _picks(call, axis, sizes, others) != list(range(size)):
-            moves.append(_gather(call, axis + 2, np.array(_picks(call, axis, sizes, others))))
+    picks = [_picks(call, axis, sizes) for axis in range(len(outputs))]
+    moves = [
+        _gather(call, axis + 2, np.array(picked))
+        for axis, picked in enumerate(picks)
+        if picked != list(range(sizes[axis]))
+    ]
 
     def write(x: str, zero: np.generic) -> str:
         for move in moves:
@@ -186,10 +186,10 @@ def _nearest(call: Call) -> Move:
     return write
 
 
-def _picks(call: Call, axis: int, sizes: list[int], others: list) -> list[int]:
+def _picks(call: Call, axis: int, sizes: list[int]) -> list[int]:
     shape = [1, 1, *(size if index == axis else 1 for index, size in enumerate(sizes))]
     numbers = torch.arange(sizes[axis], dtype=torch.float32).view(shape).expand(1, 1, *sizes).contiguous()
-    result = call.node.target(numbers, *others)[0, 0]
+    result = call.run(numbers)[0, 0]
     return result.movedim(axis, 0).flatten(1)[:, 0].long().tolist()
 
 
@@ -203,8 +203,7 @@ def _picked(call: Call) -> Move:
     if count >= 2**24 or int(np.prod(shape[1:])) > _MOST_INDICES:  # float32 counts as far as 2^24
         raise unknown
     numbers = torch.arange(1, 2 * count + 1, dtype=torch.float32).view(2, *before[1:])
-    others = [call.fixed(name) for name in list(call.arguments)[1:]]
-    one, other = call.node.target(numbers, *others).long()
+    one, other = call.run(numbers).long()
     if not torch.equal(one + count, other) or not one.numel() or one.min() < 1 or one.max() > count:
         raise unknown
     indices = call.builder.constant((one - 1).flatten().numpy(), np.int64)

@@ -186,7 +186,7 @@ class _Writer:
         if node.target in WEIGHTED:
             return self._layer(call)
         op = op_of(node)
-        if op in MOVES and preserves_values(node):
+        if op in MOVES and (preserves_values(node) or op == "_unsafe_view"):
             source = call.value("self")
             moves = MOVES[op](call)
             if isinstance(moves, list):
