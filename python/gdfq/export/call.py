@@ -19,7 +19,7 @@ _LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
 class Call:
-    """A node that calls an aten operator; its arguments go by the names that the operator's schema has.
+    """A node that calls an aten operator. Arguments go by their names in its schema, the first one by `self` as well.
 
     Attributes:
         node: of Q's graph.
@@ -43,6 +43,7 @@ class Call:
         schema = node.target._schema.arguments
         self.arguments = {argument.name: argument.default_value for argument in schema}
         self.arguments |= dict(zip(self.arguments, node.args, strict=False)) | node.kwargs
+        self.arguments.setdefault("self", node.args[0])
 
     def fixed(self, name: str) -> Any:
         """An argument that is no tensor of the image: a number, a list of them, a tensor.

@@ -33,10 +33,11 @@ def _transpose(call: Call) -> Move:
 def _slice(call: Call) -> Move:
     dim = call.fixed("dim")
     start, end, step = (call.fixed(name) for name in ("start", "end", "step"))
-    return _sliced(call, [dim], [start or 0], [2**62 if end is None else end], [step])
+    return sliced(call, [dim], [start or 0], [2**62 if end is None else end], [step])
 
 
-def _sliced(call: Call, axes: Sequence[int], starts: Sequence[int], ends: Sequence[int], steps: Sequence[int]) -> Move:
+def sliced(call: Call, axes: Sequence[int], starts: Sequence[int], ends: Sequence[int], steps: Sequence[int]) -> Move:
+    """A part of a tensor, by the numbers that ONNX's Slice takes."""
     builder = call.builder
     rank = len(call.shape("self"))
     positive = [axis % rank for axis in axes]
@@ -46,7 +47,7 @@ def _sliced(call: Call, axes: Sequence[int], starts: Sequence[int], ends: Sequen
 
 def _narrow(call: Call) -> Move:
     start, length = call.fixed("start"), call.fixed("length")
-    return _sliced(call, [call.fixed("dim")], [start], [start + length], [1])
+    return sliced(call, [call.fixed("dim")], [start], [start + length], [1])
 
 
 def _select(call: Call) -> Move:
@@ -59,7 +60,7 @@ def _split(call: Call) -> list[Move]:
     """Whatever the pieces were asked for by, their sizes are seen."""
     dim = call.fixed("dim")
     ends = list(itertools.accumulate(call.known(shape[dim]) for shape in call.shapes()))
-    return [_sliced(call, [dim], [start], [end], [1]) for start, end in itertools.pairwise([0, *ends])]
+    return [sliced(call, [dim], [start], [end], [1]) for start, end in itertools.pairwise([0, *ends])]
 
 
 def _unbind(call: Call) -> list[Move]:
@@ -71,7 +72,7 @@ def _unbind(call: Call) -> list[Move]:
 def _flip(call: Call) -> Move:
     dims = call.fixed("dims")
     count = len(dims)
-    return _sliced(call, dims, [-1] * count, [-(2**62)] * count, [-1] * count)
+    return sliced(call, dims, [-1] * count, [-(2**62)] * count, [-1] * count)
 
 
 def _index_select(call: Call) -> Move:
@@ -160,7 +161,7 @@ def _adaptive_max_pool(call: Call) -> Move:
         for dim, size, output in zip(dims, sizes, outputs, strict=True):
             axes = builder.constant([dim], np.int64)
             windows = [(index * size // output, -(-(index + 1) * size // output)) for index in range(output)]
-            parts = [_sliced(call, [dim], [start], [end], [1])(x, zero) for start, end in windows]
+            parts = [sliced(call, [dim], [start], [end], [1])(x, zero) for start, end in windows]
             x = builder.add("Concat", *(builder.add("ReduceMax", part, axes) for part in parts), axis=dim)
         return x
 

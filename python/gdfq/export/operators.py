@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from gdfq.export.call import Call
-from gdfq.export.moves import pad
+from gdfq.export.moves import pad, sliced
 from gdfq.export.pools import adaptive_average_pool, average_pool, mean, reduce, spread, variance
 from gdfq.export.values import Clamped, Computed, Joined, Value
 
@@ -35,26 +35,26 @@ def _number(call: Call, name: str) -> float | None:
     return None if fixed is None else float(fixed)
 
 
-def _scaled_other(call: Call) -> str:
-    other = call.tensor("other")
+def _times_alpha(call: Call, name: str = "other") -> str:
     alpha = float(call.fixed("alpha"))
-    return other if alpha == 1 else call.builder.add("Mul", other, call.builder.constant(alpha, np.float32))
+    value = call.tensor(name)
+    return value if alpha == 1 else call.builder.add("Mul", value, call.builder.constant(alpha, np.float32))
 
 
 def _add(call: Call) -> Value:
     if _number(call, "other") == 0:
         return call.value("self")
-    return call.computed("Add", call.tensor("self"), _scaled_other(call))
+    return call.computed("Add", call.tensor("self"), _times_alpha(call))
 
 
 def _sub(call: Call) -> Value:
     if _number(call, "other") == 0:
         return call.value("self")
-    return call.computed("Sub", call.tensor("self"), _scaled_other(call))
+    return call.computed("Sub", call.tensor("self"), _times_alpha(call))
 
 
 def _rsub(call: Call) -> Value:
-    return call.computed("Sub", _scaled_other(call), call.tensor("self"))
+    return call.computed("Sub", call.tensor("other"), _times_alpha(call, "self"))
 
 
 def _scale(operator: str) -> Operator:
@@ -97,8 +97,8 @@ def _gate(gate: str, **attributes: Any) -> Operator:
 
 def _elu(call: Call) -> Value:
     alpha, scale, input_scale = (float(call.fixed(name)) for name in ("alpha", "scale", "input_scale"))
-    if input_scale != 1:  # celu
-        return call.computed("Celu", call.tensor("self"), alpha=alpha)
+    if input_scale != 1:
+        raise call.unknown()
     if scale == 1:
         return call.computed("Elu", call.tensor("self"), alpha=alpha)
     return call.computed("Selu", call.tensor("self"), alpha=alpha, gamma=scale)
@@ -131,6 +131,25 @@ def _cat(call: Call) -> Value:
         else:
             parts.append(part)
     return Joined(parts, dim, only_reader, call.name)
+
+
+def _slice_scatter(call: Call) -> Value:
+    """What is written into a slice, between what is kept in front of it and behind it."""
+    dim, start, end = call.fixed("dim"), call.fixed("start") or 0, call.fixed("end")
+    dim, step = dim % len(call.shape()), call.fixed("step")
+    if start == 0 and step == 1 and (end is None or end >= _ALL):
+        return call.value("src")
+    size = call.known(call.shape()[dim])
+    start, end, _ = slice(start, end).indices(size)
+    if step != 1:
+        raise call.unknown()
+    base = call.value("self")
+    kept = [
+        base.moved(sliced(call, [dim], [first], [last], [1]), False) if first < last else None
+        for first, last in ((0, start), (end, size))
+    ]
+    parts = [part for part in (kept[0], call.value("src"), kept[1]) if part is not None]
+    return Joined(parts, dim, call.only_reader, call.name)
 
 
 def _stack(call: Call) -> Value:
@@ -173,9 +192,9 @@ def _instance_norm(call: Call) -> Value:
 
 
 def _transposed_convolution(call: Call) -> Value:
-    if not call.fixed("transposed"):
+    if not call.arguments.get("transposed", True):
         raise call.unknown()
-    rank = len(call.fixed("stride"))
+    rank = len(call.shape()) - 2
     padding = spread(call.fixed("padding"), rank)
     extra = spread(call.fixed("output_padding"), rank)
     inputs = (call.tensor("input"), call.tensor("weight"), call.tensor("bias"))
@@ -224,6 +243,7 @@ def _same(call: Call) -> Value:
     return call.value(next(iter(call.arguments)))
 
 
+_ALL = 2**31  # a bound that is no less than this is none
 _UNARY = {
     "abs": "Abs", "ceil": "Ceil", "cos": "Cos", "erf": "Erf", "exp": "Exp", "floor": "Floor", "hardswish": "HardSwish",
     "log": "Log", "mish": "Mish", "neg": "Neg", "reciprocal": "Reciprocal", "round": "Round", "sigmoid": "Sigmoid",
@@ -260,10 +280,14 @@ OPERATORS: dict[str, Operator] = {
     "avg_pool3d": average_pool,
     "bmm": _binary("MatMul", second="mat2"),
     "cat": _cat,
+    "celu": _with("Celu", alpha="alpha"),
     "clamp": _clamp("min", "max"),
     "clamp_max": _clamp(None, "max"),
     "clamp_min": _clamp("min", None),
     "clip": _clamp("min", "max"),
+    "conv_transpose1d": _transposed_convolution,
+    "conv_transpose2d": _transposed_convolution,
+    "conv_transpose3d": _transposed_convolution,
     "convolution": _transposed_convolution,
     "div": _scale("Div"),
     "elu": _elu,
@@ -293,6 +317,7 @@ OPERATORS: dict[str, Operator] = {
     "rsqrt": _reciprocal_root,
     "rsub": _rsub,
     "silu": _gate("Sigmoid"),
+    "slice_scatter": _slice_scatter,
     "softmax": _softmax("Softmax"),
     "stack": _stack,
     "sub": _sub,

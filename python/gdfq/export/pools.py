@@ -126,7 +126,7 @@ def variance(call: Call) -> Value:
     builder = call.builder
     rank = len(call.shape("self"))
     dims = [dim % rank for dim in call.fixed("dim") or range(rank)]
-    correction = call.arguments.get("correction")
+    correction = call.arguments.get("correction", int(call.arguments.get("unbiased", True)))
     count = math.prod(call.sizes("self", dims))
     axes = builder.constant(dims, np.int64)
     x = call.tensor("self")
