@@ -12,7 +12,7 @@ from gdfq.export.grids import Grid
 from gdfq.export.pools import spread
 from gdfq.export.values import Arising, Codes, Value
 
-_LARGEST_BIAS = 2.0**31 - 1024  # of int32, less what float32 steps lose
+_LARGEST_BIAS = 2.0**30  # half of int32, so that products can be added to it
 _SMALLEST_STEP = 1e-30  # products with it are still normal numbers of float32
 
 
@@ -137,8 +137,8 @@ def fold(weight: Weight, bias: np.ndarray, factor: np.ndarray, input_step: float
     step = weight.step * np.abs(factor)
     floor = np.abs(bias) / (input_step * _LARGEST_BIAS)
     gone = step < _SMALLEST_STEP
-    # Of the bias alone, any step holds it that is large enough.
-    new_step = np.where(gone, np.maximum(1.0, 2 * floor), np.maximum(step, floor))
+    # The finest step that holds the bias is that for a bias alone, which is then all but exact.
+    new_step = np.where(gone, np.where(floor > _SMALLEST_STEP, 2 * floor, 1.0), np.maximum(step, floor))
     sign = np.where(gone, 0, np.sign(factor)).astype(np.int8)
     carriers = weight.carriers * per_channel(sign, weight.carriers)
     for channel in np.flatnonzero(~gone & (step < floor)):

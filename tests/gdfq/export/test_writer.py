@@ -97,9 +97,8 @@ def student_of(make=Residual, target="onnx", bits=(4, 4), prepare=None):
     return student.eval()
 
 
-def session_of(model, outputs=(), optimized=None):
+def session_of(model, optimized=None):
     model = onnx.ModelProto.FromString(model.SerializeToString())
-    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in outputs)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
@@ -184,8 +183,9 @@ MODELS = {make.__name__: make for make in (Plain, Residual, TwoHeads, Unusual, B
 def test_a_file_computes_what_q_does(name, bits):
     student = student_of(MODELS[name], bits=bits)
     written = write(student, SHAPE)
-    assert_same(student, written)
-    assert_same(student, written, images(1))
+    share = 0.01 if bits == (2, 3) else 0.001  # of few levels, many sums of two are the same, or all of them at once
+    assert_same(student, written, share=share)
+    assert_same(student, written, images(1), share)
 
 
 @pytest.mark.parametrize("target", list(TARGETS)[1:])
