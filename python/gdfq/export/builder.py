@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import onnx
 
 IR_VERSION = 10
+FIRST_OPSET = 21
 _DIGITS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -28,6 +29,8 @@ class Builder:
     """Collects an ONNX graph whose node order is that of the calls."""
 
     def __init__(self, opset: int) -> None:
+        if opset < FIRST_OPSET:
+            raise GdfqError(f"ONNX files are written for opset {FIRST_OPSET} and later, which have integers of 4 bits")
         self.onnx = import_onnx()
         self.opset = opset
         self.nodes: list[onnx.NodeProto] = []
@@ -69,9 +72,11 @@ class Builder:
         return getattr(self.onnx.TensorProto, {"float32": "FLOAT", "float64": "DOUBLE"}.get(name, name.upper()))
 
     def model(
-        self, inputs: Sequence[tuple[str, str, Sequence]], outputs: Sequence[tuple[str, str, Sequence]],
-        metadata: dict[str, str], producer_version: str,
-    ) -> "onnx.ModelProto":  # fmt: skip
+        self,
+        inputs: Sequence[tuple[str, str, Sequence]],
+        outputs: Sequence[tuple[str, str, Sequence]],
+        metadata: dict[str, str],
+    ) -> "onnx.ModelProto":
         """The model, without nodes and constants that no output needs.
 
         Args:
@@ -86,10 +91,8 @@ class Builder:
             [helper.make_tensor_value_info(name, self.type_of(dtype), shape) for name, dtype, shape in outputs],
             [tensor for tensor in self._constants.values() if tensor.name in used],
         )
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=IR_VERSION,
-            producer_name="gdfq", producer_version=producer_version,
-        )  # fmt: skip
+        opset = helper.make_opsetid("", self.opset)
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="gdfq")
         helper.set_model_props(model, metadata)
         return model
 

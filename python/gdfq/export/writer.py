@@ -19,7 +19,7 @@ from gdfq.export.moves import MOVES
 from gdfq.export.operators import OPERATORS
 from gdfq.export.trial import try_batches
 from gdfq.export.values import Clamped, Computed, Moved, Value, quantized
-from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, WEIGHTED, name_of, op_of, preserves_values
+from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, WEIGHTED, is_image, name_of, op_of, preserves_values
 from gdfq.graph.summary import FloatEntry
 from gdfq.models import check_finite
 from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize, per_channel
@@ -115,13 +115,13 @@ def write(
             ONNX, or this writer, does not know (with its place).
     """
     builder = Builder(opset)
-    check_finite_parameters(student)
+    _check_finite(student)
     check_ranges(student)
     return _Writer(builder, student, tuple(image_shape), pixels).written(dict(metadata or {}))
 
 
-def check_finite_parameters(student: fx.GraphModule) -> None:
-    """As `check_finite`, apart from ranges that have not been observed yet."""
+def _check_finite(student: fx.GraphModule) -> None:
+    """As `check_finite`; that ranges have not been observed yet is said as such."""
     try:
         check_finite(student)
     except GdfqError:
@@ -145,22 +145,16 @@ class _Writer:
         self.floats: list[FloatEntry] = []
 
     def written(self, metadata: dict[str, str]) -> Written:
-        output = ""
+        result = next(node for node in self.student.graph.nodes if node.op == "output").args[0]
         for node in self.student.graph.nodes:
             if node.op == "placeholder":
                 self.values[node] = self._image()
-            elif node.op == "output":
-                output = self.values[node.args[0]].as_float
-            elif self.seen[node].of_image:
+            elif node.op != "output" and self.seen[node].of_image:
                 self.values[node] = self._value(node)
-        classes = self.seen[next(node for node in self.student.graph.nodes if node.op == "output").args[0]].shape[1]
-        output = self.builder.add("Identity", output) if output == INPUT else output
-        self.builder.rename(output, OUTPUT)
+        self.builder.rename(self.values[result].as_float, OUTPUT)
         dtype = "float32" if self.pixels is None else "uint8"
-        model = self.builder.model(
-            [(INPUT, dtype, [BATCH, *self.image_shape])], [(OUTPUT, "float32", [BATCH, classes])],
-            metadata, metadata.get("gdfq", ""),
-        )  # fmt: skip
+        given, returned = [BATCH, *self.image_shape], [BATCH, self.seen[result].shape[1]]
+        model = self.builder.model([(INPUT, dtype, given)], [(OUTPUT, "float32", returned)], metadata)
         layers = [self._entry(layer) for layer in self.layers if layer.node]
         return Written(model, self.codes, layers, self._floats())
 
@@ -312,7 +306,7 @@ class _Writer:
             for layer in self.layers if layer.node and layer.stays_float
         ]  # fmt: skip
         others = [
-            FloatEntry(name_of(node), value.operator, _why_float(value))
+            FloatEntry(name_of(node), value.operator, _why_float(node, value))
             for node, value in self.computed.items() if value.operator and not value.in_integers
         ]  # fmt: skip
         return self.floats + layers + others
@@ -330,7 +324,9 @@ def _largest_pair(carriers: np.ndarray) -> int:
     return max(int(two.clip(min=0).sum(1).max()) for two in of_sign)
 
 
-def _why_float(value: Computed) -> str:
+def _why_float(node: fx.Node, value: Computed) -> str:
+    if is_image(node):
+        return "it prepares the image"
     if value.operator == _BATCH_NORM:
         return "it is not behind a convolution that it could be folded into"
     if not value.reads_codes:

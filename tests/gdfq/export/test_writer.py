@@ -489,3 +489,8 @@ def test_without_onnx_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(GdfqError, match=r"writing ONNX needs `pip install gdfq\[export\]`"):
         write(student, SHAPE)
+
+
+def test_an_opset_without_4_bits_is_refused():
+    with pytest.raises(GdfqError, match="opset 21 and later"):
+        write(student_of(Plain), SHAPE, opset=20)
