@@ -362,7 +362,9 @@ def doctor(as_json: JsonOption = False) -> None:
     typer.echo(str(backends))
 
 
-def _of_shape(path: Path, image_size: int | None, size: tuple[int, int] | None, channels: int | None) -> ModelConfig:
+def _of_shape(
+    path: Path, image_size: int | None, size: tuple[int, int] | None, channels: int | None
+) -> ModelConfig:
     """Images as a stored network takes them; `size` is None where it takes several."""
     if None not in (image_size, size) and size != (image_size, image_size):
         raise GdfqError(f"{path} takes images of {size[0]} x {size[1]} pixels: leave out --image-size")

@@ -124,8 +124,6 @@ class Builder:
 
     def _free_name(self, name: str) -> str:
         numbered = (f"{name}_{number}" for number in itertools.count(1))
-        free = (
-            name if not name or name not in self._node_names else next(n for n in numbered if n not in self._node_names)
-        )
+        free = name if not name or name not in self._node_names else next(n for n in numbered if n not in self._node_names)
         self._node_names.add(free)
         return free

@@ -62,9 +62,7 @@ class OnnxClassifier(nn.Module):
                 "(N, C, H, W) of float or uint8 is what is measured here"
             )
         if inputs[0].shape[3] in (1, 3) and inputs[0].shape[1] not in (1, 3):
-            raise GdfqError(
-                f"{self.name} takes images with the channels last ({described}): export it with (N, C, H, W)"
-            )
+            raise GdfqError(f"{self.name} takes images with the channels last ({described}): export it with (N, C, H, W)")
         return inputs[0]
 
     def feed(self, images: Tensor) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """Steps, zero points and codes of Q's quantizers, by the convention that everybody outside of Eq. 6 has:
 
-y = (code - zero_point) * step        lowest <= code <= highest
+    y = (code - zero_point) * step        lowest <= code <= highest
 """
 
 from dataclasses import dataclass, replace

@@ -35,7 +35,9 @@ def _slice(call: Call) -> Move:
     return _sliced(call, [dim], [start or 0], [2**62 if end is None else end], [step])
 
 
-def _sliced(call: Call, axes: Sequence[int], starts: Sequence[int], ends: Sequence[int], steps: Sequence[int]) -> Move:
+def _sliced(
+    call: Call, axes: Sequence[int], starts: Sequence[int], ends: Sequence[int], steps: Sequence[int]
+) -> Move:
     builder = call.builder
     rank = len(call.shape("self"))
     positive = [axis % rank for axis in axes]
@@ -216,23 +218,10 @@ def _picked(call: Call) -> Move:
     return write
 
 
-_SAME_ORDER = [
-    "reshape",
-    "view",
-    "_unsafe_view",
-    "flatten",
-    "unflatten",
-    "squeeze",
-    "unsqueeze",
-    "ravel",
-    "view_as",
-    "reshape_as",
-    "atleast_2d",
-    "atleast_3d",
-    "squeeze_copy",
-    "unsqueeze_copy",
-    "view_copy",
-]
+_SAME_ORDER = """
+    reshape view _unsafe_view flatten unflatten squeeze unsqueeze ravel view_as reshape_as atleast_2d atleast_3d
+    squeeze_copy unsqueeze_copy view_copy
+""".split()
 MOVES: dict[str, Callable[[Call], Move | list[Move]]] = {
     **dict.fromkeys(_SAME_ORDER, _reshape),
     **dict.fromkeys(["permute", "transpose", "t", "mT", "numpy_T", "movedim", "swapaxes", "permute_copy"], _transpose),

@@ -259,14 +259,18 @@ def _group_norm(call: Call) -> Value:
     bias = call.tensor("bias") or call.builder.constant(np.zeros(channels, np.float32))
     groups = call.fixed("num_groups")
     eps = float(call.fixed("eps"))
-    return call.computed("GroupNormalization", call.tensor("input"), weight, bias, num_groups=groups, epsilon=eps)
+    return call.computed(
+        "GroupNormalization", call.tensor("input"), weight, bias, num_groups=groups, epsilon=eps
+    )
 
 
 def _instance_norm(call: Call) -> Value:
     channels = call.known(call.shape("input")[1])
     weight = call.tensor("weight") or call.builder.constant(np.ones(channels, np.float32))
     bias = call.tensor("bias") or call.builder.constant(np.zeros(channels, np.float32))
-    return call.computed("InstanceNormalization", call.tensor("input"), weight, bias, epsilon=float(call.fixed("eps")))
+    return call.computed(
+        "InstanceNormalization", call.tensor("input"), weight, bias, epsilon=float(call.fixed("eps"))
+    )
 
 
 # --- layers without a quantized weight, matrix products, sizes ---
@@ -355,19 +359,9 @@ _UNARY = {
     "sign": "Sign", "sin": "Sin", "softplus": "Softplus", "sqrt": "Sqrt", "tanh": "Tanh",
 }  # fmt: skip
 _COMPARISONS = {"gt": "Greater", "ge": "GreaterOrEqual", "lt": "Less", "le": "LessOrEqual", "eq": "Equal"}
-_IDENTITIES = [
-    "alias",
-    "clone",
-    "contiguous",
-    "detach",
-    "dropout",
-    "feature_dropout",
-    "lift_fresh",
-    "lift_fresh_copy",
-    "positive",
-    "_to_copy",
-    "to",
-]
+_IDENTITIES = """
+    alias clone contiguous detach dropout feature_dropout lift_fresh lift_fresh_copy positive _to_copy to
+""".split()
 
 OPERATORS: dict[str, Operator] = {
     **{name: _unary(operator) for name, operator in _UNARY.items()},

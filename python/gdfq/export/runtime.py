@@ -28,21 +28,10 @@ KINDS = {  # of places that a target promises to run in integers, and the operat
     "concatenations": ("Concat",),
 }
 INTEGER_OPERATORS = frozenset(
-    [
-        "QLinearConv",
-        "QLinearConvTranspose",
-        "ConvInteger",
-        "QGemm",
-        "QLinearMatMul",
-        "MatMulInteger",
-        "MatMulIntegerToFloat",
-        "DynamicQuantizeMatMul",
-        "QLinearAdd",
-        "QLinearAveragePool",
-        "QLinearGlobalAveragePool",
-        "QLinearReduceMean",
-        "QLinearConcat",
-    ]
+    """
+    QLinearConv QLinearConvTranspose ConvInteger QGemm QLinearMatMul MatMulInteger MatMulIntegerToFloat
+    DynamicQuantizeMatMul QLinearAdd QLinearAveragePool QLinearGlobalAveragePool QLinearReduceMean QLinearConcat
+    """.split()
 )  # a FusedConv is a convolution in float, with what follows it
 _MARKS = re.compile(r"^fused |(_token_\d+)+$|_nchwc$")  # what optimization adds to a node's name
 _FLOAT = 1  # onnx.TensorProto.FLOAT
@@ -110,9 +99,7 @@ def _refusal(name: str, error: Exception, version: str) -> str:
     opset = re.search(r"Opset (\d+) is under development.*domain (\S+) is till opset (\d+)", text)
     if opset:
         given, domain, known = opset.groups()
-        advice = (
-            f"onnxruntime {version} knows those up to {known}: take a newer onnxruntime, or export for an older opset"
-        )
+        advice = f"onnxruntime {version} knows those up to {known}: take a newer onnxruntime, or export for an older opset"
         return f"{name} has opset {given} of {domain}, but {advice}"
     ir = re.search(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)", text)
     if ir:
@@ -121,9 +108,7 @@ def _refusal(name: str, error: Exception, version: str) -> str:
     return f"onnxruntime {version} refuses {name}: {text.removeprefix('[ONNXRuntimeError] : ')}"
 
 
-def run(
-    session: "InferenceSession", feed: dict[str, np.ndarray], names: Sequence[str] | None = None
-) -> list[np.ndarray]:
+def run(session: "InferenceSession", feed: dict[str, np.ndarray], names: Sequence[str] | None = None) -> list[np.ndarray]:
     """What the outputs `names` (default: all) are for the inputs `feed`.
 
     Raises:

@@ -10,17 +10,7 @@ from torch.utils import _pytree as pytree
 BATCHES = (2, 3)
 # Operators that read the size of a tensor, and none of its values.
 _SHAPE_ALONE = frozenset(
-    [
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "empty_like",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty",
-        "rand_like",
-    ]
+    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty rand_like".split()
 )
 
 

@@ -112,25 +112,15 @@ class Verification:
             text = f"{total.codes:,} in {len(self.layers)} places: {total.wrong:,} wrong"
             at_boundary = f", {total.boundary:,} within {EPSILON:g} of a step of a rounding boundary"
             rows.append(("levels", text + at_boundary + (f" (at most {total.farthest:.1g})" if total.boundary else "")))
-            rows += [
-                ("WRONG", f"{check.name}: {check.wrong:,} of {check.codes:,}")
-                for check in self.layers.values()
-                if check.wrong
-            ]
+            rows += [("WRONG", f"{check.name}: {check.wrong:,} of {check.codes:,}") for check in self.layers.values() if check.wrong]
         if self.logits is not None:
             is_wrong = not self.logits <= LOGITS
-            rows.append(
-                ("WRONG" if is_wrong else "logits", f"{self.last_layer}: {self.logits:.1g} of the largest apart")
-            )
+            rows.append(("WRONG" if is_wrong else "logits", f"{self.last_layer}: {self.logits:.1g} of the largest apart"))
         rows += [("argmax", f"on {name} images {found}") for name, found in self.argmax.items()]
         if self.operators is not None:
             places = self.operators.places
-            rows.append(
-                ("integers", ", ".join(f"{place.integer} of {place.total} {kind}" for kind, place in places.items()))
-            )
-            rows += [
-                ("in float", f"{kind}: {', '.join(place.floats)}") for kind, place in places.items() if place.floats
-            ]
+            rows.append(("integers", ", ".join(f"{place.integer} of {place.total} {kind}" for kind, place in places.items())))
+            rows += [("in float", f"{kind}: {', '.join(place.floats)}") for kind, place in places.items() if place.floats]
             rows.append(("operators", ", ".join(f"{name} {count}" for name, count in self.operators.counts.items())))
         size = f"{self.bytes / 1e6:.3g} MB"
         if self.float_bytes:

@@ -15,11 +15,11 @@ from gdfq.export import operators
 from gdfq.export.builder import Builder
 from gdfq.export.call import INPUT, Call
 from gdfq.export.grids import Grid, activation_grid, weight_codes
-from gdfq.export.layers import Affine, LayerResult, Weight, per_channel
+from gdfq.export.layers import Affine, LayerResult, LayerSpec, Weight, per_channel
 from gdfq.export.moves import MOVES
 from gdfq.export.operators import OPERATORS
-from gdfq.export.trial import try_batches
-from gdfq.export.values import Clamped, Computed, Value, quantized
+from gdfq.export.trial import Seen, try_batches
+from gdfq.export.values import Clamped, Codes, Computed, Value, quantized
 from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, WEIGHTED, name_of, op_of
 from gdfq.graph.sizes import ImageSizes
 from gdfq.graph.summary import FloatEntry

@@ -23,7 +23,9 @@ class Leaving(nn.Module):
                 "torch.onnx.export does not know the operators of a quantized model: gdfq.export writes it to ONNX"
             )
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            warnings.warn(f"the traced model needs `import gdfq` wherever it is loaded: {_WAYS}", stacklevel=2)
+            warnings.warn(
+                f"the traced model needs `import gdfq` wherever it is loaded: {_WAYS}", stacklevel=2
+            )
 
     def __reduce__(self) -> Any:
         warnings.warn(
