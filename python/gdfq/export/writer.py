@@ -20,6 +20,7 @@ from gdfq.export.moves import MOVES
 from gdfq.export.operators import OPERATORS
 from gdfq.export.trial import Seen, try_batches
 from gdfq.export.values import Clamped, Codes, Computed, Value, quantized
+from gdfq.graph.leaving import Leaving
 from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, WEIGHTED, name_of, op_of
 from gdfq.graph.sizes import ImageSizes
 from gdfq.graph.summary import FloatEntry
@@ -201,7 +202,7 @@ class _Writer:
         return result
 
     def _module(self, node: fx.Node, module: torch.nn.Module) -> Any:
-        if isinstance(module, ImageSizes):
+        if isinstance(module, (ImageSizes, Leaving)):
             return None
         if isinstance(module, FakeQuantize):
             return self._quantized(node, node.target, module, self.values[node.args[0]])
