@@ -274,8 +274,8 @@ class BatchNormActFakeQuantize(nn.Module):
 class BiasFakeQuantize(nn.Module):
     """Rounds what is added to a layer's products to what integers can add to them: multiples of step_x * step_w.
 
-        no BN behind the layer:   b = bias                                             unit = step_x * step_w
-        BN behind it:             b = beta + (bias - mean) * gamma / sigma             unit = step_x * step_w |gamma| / sigma
+        no BN behind the layer:   b = bias                                   unit = step_x * step_w
+        BN behind it:             b = beta + (bias - mean) * gamma / sigma   unit = step_x * step_w * |gamma| / sigma
 
     The gradient passes unchanged. While the input's range is not known yet, nothing is rounded.
 

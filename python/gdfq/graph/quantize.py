@@ -46,8 +46,9 @@ def build_quantized(captured: CapturedModel, config: QuantizerConfig) -> tuple[f
     """Rewrite the captured model into Q: quantizers where the target has them, ranges not observed yet.
 
     The parameters are a copy that takes gradients. New modules are `weight_quantizers.*`, `activation_quantizers.*`,
-    `bias_quantizers.*` and `batch_norms.*`, with a `_` behind a name that the model has already; only what they store (ranges, what observers
-    keep, weight quantizers that were stored) enters the state dict, everything else in it has its old name.
+    `bias_quantizers.*` and `batch_norms.*`, with a `_` behind a name that the model has already; only what they store
+    (ranges, what observers keep, weight quantizers that were stored) enters the state dict, everything else in it has
+    its old name.
 
     Returns:
         the model, an ordinary module `(N, C, H, W) -> (N, classes)`, and the summary of what was done.

@@ -203,7 +203,7 @@ def _statistics(
 ) -> ChannelStatistics | None:
     batch_norm = batch_norm_of(student, node)
     if batch_norm is not None:
-        return _behindbatch_norm_of(student, node, batch_norm)
+        return _behind_batch_norm(student, node, batch_norm)
     is_sum = node.target is aten.add.Tensor and len(node.args) == 2
     is_concatenation = node.target is aten.cat.default and node.args[1:] == (1,)
     inputs = node.args[0] if is_concatenation else node.args[: 2 if is_sum else 1]

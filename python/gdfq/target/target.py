@@ -73,8 +73,8 @@ def _check(config: Config) -> None:
     most = max([config.quantizer.weight_bits, *(bits.weights for bits in of_layers if bits.weights != "float")])
     if most > target.most_weight_bits:
         raise GdfqError(
-            f"target '{target.name}' holds weights of at most {target.most_weight_bits} bits, and {most} are asked for: "
-            "lower quantizer.weight_bits or those in quantizer.layers, or take another target (gdfq targets)"
+            f"target '{target.name}' holds weights of at most {target.most_weight_bits} bits, and {most} are asked "
+            "for: lower quantizer.weight_bits or those in quantizer.layers, or take another target (gdfq targets)"
         )
 
 
