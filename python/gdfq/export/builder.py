@@ -53,15 +53,14 @@ class Builder:
         self.nodes.append(self.onnx.helper.make_node(operator, given, [output], self._free_name(name), **attributes))
         return output
 
-    def constant(self, values: Any, dtype: Any = None) -> str:
-        """The name of an initializer that holds `values`, the same for the same values, type and shape."""
-        array = np.ascontiguousarray(np.asarray(values, dtype))  # a scalar becomes (1,)
-        array = array.reshape(np.shape(values))
-        return self._constant(array.dtype.name, array.shape, array.tobytes())
+    def constant(self, values: Any, dtype: Any = None, owner: str = "") -> str:
+        """The name of an initializer that holds `values`: the same for the same values, type, shape and owner."""
+        array = np.asarray(values, dtype)
+        return self._constant(array.dtype.name, array.shape, array.tobytes(), owner)
 
     def packed_int4(self, values: np.ndarray) -> str:
-        """The name of an INT4 initializer that holds `values`, integers in -8..7: two in a byte, the first one low."""
-        nibbles = values.reshape(-1).astype(np.int8).view(np.uint8) & 0xF
+        """The name of an INT4 initializer that holds `values`, int8 of -8..7: two in a byte, the first one low."""
+        nibbles = values.reshape(-1).view(np.uint8) & 0xF
         nibbles = np.append(nibbles, np.zeros(len(nibbles) % 2, np.uint8))
         return self._constant("int4", values.shape, (nibbles[::2] | nibbles[1::2] << 4).tobytes())
 
@@ -95,7 +94,7 @@ class Builder:
         return model
 
     def rename(self, tensor: str, name: str) -> None:
-        """Give the output of a node another name; an initializer gets one by a node that copies it."""
+        """Give the output of a node another name."""
         for node in self.nodes:
             for names in (node.input, node.output):
                 names[:] = [name if other == tensor else other for other in names]
@@ -108,8 +107,8 @@ class Builder:
                 used.update(node.input)
         return kept[::-1], used
 
-    def _constant(self, dtype: str, shape: Sequence[int], raw: bytes) -> str:
-        key = (dtype, tuple(shape), raw)
+    def _constant(self, dtype: str, shape: Sequence[int], raw: bytes, owner: str = "") -> str:
+        key = (dtype, tuple(shape), raw, owner)
         if key not in self._constants:
             make = self.onnx.helper.make_tensor
             self._constants[key] = make(self._new_name(), self.type_of(dtype), shape, raw, raw=True)
@@ -123,7 +122,7 @@ class Builder:
         return name
 
     def _free_name(self, name: str) -> str:
-        numbered = (f"{name}_{number}" for number in itertools.count(1))
-        free = name if not name or name not in self._node_names else next(n for n in numbered if n not in self._node_names)
+        numbered = (f"{name}_{number}" if number else name for number in itertools.count())
+        free = next(candidate for candidate in numbered if not candidate or candidate not in self._node_names)
         self._node_names.add(free)
         return free

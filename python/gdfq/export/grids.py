@@ -1,17 +1,13 @@
-"""Steps, zero points and codes of Q's quantizers, by the convention that everybody outside of Eq. 6 has:
+"""Steps, zero points and codes of Q's activation quantizers, as numbers:
 
-    y = (code - zero_point) * step        lowest <= code <= highest
+y = (code - zero_point) * step        lowest <= code <= highest
 """
 
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
-import gdfq_ext
-from gdfq.nn import FakeQuantize, WeightFakeQuantize
-from gdfq.observers import LearnedStep
+from gdfq.nn import FakeQuantize
 
 
 @dataclass(frozen=True)
@@ -52,34 +48,5 @@ class Grid:
 
 def activation_grid(quantizer: FakeQuantize) -> Grid:
     """That of an activation quantizer whose range is known."""
-    top = 2**quantizer.bits - 1
-    if isinstance(quantizer.observer, LearnedStep):
-        return Grid(float(quantizer.observer.step), int(quantizer.observer.zero_point), 0, top)
-    lower, upper = quantizer.range.float().cpu()
-    scale, zero_point = _scale_and_zero_point(lower, upper, quantizer.bits)
-    return Grid(float(1 / scale), int(zero_point), 0, top)
-
-
-def weight_codes(quantizer: WeightFakeQuantize, index: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The codes of a weight, its steps and its zero points.
-
-    Returns:
-        `(channels, ...)`, `(channels,)` and `(channels,)`; codes are 0..2^k - 1, all float32.
-    """
-    bits = quantizer.bits[index]
-    weight = weight.detach().float()
-    if str(index) in quantizer.stored:
-        stored = quantizer.stored[str(index)]
-        return stored.codes(weight), stored.step, stored.zero_point
-    scale, zero_point = _scale_and_zero_point(*gdfq_ext.reference.channel_range(weight), bits)
-    levels = gdfq_ext.fake_quantize_weight(weight, bits) * _per_channel(scale, weight)
-    return levels.round() + _per_channel(zero_point, weight), 1 / scale, zero_point
-
-
-def _scale_and_zero_point(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    scale = (2**bits - 1) / (upper - lower).clamp_min(1e-8)
-    return scale, -torch.round(scale * lower)
-
-
-def _per_channel(values: Tensor, weight: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (weight.dim() - 1))
+    grid = quantizer.grid()
+    return Grid(float(grid.step), int(grid.zero_point), grid.lowest, grid.highest)

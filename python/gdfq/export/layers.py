@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from gdfq.export.builder import Builder
+from gdfq.export.call import Call
 from gdfq.export.grids import Grid
+from gdfq.export.pools import spread
 from gdfq.export.values import Arising, Codes, Value
 
 _LARGEST_BIAS = 2.0**31 - 1024  # of int32, less what float32 steps lose
@@ -16,18 +18,30 @@ _SMALLEST_STEP = 1e-30  # products with it are still normal numbers of float32
 
 @dataclass(frozen=True)
 class Weight:
-    """A layer's weight.
+    """A layer's weight, `(channels, ...)`: as integers, or where it is not quantized, or int8 does not hold them, as
+    floating numbers.
 
     Attributes:
-        values: `(channels, ...)` float64, what Q computes with.
-        carriers: int8 of -127..127 and `values`' shape, values = carriers * step; None where it is not quantized, or
-            does not fit.
-        step: `(channels,)` float64; None with `carriers`.
+        carriers: int8 of -127..127, the weight is carriers * step.
+        step: `(channels,)` float64.
+        values: float32; None where there are carriers.
+        stays_float: why there are none.
     """
 
-    values: np.ndarray
     carriers: np.ndarray | None = None
     step: np.ndarray | None = None
+    values: np.ndarray | None = None
+    stays_float: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.values if self.carriers is None else self.carriers).shape
+
+    def as_matrix(self) -> "Weight":
+        """`(channels, everything else)`."""
+        flat = (None if a is None else a.reshape(len(a), -1) for a in (self.carriers, self.values))
+        carriers, values = flat
+        return Weight(carriers, self.step, values, self.stays_float)
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,44 @@ class LayerSpec:
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
+def convolution(call: Call, weight: Weight) -> LayerSpec:
+    """conv1d, conv2d, conv3d."""
+    kernel = list(weight.shape[2:])
+    rank = len(kernel)
+    strides, dilations = (spread(call.fixed(name), rank) for name in ("stride", "dilation"))
+    padding = call.fixed("padding")
+    if isinstance(padding, str):
+        total = [dilation * (size - 1) * (padding == "same") for dilation, size in zip(dilations, kernel, strict=True)]
+        pads = [size // 2 for size in total] + [size - size // 2 for size in total]
+    else:
+        pads = spread(padding, rank) * 2
+    attributes = {
+        "kernel_shape": kernel,
+        "strides": strides if any(stride != 1 for stride in strides) else None,
+        "pads": pads if any(pads) else None,
+        "dilations": dilations if any(dilation != 1 for dilation in dilations) else None,
+        "group": call.fixed("groups") if call.fixed("groups") != 1 else None,
+    }
+    return LayerSpec(call.name, "Conv", weight, _bias(call), attributes)
+
+
+def is_linear(call: Call, spec: LayerSpec) -> bool:
+    """Whether a convolution sees all of its input at once, as those on pooled maps do: onnxruntime computes a linear
+    layer in integers, whoever reads its result."""
+    sees_all = call.shape("input")[2:] == spec.weight.shape[2:]
+    return sees_all and spec.attributes["group"] is None and spec.attributes["pads"] is None
+
+
+def linear(call: Call, weight: Weight) -> LayerSpec:
+    """A linear layer of inputs `(N, features)`."""
+    return LayerSpec(call.name, "Gemm", weight, _bias(call), {"transB": 1})
+
+
+def _bias(call: Call) -> np.ndarray | None:
+    bias = call.array("bias")
+    return None if bias is None else bias.astype(np.float64)
+
+
 def fold(weight: Weight, bias: np.ndarray, factor: np.ndarray, input_step: float) -> Folded:
     """A layer whose input has the step `input_step`, and whose result is multiplied by `factor`.
 
@@ -87,8 +139,10 @@ def fold(weight: Weight, bias: np.ndarray, factor: np.ndarray, input_step: float
     gone = step < _SMALLEST_STEP
     # Of the bias alone, any step holds it that is large enough.
     new_step = np.where(gone, np.maximum(1.0, 2 * floor), np.maximum(step, floor))
-    scale = np.where(gone, 0.0, np.sign(factor) * step / new_step)
-    carriers = np.rint(weight.carriers * per_channel(scale, weight.carriers)).astype(np.int8)
+    sign = np.where(gone, 0, np.sign(factor)).astype(np.int8)
+    carriers = weight.carriers * per_channel(sign, weight.carriers)
+    for channel in np.flatnonzero(~gone & (step < floor)):
+        carriers[channel] = np.rint(carriers[channel] * (step[channel] / floor[channel]))
     new_step = new_step.astype(np.float32)
     bias_step = (np.float32(input_step) * new_step).astype(np.float64)
     return Folded(carriers, new_step, np.rint(bias / bias_step).astype(np.int32))
@@ -126,10 +180,8 @@ class LayerResult(Arising):
     @property
     def stays_float(self) -> str:
         """Why no runtime computes it in integers; empty where one can. A linear layer's result need not be codes."""
-        if self.spec.weight.step is None:
-            return "its weight is not quantized"
-        if self.spec.weight.carriers is None:
-            return "its weight has zero points so far out that int8 does not hold codes less them"
+        if self.spec.weight.stays_float:
+            return self.spec.weight.stays_float
         if self.input_grid is None:
             return "its input is not quantized"
         if self.spec.operator == "Conv" and not self.only_rounded:
@@ -137,7 +189,7 @@ class LayerResult(Arising):
         return ""
 
     @cached_property
-    def tensor(self) -> str:  # type: ignore[override] # written when it is asked for
+    def tensor(self) -> str:  # written when it is asked for
         spec, builder, grid = self.spec, self.builder, self.input_grid
         source = self.source.as_float
         factor, bias = self._factor_and_bias()
@@ -158,25 +210,29 @@ class LayerResult(Arising):
     def _factor_and_bias(self) -> tuple[np.ndarray, np.ndarray | None]:
         bias, affine = self.spec.bias, self.affine
         if affine is None:
-            return np.ones(len(self.spec.weight.values)), bias
+            return np.ones(self.spec.weight.shape[0]), bias
         return affine.factor, affine.shift if bias is None else bias * affine.factor + affine.shift
 
     def _weight(self, folded: Folded) -> str:
+        constant = self.builder.constant
+        zero_point = ""
+        if self.spec.operator == "Gemm":  # which onnxruntime fuses only where 0 is said, to each layer on its own
+            zero_point = constant(np.zeros(len(folded.step), np.int8), owner=self.spec.name)
         return self.builder.add(
-            "DequantizeLinear", self._stored(folded.carriers), self.builder.constant(folded.step), axis=0
+            "DequantizeLinear", self._stored(folded.carriers), constant(folded.step), zero_point, axis=0
         )
 
     def _stored(self, carriers: np.ndarray) -> str:
         """The carriers as int8, in packed INT4 where these hold them, or where a number for each channel brings them
         into -8..7, as it does all weights of up to 4 bits: onnxruntime adds that number when it loads the file."""
         builder = self.builder
-        by_channel = carriers.reshape(len(carriers), -1).astype(np.int64)
-        low, high = by_channel.min(1, initial=0), by_channel.max(1, initial=0)
+        by_channel = carriers.reshape(len(carriers), -1)
+        low, high = (a.astype(np.int16) for a in (by_channel.min(1, initial=0), by_channel.max(1, initial=0)))
         if low.min() >= -8 and high.max() <= 7:
             return self._unpacked(carriers)
         if (high - low).max() > 15:
             return builder.constant(carriers)
-        zero_points = per_channel(-8 - low, carriers)
+        zero_points = per_channel((-8 - low).astype(np.int8), carriers)
         return builder.add("Sub", self._unpacked(carriers + zero_points), self._unpacked(zero_points))
 
     def _unpacked(self, values: np.ndarray) -> str:

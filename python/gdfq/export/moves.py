@@ -11,6 +11,8 @@ from gdfq.export.call import Call
 from gdfq.export.pools import pool_attributes
 from gdfq.export.values import Move
 
+_PADDING = {"constant": "constant", "reflect": "reflect", "reflection": "reflect", "replicate": "edge",
+            "replication": "edge", "circular": "wrap"}  # fmt: skip
 _MOST_INDICES = 2**20  # of the picks that are written one by one
 
 
@@ -22,7 +24,7 @@ def _reshape(call: Call, shape: tuple[int | None, ...] | None = None) -> Move:
 def _transpose(call: Call) -> Move:
     """The permutation is read off the strides of a transposed example."""
     dimensions = len(call.shape())
-    example = torch.empty(range(2, dimensions + 2), device="meta")
+    example = torch.empty(tuple(range(2, dimensions + 2)), device="meta")
     others = [call.fixed(name) for name in list(call.arguments)[1:]]
     strides = call.node.target(example, *others).stride()
     order = [example.stride().index(stride) for stride in strides]
@@ -35,9 +37,7 @@ def _slice(call: Call) -> Move:
     return _sliced(call, [dim], [start or 0], [2**62 if end is None else end], [step])
 
 
-def _sliced(
-    call: Call, axes: Sequence[int], starts: Sequence[int], ends: Sequence[int], steps: Sequence[int]
-) -> Move:
+def _sliced(call: Call, axes: Sequence[int], starts: Sequence[int], ends: Sequence[int], steps: Sequence[int]) -> Move:
     builder = call.builder
     rank = len(call.shape("self"))
     positive = [axis % rank for axis in axes]
@@ -109,22 +109,21 @@ def _repeat(call: Call) -> Move:
     return lambda x, zero: call.builder.add("Tile", x, constant)
 
 
-def _pad(mode: str) -> Callable[[Call], Move]:
-    def pad(call: Call) -> Move:
-        padding = call.fixed("pad" if "pad" in call.arguments else "padding")
-        rank, builder = len(call.shape("self")), call.builder
-        count = len(padding) // 2
-        axes = [rank - 1 - index for index in range(count)]
-        pads = builder.constant([*padding[0::2], *padding[1::2]], np.int64)
-        axes_name = builder.constant(axes, np.int64)
+def pad(call: Call) -> Move:
+    """With zeros, or values of the tensor itself; ONNX counts dimensions from the first, and PyTorch from the last."""
+    padding = call.fixed("pad" if "pad" in call.arguments else "padding")
+    mode = call.fixed("mode") if "mode" in call.arguments else call.op.partition("_")[0]
+    builder = call.builder
+    # All dimensions: where only some are named, onnxruntime 1.32 goes wrong when it changes the layout.
+    before, after = (padding[start::2][::-1] for start in (0, 1))
+    rest = [0] * (len(call.shape("self")) - len(before))
+    pads = builder.constant([*rest, *before, *rest, *after], np.int64)
 
-        def write(x: str, zero: np.generic) -> str:
-            fill = builder.constant(zero) if mode == "constant" else ""
-            return builder.add("Pad", x, pads, fill, axes_name, mode=mode)
+    def write(x: str, zero: np.generic) -> str:
+        fill = builder.constant(zero) if _PADDING[mode] == "constant" else ""
+        return builder.add("Pad", x, pads, fill, mode=_PADDING[mode])
 
-        return write
-
-    return pad
+    return write
 
 
 def _max_pool(call: Call) -> Move:
@@ -218,10 +217,23 @@ def _picked(call: Call) -> Move:
     return write
 
 
-_SAME_ORDER = """
-    reshape view _unsafe_view flatten unflatten squeeze unsqueeze ravel view_as reshape_as atleast_2d atleast_3d
-    squeeze_copy unsqueeze_copy view_copy
-""".split()
+_SAME_ORDER = (
+    "reshape",
+    "view",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "ravel",
+    "view_as",
+    "reshape_as",
+    "atleast_2d",
+    "atleast_3d",
+    "squeeze_copy",
+    "unsqueeze_copy",
+    "view_copy",
+)
 MOVES: dict[str, Callable[[Call], Move | list[Move]]] = {
     **dict.fromkeys(_SAME_ORDER, _reshape),
     **dict.fromkeys(["permute", "transpose", "t", "mT", "numpy_T", "movedim", "swapaxes", "permute_copy"], _transpose),
@@ -234,9 +246,8 @@ MOVES: dict[str, Callable[[Call], Move | list[Move]]] = {
                     _first_of(_adaptive_max_pool)),
     **dict.fromkeys(["upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
                      "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"], _nearest),
-    **dict.fromkeys(["reflection_pad1d", "reflection_pad2d", "reflection_pad3d"], _pad("reflect")),
-    **dict.fromkeys(["replication_pad1d", "replication_pad2d", "replication_pad3d"], _pad("edge")),
-    "constant_pad_nd": _pad("constant"),
+    **dict.fromkeys(["pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
+                     "replication_pad1d", "replication_pad2d", "replication_pad3d"], pad),
     "slice": _slice,
     "narrow": _narrow,
     "select": _select,

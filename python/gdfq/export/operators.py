@@ -1,16 +1,14 @@
 """Operators that compute, in float unless a runtime fuses them with the quantizers around: aten to ONNX."""
 
-import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from gdfq.export.call import Call
-from gdfq.export.layers import LayerSpec, Weight
-from gdfq.export.pools import pool_attributes, spread
-from gdfq.export.values import Clamped, Joined, Value
+from gdfq.export.moves import pad
+from gdfq.export.pools import adaptive_average_pool, average_pool, mean, reduce, spread, variance
+from gdfq.export.values import Clamped, Computed, Joined, Value
 
 Operator = Callable[[Call], Value | list[Value | None]]
 
@@ -145,104 +143,6 @@ def _stack(call: Call) -> Value:
     return Joined(parts, dim, call.only_reader, call.name)
 
 
-# --- pools and reductions ---
-
-
-def _average_pool(call: Call) -> Value:
-    attributes = pool_attributes(call)
-    rank = len(attributes["kernel_shape"])
-    sizes = call.sizes("self", list(range(2, 2 + rank)))
-    if attributes["kernel_shape"] == sizes and not any(attributes["pads"]):
-        return call.computed("GlobalAveragePool", call.tensor("self"))
-    padding = spread(call.fixed("padding"), rank)
-    source = call.value("self")
-    padded = bool(call.fixed("count_include_pad")) and any(padding)
-    if padded and attributes["pads"][rank:] != padding:  # what is beyond the padding does not count
-        zeros = call.builder.constant([*padding, *padding], np.int64)
-        axes = call.builder.constant(list(range(2, 2 + rank)), np.int64)
-        source = source.moved(
-            lambda x, zero: call.builder.add("Pad", x, zeros, call.builder.constant(zero), axes), False
-        )
-        ends = [end - before for end, before in zip(attributes["pads"][rank:], padding, strict=True)]
-        attributes["pads"] = [0] * rank + ends
-        padded = False
-    divisor = call.arguments.get("divisor_override")
-    pooled = partial(call.computed, "AveragePool", source.as_float, **attributes)
-    if divisor is None:
-        return pooled(count_include_pad=int(padded) or None)
-    ratio = call.builder.constant(math.prod(attributes["kernel_shape"]) / divisor, np.float32)
-    return call.computed("Mul", pooled(count_include_pad=1).as_float, ratio)
-
-
-def _adaptive_average_pool(call: Call) -> Value:
-    outputs = list(call.shape()[2:])
-    dims = list(range(2, 2 + len(outputs)))
-    sizes = call.sizes("self", dims)
-    if all(output == 1 for output in outputs):
-        return call.computed("GlobalAveragePool", call.tensor("self"))
-    if outputs == sizes:
-        return call.value("self")
-    if all(size % output == 0 for size, output in zip(sizes, outputs, strict=True)):
-        kernel = [size // output for size, output in zip(sizes, outputs, strict=True)]
-        return call.computed("AveragePool", call.tensor("self"), kernel_shape=kernel, strides=kernel)
-    if len(outputs) > 2:
-        raise call.unknown()
-    x = call.tensor("self")
-    for dim, size, output in zip(dims, sizes, outputs, strict=True):
-        means = call.builder.constant(_windows(size, output))  # (output, size)
-        if dim == dims[-1]:
-            x = call.add("MatMul", x, call.builder.add("Transpose", means, perm=[1, 0]))
-        else:
-            x = call.add("MatMul", means, x)
-    return call.of_float(x)
-
-
-def _windows(size: int, output: int) -> np.ndarray:
-    """`(output, size)` float32: each row takes the mean of a window of PyTorch's adaptive pools."""
-    matrix = np.zeros((output, size), np.float32)
-    for index in range(output):
-        start, end = index * size // output, -(-(index + 1) * size // output)
-        matrix[index, start:end] = 1 / (end - start)
-    return matrix
-
-
-def _mean(call: Call) -> Value:
-    rank = len(call.shape("self"))
-    dims = call.arguments.get("dim")
-    dims = sorted(dim % rank for dim in dims) if dims else list(range(rank))
-    if rank > 2 and dims == list(range(2, rank)):
-        pooled = call.computed("GlobalAveragePool", call.tensor("self"))
-        if call.fixed("keepdim"):
-            return pooled
-        shape = call.as_reshape(call.shape())
-        return pooled.moved(lambda x, zero: call.builder.add("Reshape", x, shape), True)
-    return _reduce("ReduceMean")(call)
-
-
-def _reduce(operator: str) -> Operator:
-    def reduce(call: Call) -> Value:
-        dims = call.fixed("dim") if call.arguments.get("dim") is not None else []
-        dims = [dims] if isinstance(dims, int) else list(dims)
-        axes = call.builder.constant(dims or list(range(len(call.shape("self")))), np.int64)
-        return call.computed(operator, call.tensor("self"), axes, keepdims=int(call.arguments.get("keepdim") or 0))
-
-    return reduce
-
-
-def _variance(call: Call) -> Value:
-    builder = call.builder
-    rank = len(call.shape("self"))
-    dims = [dim % rank for dim in call.fixed("dim") or range(rank)]
-    correction = call.arguments.get("correction")
-    count = math.prod(call.sizes("self", dims))
-    axes = builder.constant(dims, np.int64)
-    x = call.tensor("self")
-    centered = builder.add("Sub", x, builder.add("ReduceMean", x, axes, keepdims=1))
-    squares = builder.add("Mul", centered, centered)
-    total = builder.add("ReduceSum", squares, axes, keepdims=int(call.fixed("keepdim")))
-    return call.computed("Div", total, builder.constant(count - (1 if correction is None else correction), np.float32))
-
-
 # --- normalization ---
 
 
@@ -259,52 +159,17 @@ def _group_norm(call: Call) -> Value:
     bias = call.tensor("bias") or call.builder.constant(np.zeros(channels, np.float32))
     groups = call.fixed("num_groups")
     eps = float(call.fixed("eps"))
-    return call.computed(
-        "GroupNormalization", call.tensor("input"), weight, bias, num_groups=groups, epsilon=eps
-    )
+    return call.computed("GroupNormalization", call.tensor("input"), weight, bias, num_groups=groups, epsilon=eps)
 
 
 def _instance_norm(call: Call) -> Value:
     channels = call.known(call.shape("input")[1])
     weight = call.tensor("weight") or call.builder.constant(np.ones(channels, np.float32))
     bias = call.tensor("bias") or call.builder.constant(np.zeros(channels, np.float32))
-    return call.computed(
-        "InstanceNormalization", call.tensor("input"), weight, bias, epsilon=float(call.fixed("eps"))
-    )
+    return call.computed("InstanceNormalization", call.tensor("input"), weight, bias, epsilon=float(call.fixed("eps")))
 
 
-# --- layers without a quantized weight, matrix products, sizes ---
-
-
-def convolution(call: Call, weight: Weight) -> LayerSpec:
-    """conv1d, conv2d, conv3d."""
-    kernel = list(weight.values.shape[2:])
-    rank = len(kernel)
-    strides, dilations = (spread(call.fixed(name), rank) for name in ("stride", "dilation"))
-    padding = call.fixed("padding")
-    if isinstance(padding, str):
-        total = [dilation * (size - 1) * (padding == "same") for dilation, size in zip(dilations, kernel, strict=True)]
-        pads = [size // 2 for size in total] + [size - size // 2 for size in total]
-    else:
-        pads = spread(padding, rank) * 2
-    attributes = {
-        "kernel_shape": kernel,
-        "strides": strides if any(stride != 1 for stride in strides) else None,
-        "pads": pads if any(pads) else None,
-        "dilations": dilations if any(dilation != 1 for dilation in dilations) else None,
-        "group": call.fixed("groups") if call.fixed("groups") != 1 else None,
-    }
-    return LayerSpec(call.name, "Conv", weight, _bias(call), attributes)
-
-
-def linear(call: Call, weight: Weight) -> LayerSpec:
-    """A linear layer of inputs `(N, features)`."""
-    return LayerSpec(call.name, "Gemm", weight, _bias(call), {"transB": 1})
-
-
-def _bias(call: Call) -> np.ndarray | None:
-    bias = call.array("bias")
-    return None if bias is None else bias.astype(np.float64)
+# --- others ---
 
 
 def _transposed_convolution(call: Call) -> Value:
@@ -334,6 +199,12 @@ def _resize(mode: str) -> Operator:
     return resize
 
 
+def _pad(call: Call) -> Value:
+    """Padding with something else than 0."""
+    value = np.float32(call.fixed("value") or 0)
+    return Computed(call.builder, pad(call)(call.tensor("self"), value), "Pad")
+
+
 def _masked_fill(call: Call) -> Value:
     return call.computed("Where", call.tensor("mask"), call.tensor("value"), call.tensor("self"))
 
@@ -359,9 +230,19 @@ _UNARY = {
     "sign": "Sign", "sin": "Sin", "softplus": "Softplus", "sqrt": "Sqrt", "tanh": "Tanh",
 }  # fmt: skip
 _COMPARISONS = {"gt": "Greater", "ge": "GreaterOrEqual", "lt": "Less", "le": "LessOrEqual", "eq": "Equal"}
-_IDENTITIES = """
-    alias clone contiguous detach dropout feature_dropout lift_fresh lift_fresh_copy positive _to_copy to
-""".split()
+_IDENTITIES = (
+    "alias",
+    "clone",
+    "contiguous",
+    "detach",
+    "dropout",
+    "feature_dropout",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "positive",
+    "_to_copy",
+    "to",
+)
 
 OPERATORS: dict[str, Operator] = {
     **{name: _unary(operator) for name, operator in _UNARY.items()},
@@ -369,14 +250,14 @@ OPERATORS: dict[str, Operator] = {
     **dict.fromkeys(_IDENTITIES, _same),
     "_log_softmax": _softmax("LogSoftmax"),
     "_softmax": _softmax("Softmax"),
-    "adaptive_avg_pool1d": _adaptive_average_pool,
-    "adaptive_avg_pool2d": _adaptive_average_pool,
-    "adaptive_avg_pool3d": _adaptive_average_pool,
-    "_adaptive_avg_pool2d": _adaptive_average_pool,
+    "adaptive_avg_pool1d": adaptive_average_pool,
+    "adaptive_avg_pool2d": adaptive_average_pool,
+    "adaptive_avg_pool3d": adaptive_average_pool,
+    "_adaptive_avg_pool2d": adaptive_average_pool,
     "add": _add,
-    "avg_pool1d": _average_pool,
-    "avg_pool2d": _average_pool,
-    "avg_pool3d": _average_pool,
+    "avg_pool1d": average_pool,
+    "avg_pool2d": average_pool,
+    "avg_pool3d": average_pool,
     "bmm": _binary("MatMul", second="mat2"),
     "cat": _cat,
     "clamp": _clamp("min", "max"),
@@ -394,14 +275,16 @@ OPERATORS: dict[str, Operator] = {
     "layer_norm": _layer_norm,
     "leaky_relu": _with("LeakyRelu", alpha="negative_slope"),
     "log_softmax": _softmax("LogSoftmax"),
-    "logsumexp": _reduce("ReduceLogSumExp"),
+    "logsumexp": reduce("ReduceLogSumExp"),
     "masked_fill": _masked_fill,
     "matmul": _binary("MatMul"),
     "maximum": _binary("Max"),
-    "mean": _mean,
+    "mean": mean,
     "minimum": _binary("Min"),
     "mm": _binary("MatMul", second="mat2"),
     "mul": _scale("Mul"),
+    "constant_pad_nd": _pad,
+    "pad": _pad,
     "pow": _pow,
     "prelu": _prelu,
     "_prelu_kernel": _prelu,
@@ -413,12 +296,12 @@ OPERATORS: dict[str, Operator] = {
     "softmax": _softmax("Softmax"),
     "stack": _stack,
     "sub": _sub,
-    "sum": _reduce("ReduceSum"),
+    "sum": reduce("ReduceSum"),
     "threshold": _threshold,
     "upsample_bicubic2d": _resize("cubic"),
     "upsample_bilinear2d": _resize("linear"),
     "upsample_linear1d": _resize("linear"),
     "upsample_trilinear3d": _resize("linear"),
-    "var": _variance,
+    "var": variance,
     "where": lambda call: call.computed("Where", call.tensor("condition"), call.tensor("self"), call.tensor("other")),
 }

@@ -94,7 +94,7 @@ def session(
 
 def _refusal(name: str, error: Exception, version: str) -> str:
     text = " ".join(str(error).split())
-    if "INVALID_PROTOBUF" in text or "ModelProto does not have a graph" in text:
+    if any(words in text for words in ("INVALID_PROTOBUF", "does not have a graph", "No graph was found")):
         return f"{name} is no ONNX file, or only a part of one: copy or export it again"
     opset = re.search(r"Opset (\d+) is under development.*domain (\S+) is till opset (\d+)", text)
     if opset:

@@ -9,9 +9,7 @@ from torch.utils import _pytree as pytree
 
 BATCHES = (2, 3)
 # Operators that read the size of a tensor, and none of its values.
-_SHAPE_ALONE = frozenset(
-    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty rand_like".split()
-)
+_SHAPE_ALONE = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
 
 
 @dataclass(frozen=True)
@@ -40,25 +38,32 @@ def try_batches(student: fx.GraphModule, image_shape: tuple[int, int, int]) -> d
     """Run Q on two batches of noise and keep what its nodes give."""
     device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
     random = torch.Generator().manual_seed(0)
-    first, second = (_Recorder(student) for _ in BATCHES)
-    for recorder, batch in zip((first, second), BATCHES, strict=True):
+    first = _Recorder(student, {})
+    second = _Recorder(student, first.constants)
+    for batch, recorder in zip(BATCHES, (first, second), strict=True):
         recorder.run(torch.randn(batch, *image_shape, generator=random).to(device))
-    return {
-        node: Seen(value, second.seen[node], first.of_image[node]) for node, value in first.seen.items()
-    }  # fmt: skip
+    return {node: Seen(value, second.seen[node], node in first.of_image) for node, value in first.seen.items()}
 
 
 class _Recorder(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
+    """Runs Q. What does not depend on the batch at all, not even on its size, is computed once: `constants`."""
+
+    def __init__(self, module: fx.GraphModule, constants: dict[fx.Node, Any]) -> None:
         super().__init__(module)
+        self.constants = constants
         self.seen: dict[fx.Node, Any] = {}
-        self.of_image: dict[fx.Node, bool] = {}
+        self.of_image: set[fx.Node] = set()
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        if n in self.constants:
+            result = self.constants[n]
+        else:
+            result = super().run_node(n)
+            if n.op not in ("placeholder", "output") and all(source in self.constants for source in n.all_input_nodes):
+                self.constants[n] = result
         holds_tensors = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result))
-        reads_shape_alone = getattr(n.target, "_opname", "") in _SHAPE_ALONE
-        depends = holds_tensors and not reads_shape_alone and any(self.of_image[source] for source in n.all_input_nodes)
-        self.of_image[n] = n.op == "placeholder" or depends
-        self.seen[n] = pytree.tree_map_only(Tensor, lambda t: t.shape, result) if self.of_image[n] else result
+        reads_values = holds_tensors and getattr(n.target, "_opname", "") not in _SHAPE_ALONE
+        if n.op == "placeholder" or (reads_values and self.of_image & set(n.all_input_nodes)):
+            self.of_image.add(n)
+        self.seen[n] = pytree.tree_map_only(Tensor, lambda t: t.shape, result) if n in self.of_image else result
         return result

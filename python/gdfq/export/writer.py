@@ -11,25 +11,24 @@ from torch import Tensor, fx
 
 from gdfq.calibrate import check_ranges
 from gdfq.errors import GdfqError
-from gdfq.export import operators
 from gdfq.export.builder import Builder
 from gdfq.export.call import INPUT, Call
-from gdfq.export.grids import Grid, activation_grid, weight_codes
-from gdfq.export.layers import Affine, LayerResult, LayerSpec, Weight, per_channel
+from gdfq.export.grids import Grid, activation_grid
+from gdfq.export.layers import Affine, LayerResult, LayerSpec, Weight, convolution, is_linear, linear
 from gdfq.export.moves import MOVES
 from gdfq.export.operators import OPERATORS
-from gdfq.export.trial import Seen, try_batches
-from gdfq.export.values import Clamped, Codes, Computed, Value, quantized
-from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, WEIGHTED, name_of, op_of
-from gdfq.graph.sizes import ImageSizes
+from gdfq.export.trial import try_batches
+from gdfq.export.values import Clamped, Computed, Moved, Value, quantized
+from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, WEIGHTED, name_of, op_of, preserves_values
 from gdfq.graph.summary import FloatEntry
 from gdfq.models import check_finite
-from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize
+from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize, per_channel
 
 if TYPE_CHECKING:
     import onnx
 
 OUTPUT, BATCH = "logits", "N"
+_BATCH_NORM = "BatchNormalization"
 _INT16_TOP = 2**15 - 1
 
 
@@ -142,7 +141,7 @@ class _Writer:
         self.values: dict[fx.Node, Any] = {}
         self.codes: dict[str, QuantizedTensor] = {}
         self.layers: list[LayerResult] = []
-        self.computed: dict[fx.Node, Value] = {}
+        self.computed: dict[fx.Node, Computed] = {}
         self.floats: list[FloatEntry] = []
 
     def written(self, metadata: dict[str, str]) -> Written:
@@ -187,7 +186,7 @@ class _Writer:
         if node.target in WEIGHTED:
             return self._layer(call)
         op = op_of(node)
-        if op in MOVES:
+        if op in MOVES and preserves_values(node):
             source = call.value("self")
             moves = MOVES[op](call)
             if isinstance(moves, list):
@@ -201,8 +200,6 @@ class _Writer:
         return result
 
     def _module(self, node: fx.Node, module: torch.nn.Module) -> Any:
-        if isinstance(module, ImageSizes):
-            return None
         if isinstance(module, FakeQuantize):
             return self._quantized(node, node.target, module, self.values[node.args[0]])
         if isinstance(module, BatchNormActFakeQuantize):
@@ -233,22 +230,20 @@ class _Writer:
     def _batch_norm(self, node: fx.Node, module: BatchNormAct) -> Value:
         source, *tensors = node.args
         mean, variance, gamma, beta = (None if t is None else self._constant(t) for t in tensors)
+        gamma = np.ones_like(mean) if gamma is None else gamma
+        beta = np.zeros_like(mean) if beta is None else beta
         value = self.values[source]
-        factor = (1.0 if gamma is None else gamma) / np.sqrt(variance + module.eps)
-        shift = (0.0 if beta is None else beta) - mean * factor
-        if isinstance(value, LayerResult) and value.affine is None and len(source.users) == 1:
-            value = value.behind(Affine(factor, shift))
-            self.layers.append(value)
+        layer = value.base if isinstance(value, Moved) else value
+        if isinstance(layer, LayerResult) and source.target in WEIGHTED and len(source.users) == 1:
+            factor = gamma / np.sqrt(variance + module.eps)
+            folded = layer.behind(Affine(factor, beta - mean * factor))
+            self.layers.append(folded)
+            value = folded if value is layer else Moved(folded, value.move, True)
         else:
-            value = self._affine(node, value, factor, shift)
+            parameters = (self.builder.constant(values, np.float32) for values in (gamma, beta, mean, variance))
+            name = self.builder.add(_BATCH_NORM, value.as_float, *parameters, name=name_of(node), epsilon=module.eps)
+            value = self.computed[node] = Computed(self.builder, name, _BATCH_NORM)
         return value if module.act == "none" else Clamped(value, *BOUNDS[module.act])
-
-    def _affine(self, node: fx.Node, value: Value, factor: np.ndarray, shift: np.ndarray) -> Value:
-        ones = [1] * (len(self.seen[node].shape) - 2)
-        factor, shift = (self.builder.constant(a.reshape(-1, *ones), np.float32) for a in (factor, shift))
-        scaled = self.builder.add("Mul", value.as_float, factor, name=name_of(node))
-        self.computed[node] = Computed(self.builder, self.builder.add("Add", scaled, shift), "BatchNormalization")
-        return self.computed[node]
 
     # --- layers ---
 
@@ -257,40 +252,49 @@ class _Writer:
         weight = self._weight(node.args[1])
         source = call.value("input")
         rank = len(call.shape("input"))
-        if node.target not in CONVOLUTIONS and rank != 2:
-            return self._linear_of_rows(call, weight, source)
-        spec = (operators.convolution if node.target in CONVOLUTIONS else operators.linear)(call, weight)
-        result = LayerResult(self.builder, spec, source)
-        self.layers.append(result)
-        return result
+        if node.target in CONVOLUTIONS:
+            spec = convolution(call, weight)
+            if is_linear(call, spec):
+                return self._reshaped(call, linear(call, weight.as_matrix()), source)
+        else:
+            spec = linear(call, weight)
+            if rank != 2:
+                return self._reshaped(call, spec, source)
+        return self._result(spec, source)
 
-    def _linear_of_rows(self, call: Call, weight: Weight, source: Value) -> Value:
-        """A linear layer of `(..., features)`, as one of `(rows, features)`."""
-        rows = self.builder.constant([-1, call.known(call.shape("input")[-1])], np.int64)
-        shape = call.as_reshape(call.shape())
-        flat = source.moved(lambda x, zero: self.builder.add("Reshape", x, rows), call.only_reader_of_source)
-        result = LayerResult(self.builder, operators.linear(call, weight), flat)
-        self.layers.append(result)
-        return result.moved(lambda x, zero: self.builder.add("Reshape", x, shape), True)
+    def _reshaped(self, call: Call, spec: LayerSpec, source: Value) -> Value:
+        """A linear layer of `(rows, features)`, whatever the shapes of its input and its result."""
+        add, features = self.builder.add, spec.weight.shape[1]
+        rows, shape = self.builder.constant([-1, features], np.int64), call.as_reshape(call.shape())
+        flat = source.moved(lambda x, zero: add("Reshape", x, rows), call.only_reader_of_source)
+        return self._result(spec, flat).moved(lambda x, zero: add("Reshape", x, shape), True)
+
+    def _result(self, spec: LayerSpec, source: Value) -> LayerResult:
+        self.layers.append(LayerResult(self.builder, spec, source))
+        return self.layers[-1]
 
     def _weight(self, node: fx.Node) -> Weight:
-        values = self._constant(node)
         call, index = node.args if node.target is operator.getitem else (None, 0)
         module = self.student.get_submodule(call.target) if call is not None and call.op == "call_module" else None
         if not isinstance(module, WeightFakeQuantize):
-            return Weight(values)
-        codes, step, zero_point = (
-            t.double().cpu().numpy() for t in weight_codes(module, index, self.seen[call.args[0][index]].value)
-        )
-        carriers = codes - per_channel(zero_point, codes)
-        fits = np.abs(carriers).max(initial=0) <= 127
-        return Weight(values, carriers.astype(np.int8) if fits else None, step)
+            return Weight(values=self._tensor(node).cpu().numpy(), stays_float="its weight is not quantized")
+        weight = self._tensor(call.args[0][index])
+        step, zero_point, *_ = module.grid(index, weight)
+        carriers = module.codes(index, weight) - per_channel(zero_point, weight)
+        largest = carriers.abs().max().item() if carriers.numel() else 0
+        if largest > 127:
+            reason = f"codes of its weight, less their zero point, reach {largest:.0f}, which int8 does not hold"
+            return Weight(values=self._tensor(node).cpu().numpy(), stays_float=reason)
+        return Weight(carriers.to(torch.int8).cpu().numpy(), step.double().cpu().numpy())
 
     def _constant(self, node: fx.Node) -> np.ndarray:
+        return self._tensor(node).double().cpu().numpy()
+
+    def _tensor(self, node: fx.Node) -> Tensor:
+        """What does not depend on the image, float32."""
         if self.seen[node].of_image:
-            raise GdfqError(f"{name_of(node)}: a weight that is computed from the image cannot be written to ONNX")
-        value: Tensor = self.seen[node].value
-        return value.detach().double().cpu().numpy()
+            raise GdfqError(f"{name_of(node)}: a parameter that is computed from the image cannot be written to ONNX")
+        return self.seen[node].value.detach().float()
 
     # --- account ---
 
@@ -299,9 +303,7 @@ class _Writer:
         pair = 0
         if grid is not None and carriers is not None:
             largest = grid.highest + (128 if grid.lowest < 0 else 0)  # int8 codes are moved to 0..255
-            ordered = np.sort(carriers.reshape(len(carriers), -1).astype(np.int64), axis=1)
-            low, high = ordered[:, :2].clip(max=0), ordered[:, -2:].clip(min=0)
-            pair = int(largest * max(high.sum(1).max(initial=0), -low.sum(1).min(initial=0)))
+            pair = largest * _largest_pair(carriers.reshape(len(carriers), -1))
         return WrittenLayer(layer.spec.name, layer.node, layer.stays_float, pair)
 
     def _floats(self) -> list[FloatEntry]:
@@ -319,8 +321,17 @@ class _Writer:
         return GdfqError(f"{name_of(node)}: the ONNX writer does not know the operator {op_of(node)}")
 
 
+def _largest_pair(carriers: np.ndarray) -> int:
+    """The largest amount that two carriers of a channel have together, of one sign."""
+    if carriers.size == 0:
+        return 0
+    count = min(2, carriers.shape[1])
+    of_sign = (np.partition(signed, -count, axis=1)[:, -count:].astype(int) for signed in (carriers, -carriers))
+    return max(int(two.clip(min=0).sum(1).max()) for two in of_sign)
+
+
 def _why_float(value: Computed) -> str:
-    if value.operator == "BatchNormalization":
+    if value.operator == _BATCH_NORM:
         return "it is not behind a convolution that it could be folded into"
     if not value.reads_codes:
         return "its input is not quantized"

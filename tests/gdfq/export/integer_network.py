@@ -69,11 +69,11 @@ def integer_network(
         integers[f"{name}.step"] = (random.uniform(0.3, 0.6, shape[0]) / largest / shape[1] ** 0.5).astype(np.float32)
         integers[f"{name}.bias"] = random.integers(-20 * top, 20 * top, shape[0]).astype(np.int32)
     grids = {
-        "image": Grid(6 / 255, 128, 0, 255),
-        "first": Grid(4 / top, 0, 0, top),
-        "second": Grid(6 / top, top // 2 + 1, 0, top),
-        "sum": Grid(5 / top, 0, 0, top),
-        "pool": Grid(3 / top, 0, 0, top),
+        "image": Grid(5.91 / 255, 128, 0, 255),
+        "first": Grid(1.37 / top, 0, 0, top),
+        "second": Grid(5.83 / top, top // 2 + 1, 0, top),
+        "sum": Grid(4.71 / top, 0, 0, top),
+        "pool": Grid(2.83 / top, 0, 0, top),
     }
     codes = {f"quantizers.{name}": QuantizedTensor(CODES.format(name), grid) for name, grid in grids.items()}
     return Network(integers, grids).eval(), Written(_file(integers, grids, size), codes, [])
