@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -140,6 +140,7 @@ def export(
     verified: bool = True,
     float_model: nn.Module | None = None,
     real_images: Iterable[Tensor] | None = None,
+    classes: Sequence[str] | None = None,
     threads: int | None = None,
     opset: int = 21,
     overwrite: bool = False,
@@ -159,6 +160,7 @@ def export(
         verified: whether to verify. It needs onnxruntime.
         float_model: what was quantized, to compare size and time with.
         real_images: batches `(N, C, H, W)` as the model takes them, on which the file is tried, too.
+        classes: their names, kept in the file.
         threads: of onnxruntime; default: PyTorch's.
         opset: of ONNX.
         overwrite: whether a file may be there already.
@@ -184,7 +186,7 @@ def export(
     student = copy.deepcopy(quantized.student).cpu().eval()
     written = write(
         student, quantized.image_shape, pixels=normalization if input == "uint8" else None,
-        metadata=_metadata(quantized, normalization), opset=opset,
+        metadata=_metadata(quantized, normalization, classes), opset=opset,
     )  # fmt: skip
     if integer_only and written.floats:
         raise GdfqError(_stays_float([f"{entry.name} ({entry.op}): {entry.reason}" for entry in written.floats]))
@@ -201,7 +203,9 @@ def export(
             verification.file = path.name
             if verification.failed:
                 layers = some(verification.failed)
-                raise NotTheSame(f"the file computes something else than Q in {layers}; it was not kept\n{verification}")
+                raise NotTheSame(
+                    f"the file computes something else than Q in {layers}; it was not kept\n{verification}"
+                )
             if integer_only and verification.operators is not None:
                 places = verification.operators.places.values()
                 floats = [name for place in places for name in place.floats]
@@ -227,7 +231,9 @@ def _of_bounds(pixels: Pixels) -> Normalization | None:
     return Normalization([round(value, 6) for value in mean], [round(value, 6) for value in std])
 
 
-def _metadata(quantized: Quantized, normalization: Normalization | None) -> dict[str, str]:
+def _metadata(
+    quantized: Quantized, normalization: Normalization | None, classes: Sequence[str] | None
+) -> dict[str, str]:
     from gdfq import __version__
 
     config = quantized.config
@@ -241,4 +247,6 @@ def _metadata(quantized: Quantized, normalization: Normalization | None) -> dict
     }
     if normalization is not None:
         about |= {"mean": list(normalization.mean), "std": list(normalization.std)}
+    if classes is not None:
+        about["classes"] = list(classes)
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
