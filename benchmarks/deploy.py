@@ -10,7 +10,6 @@ nothing is trained: what is tried here is the file.
 
 import argparse
 import json
-import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -95,7 +94,7 @@ def row(name: str, model: nn.Module, bits: tuple[int, int], count: int, threads:
     settings = {"quantizer.weight_bits": bits[0], "quantizer.activation_bits": bits[1]}
     config = gdfq.Config.load("imagenet", settings).quantizer
     student, _ = build_quantized(captured, config)
-    calibrate(student, images(6000, CALIBRATED_ON, channels, size))
+    calibrate(student, (part for x in images(6000, CALIBRATED_ON, channels, size) for part in x.split(8)))
     found: dict[str, Any] = {"network": name, "bits": f"W{bits[0]}A{bits[1]}", "pixels": size}
     pixels = Pixels.standardized(channels)
     with tempfile.TemporaryDirectory() as folder:
@@ -136,25 +135,20 @@ def main() -> None:
 
 
 def line(found: dict[str, Any]) -> str:
+    """A row in words."""
     if "error" in found:
         return f"{found['network']} {found['bits']}: {found['error']}"
     verification = found["verification"]
-    wrong = sum(check["wrong"] for check in verification["layers"].values())
-    boundary = sum(check["boundary"] for check in verification["layers"].values())
+    wrong, boundary = (sum(check[kind] for check in verification["layers"].values()) for kind in ("wrong", "boundary"))
     argmax = verification["argmax"]["synthetic"]
+    parts = [f"wrong {wrong}", f"boundary {boundary}", f"argmax {argmax['equal']}/{argmax['images']}"]
     places = verification["operators"]["places"]
-    integers = ", ".join(f"{place['integer']}/{place['total']} {kind}" for kind, place in places.items())
-    ratio = verification["float_bytes"] / verification["bytes"] if verification["float_bytes"] else math.nan
-    faster = (
-        verification["float_time"]["median"] / verification["time"]["median"]
-        if verification["float_time"]
-        else math.nan
-    )
-    return (
-        f"{found['network']} {found['bits']}: wrong {wrong}, boundary {boundary}, argmax {argmax['equal']}/{argmax['images']}"
-        f", {integers}, size 1/{ratio:.1f}, {faster:.2f} times as fast, codes used {found['least_share_of_codes_used']:.2f}"
-        f", classes {found['classes_seen']}, {found['seconds']:.0f} s"
-    )
+    parts += [f"{place['integer']}/{place['total']} {kind}" for kind, place in places.items()]
+    if verification["float_bytes"]:
+        parts.append(f"size 1/{verification['float_bytes'] / verification['bytes']:.1f}")
+        parts.append(f"{verification['float_time']['median'] / verification['time']['median']:.2f} times as fast")
+    parts.append(f"codes used {found['least_share_of_codes_used']:.2f}, classes {found['classes_seen']}")
+    return f"{found['network']} {found['bits']}: {', '.join(parts)}, {found['seconds']:.0f} s"
 
 
 if __name__ == "__main__":
