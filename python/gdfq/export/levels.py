@@ -120,7 +120,8 @@ class Simulation:
             grid = self.codes[name].grid
             in_steps = output.double() / grid.step + grid.zero_point
             level = in_steps.round()
-            if not bool(((in_steps - level).abs() < 0.01).all() & (level >= grid.lowest).all() & (level <= grid.highest).all()):
+            is_level = (in_steps - level).abs() < 0.01  # not NaN
+            if not bool((is_level & (level >= grid.lowest) & (level <= grid.highest)).all()):
                 raise GdfqError(
                     f"{name} gives values that are no levels of step {grid.step:.6g} and zero point {grid.zero_point}: "
                     "its range was not observed, or the file is of another model"
@@ -169,7 +170,10 @@ class Simulation:
 
 
 def computed_levels(
-    session: "InferenceSession", levels: Mapping[str, Tensor], codes: Mapping[str, QuantizedTensor], feed: dict[str, np.ndarray]
+    session: "InferenceSession",
+    levels: Mapping[str, Tensor],
+    codes: Mapping[str, QuantizedTensor],
+    feed: dict[str, np.ndarray],
 ) -> tuple[dict[str, Tensor], Tensor]:
     """What a cut model computes of the simulation's levels.
 

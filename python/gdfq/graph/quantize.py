@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from gdfq.config import LayerBits, QuantizerConfig
 from gdfq.errors import GdfqError
 from gdfq.graph.capture import CapturedModel
+from gdfq.graph.leaving import speak_when_leaving
 from gdfq.graph.nodes import (
     INPUTS,
     WEIGHTED,
@@ -21,7 +22,6 @@ from gdfq.graph.nodes import (
     op_of,
     preserves_values,
 )
-from gdfq.graph.leaving import speak_when_leaving
 from gdfq.graph.pixels import reach_of
 from gdfq.graph.query import batch_norm_of, quantizer_of
 from gdfq.graph.sizes import refuse_other_sizes

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from gdfq.export import QuantizedTensor, Written
 from gdfq.export.grids import Grid
 
-
 CODES = "{}_codes"
 
 
@@ -92,7 +91,10 @@ def _file(integers: dict[str, np.ndarray], grids: dict[str, Grid], size: int) ->
 
     def quantize(value, name, act_on_codes=lambda codes: codes):
         grid = grids[name]
-        step, zero = constant(f"{name}_step", np.float32(grid.step)), constant(f"{name}_zero", np.uint8(grid.zero_point))
+        step, zero = (
+            constant(f"{name}_step", np.float32(grid.step)),
+            constant(f"{name}_zero", np.uint8(grid.zero_point)),
+        )
         codes = add("QuantizeLinear", value, step, zero, output=f"{name}_rounded")
         bounds = constant(f"{name}_low", np.uint8(grid.lowest)), constant(f"{name}_high", np.uint8(grid.highest))
         codes = act_on_codes(add("Clip", codes, *bounds, output=CODES.format(name)))

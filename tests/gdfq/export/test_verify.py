@@ -34,7 +34,8 @@ def check(tmp_path):
     def checked(student, written, **options):
         path = tmp_path / "model.onnx"
         onnx.save(written.model, path)
-        return verify(student, written, path, options.pop("images", images(48).split(24)), threads=1, **options)
+        batches = options.pop("images", images(48).split(24))
+        return verify(student, written, path, batches, threads=1, seconds=0.0, **options)
 
     return checked
 
@@ -136,17 +137,13 @@ def test_the_cut_model_runs_in_the_same_operators():
     ],
 )
 def test_what_counts_as_a_boundary(value, ours, theirs, boundary):
-    student, written = integer_network()
-    grid = written.codes["quantizers.first"].grid
-    simulation = Simulation(nn.ModuleDict({"quantizers": nn.ModuleDict({"first": nn.Identity()})}), {
-        "quantizers.first": written.codes["quantizers.first"]
-    })  # fmt: skip
-    simulation.student = nn.Sequential()
-    simulation.values = lambda images, where: {name: torch.tensor([value]).double() for name in where}
-    levels, computed = ({"quantizers.first": torch.tensor([code], dtype=torch.uint8)} for code in (ours, theirs))
-    (check,) = compare(simulation, images(1), levels, computed, {"quantizers.first": "conv1"}).values()
-    assert (check.boundary, check.wrong) == (int(boundary), int(not boundary))
-    assert grid.lowest == 0
+    class Sees:
+        def values(self, images, where):
+            return {name: torch.tensor([value]).double() for name in where}
+
+    levels, computed = ({"first": torch.tensor([code], dtype=torch.uint8)} for code in (ours, theirs))
+    (check,) = compare(Sees(), images(1), levels, computed, {"first": "conv1"}).values()
+    assert (check.name, check.codes, check.boundary, check.wrong) == ("conv1", 1, int(boundary), int(not boundary))
 
 
 def test_values_that_are_no_levels():
@@ -180,21 +177,20 @@ def test_no_images(check):
         check(*integer_network(), images=[])
 
 
-def quantized(model, activation_bits=4, weight_bits=4):
-    """Q of a small network, with ranges of several batches, and the float model."""
-    captured = capture(randomize_batch_norm(model))
-    config = QuantizerConfig(weight_bits=weight_bits, activation_bits=activation_bits)
-    student, _ = build_quantized(captured, config)
+def quantized(model):
+    """Q of a small network, with ranges of several batches."""
+    student, _ = build_quantized(capture(randomize_batch_norm(model)), QuantizerConfig())
     with observing(student), torch.no_grad():
         for batch in images(48).split(8):
             student(batch)
     end_pass(student)
-    return student, model
+    return student
 
 
 @pytest.mark.parametrize("network", [Plain, Residual])
 def test_what_the_writer_writes(check, network):
-    student, model = quantized(network())
+    model = network()
+    student = quantized(model)
     found = check(student, write(student, (3, 8, 8)), float_model=model)
     assert found.failed == []
     assert found.operators.layers.floats == ()
@@ -206,7 +202,7 @@ def test_what_the_writer_writes(check, network):
 
 
 def test_a_file_that_takes_pixels(check):
-    student, _ = quantized(Plain())
+    student = quantized(Plain())
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
     metadata = {"mean": json.dumps(mean), "std": json.dumps(std)}
     written = write(student, (3, 8, 8), pixels=Normalization(mean, std), metadata=metadata)
