@@ -30,6 +30,7 @@ from gdfq.export.levels import (
 from gdfq.export.runtime import Operators, Timing, imported, interleaved_time, operators, session
 from gdfq.export.sums import IntegerSums
 from gdfq.export.writer import Written
+from gdfq.graph.nodes import some
 from gdfq.precision import products_in_tf32
 
 FLOAT32_OF = 256
@@ -120,7 +121,7 @@ class Verification:
             rows.append(("operators", ", ".join(f"{name} {count}" for name, count in counts)))
         rows += self._of_cost()
         if self.saturating:
-            rows.append(("saturation", f"possible on x64 without VNNI in {', '.join(self.saturating)}"))
+            rows.append(("saturation", f"possible on x64 without VNNI in {some(self.saturating)}"))
         if self.saturated:
             here = ", ".join(f"{name} ({count:,} codes)" for name, count in self.saturated.items())
             rows.append(("SATURATES", f"on this CPU {here}: set session.x64quantprecision to 1"))
@@ -130,7 +131,7 @@ class Verification:
         checks = self.layers.values()
         total = sum(checks, LayerCheck(""))
         text = f"{total.codes:,} in {len(checks)} places: {total.wrong:,} wrong, {total.boundary:,} within {EPSILON:g} "
-        text += "of a step of a rounding boundary" + (f" (at most {total.farthest:.1g})" if total.boundary else "")
+        text += "of the range of a rounding boundary" + (f" (at most {total.farthest:.1g})" if total.boundary else "")
         rows = [("levels", text)]
         rows += [("WRONG", f"{check.name}: {check.wrong:,} of {check.codes:,}") for check in checks if check.wrong]
         word = "logits" if self.logits <= LOGITS else "WRONG"

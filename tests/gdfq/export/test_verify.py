@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -15,7 +16,8 @@ from torch import nn
 from gdfq.calibrate import end_pass
 from gdfq.config import QuantizerConfig
 from gdfq.errors import GdfqError
-from gdfq.export import Normalization, write
+from gdfq.export import Normalization, QuantizedTensor, write
+from gdfq.export.grids import Grid
 from gdfq.export.levels import EPSILON, LayerCheck, Simulation, compare, cut, layers_before
 from gdfq.export.runtime import operators
 from gdfq.export.verify import LEVELS_OF, verify
@@ -129,15 +131,17 @@ def test_the_cut_model_runs_in_the_same_operators():
 @pytest.mark.parametrize(
     ("value", "ours", "theirs", "boundary"),
     [
-        (2.5 + EPSILON / 2, 3, 2, True),
-        (2.5 - EPSILON / 2, 2, 3, True),
-        (2.5 + 2 * EPSILON, 3, 2, False),
+        (2.5 + 15 * EPSILON / 2, 3, 2, True),
+        (2.5 - 15 * EPSILON / 2, 2, 3, True),
+        (2.5 + 15 * EPSILON * 2, 3, 2, False),
         (2.5, 3, 1, False),  # two levels apart
         (3.4, 3, 4, False),
     ],
 )
 def test_what_counts_as_a_boundary(value, ours, theirs, boundary):
     class Sees:
+        codes: ClassVar = {"first": QuantizedTensor("codes", Grid(0.1, 0, 0, 15))}
+
         def values(self, images, where):
             return {name: torch.tensor([value]).double() for name in where}
 
@@ -148,7 +152,7 @@ def test_what_counts_as_a_boundary(value, ours, theirs, boundary):
 
 def test_values_that_are_no_levels():
     student, written = integer_network()
-    student.quantizers["first"].forward = lambda x: x
+    student.get_submodule("quantizers.first").forward = lambda x: x
     with pytest.raises(GdfqError, match=r"quantizers.first gives values that are no levels"):
         Simulation(student, written.codes).levels(images(2))
 
