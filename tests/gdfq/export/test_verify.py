@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -16,10 +17,10 @@ from torch import nn
 from gdfq.calibrate import end_pass
 from gdfq.config import QuantizerConfig
 from gdfq.errors import GdfqError
-from gdfq.export import Normalization, QuantizedTensor, write
+from gdfq.export import Normalization, QuantizedTensor, WrittenLayer, write
 from gdfq.export.grids import Grid
-from gdfq.export.levels import EPSILON, LayerCheck, Simulation, compare, cut, layers_before
-from gdfq.export.runtime import operators
+from gdfq.export.levels import EPSILON, GIVEN, LayerCheck, Simulation, compare, cut, layers_before
+from gdfq.export.runtime import operators, session
 from gdfq.export.verify import LEVELS_OF, verify
 from gdfq.graph import build_quantized, capture
 from gdfq.nn import observing
@@ -213,3 +214,27 @@ def test_a_file_that_takes_pixels(check):
     found = check(student, written)
     assert found.failed == []
     assert found.argmax["synthetic"].equal >= 47
+
+
+def test_what_saturates_is_named(check, monkeypatch):
+    """In the place of a CPU whose sums saturate: a session without the option has another model."""
+    student, written = integer_network()
+    broken = integer_network()[1]
+    change(broken, "conv2.bias", at(0, 200))
+
+    def session_of(model, *, x64quantprecision=False, threads=None):
+        is_cut = any(value.name.endswith(GIVEN) for value in getattr(model.graph, "input", ()))
+        return session(model if x64quantprecision or not is_cut else cut(broken.model, broken.codes), threads=threads)
+
+    monkeypatch.setattr("gdfq.export.verify.session", session_of)
+    found = check(student, written)
+    assert list(found.saturated) == ["conv2"]
+    assert found.failed == ["conv2"]
+    assert "set session.x64quantprecision to 1" in str(found)
+
+
+def test_layers_that_can_saturate_are_named(check):
+    """Neighbors of 127 each, times 255 each, are beyond 16 bits; of 15 and 15 they are not."""
+    student, written = integer_network()
+    layers = [WrittenLayer("conv1", "conv1", "", 2 * 127 * 255), WrittenLayer("conv2", "conv2", "", 2 * 15 * 15)]
+    assert check(student, replace(written, layers=layers)).saturating == ["conv1"]
