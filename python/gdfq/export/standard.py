@@ -57,12 +57,14 @@ class _Standard(fx.Interpreter):
         super().__init__(model)
         self.root = nn.Module()
         self.new = fx.Graph()
+        self.of_image: set[fx.Node] = set()
         self.copies: dict[fx.Node, fx.Node] = {}
         self.env: dict[fx.Node, Any] = {}
 
     def converted(self) -> fx.GraphModule:
         for node in self.module.graph.nodes:
-            if node.op == "placeholder" or any(source in self.copies for source in node.all_input_nodes):
+            if node.op == "placeholder" or self.of_image.intersection(node.all_input_nodes):
+                self.of_image.add(node)
                 self._copy(node)
             else:
                 self.env[node] = self.run_node(node)
@@ -151,6 +153,6 @@ def _check_zero(name: str, grid: Grid) -> None:
     inside = (grid.zero_point >= grid.lowest) & (grid.zero_point <= grid.highest)
     if not bool(inside.all()):
         raise GdfqError(
-            f"the range of {name} does not contain zero, which PyTorch's fake quantization cannot express: quantize for "
-            "a target with zero in every range, as 'onnx' (`gdfq targets` lists them)"
+            f"the range of {name} does not contain zero, which PyTorch's fake quantization cannot express: quantize "
+            "for a target with zero in every range, as 'onnx' (`gdfq targets` lists them)"
         )

@@ -18,9 +18,11 @@ class Leaving(nn.Module):
     _is_impure = True  # its call has no result that anyone reads, and stays in the graph
 
     def forward(self, x: Tensor) -> None:
-        is_traced = torch.jit.is_tracing()
+        is_traced = torch._C._is_tracing()
         if torch.onnx.is_in_onnx_export():
-            unknown = "torch.onnx.export does not know the operators of a quantized model: gdfq.export writes it to ONNX"
+            unknown = (
+                "torch.onnx.export does not know the operators of a quantized model: gdfq.export writes it to ONNX"
+            )
             if is_traced:
                 raise GdfqError(unknown)
             warnings.warn(unknown, stacklevel=2)  # this exporter catches errors, tries another way, and fails later

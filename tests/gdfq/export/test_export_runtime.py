@@ -20,7 +20,9 @@ def model():
 def test_runs_a_model_and_a_file(model, tmp_path):
     onnx.save(model, tmp_path / "model.onnx")
     images = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
-    of_model, of_file = (run(session(given, threads=1), {"images": images}) for given in (model, tmp_path / "model.onnx"))
+    of_model, of_file = (
+        run(session(given, threads=1), {"images": images}) for given in (model, tmp_path / "model.onnx")
+    )
     assert of_model[0].shape == (2, 5)
     assert np.array_equal(of_model[0], of_file[0])
 

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -15,9 +17,10 @@ from torch import nn
 from gdfq.calibrate import end_pass
 from gdfq.config import QuantizerConfig
 from gdfq.errors import GdfqError
-from gdfq.export import Normalization, write
-from gdfq.export.levels import EPSILON, LayerCheck, Simulation, compare, cut, layers_before
-from gdfq.export.runtime import operators
+from gdfq.export import Normalization, QuantizedTensor, WrittenLayer, write
+from gdfq.export.grids import Grid
+from gdfq.export.levels import EPSILON, GIVEN, LayerCheck, Simulation, compare, cut, layers_before
+from gdfq.export.runtime import operators, session
 from gdfq.export.verify import LEVELS_OF, verify
 from gdfq.graph import build_quantized, capture
 from gdfq.nn import observing
@@ -34,7 +37,8 @@ def check(tmp_path):
     def checked(student, written, **options):
         path = tmp_path / "model.onnx"
         onnx.save(written.model, path)
-        return verify(student, written, path, options.pop("images", images(48).split(24)), threads=1, **options)
+        batches = options.pop("images", images(48).split(24))
+        return verify(student, written, path, batches, threads=1, seconds=0.0, **options)
 
     return checked
 
@@ -128,30 +132,28 @@ def test_the_cut_model_runs_in_the_same_operators():
 @pytest.mark.parametrize(
     ("value", "ours", "theirs", "boundary"),
     [
-        (2.5 + EPSILON / 2, 3, 2, True),
-        (2.5 - EPSILON / 2, 2, 3, True),
-        (2.5 + 2 * EPSILON, 3, 2, False),
+        (2.5 + 15 * EPSILON / 2, 3, 2, True),
+        (2.5 - 15 * EPSILON / 2, 2, 3, True),
+        (2.5 + 15 * EPSILON * 2, 3, 2, False),
         (2.5, 3, 1, False),  # two levels apart
         (3.4, 3, 4, False),
     ],
 )
 def test_what_counts_as_a_boundary(value, ours, theirs, boundary):
-    student, written = integer_network()
-    grid = written.codes["quantizers.first"].grid
-    simulation = Simulation(nn.ModuleDict({"quantizers": nn.ModuleDict({"first": nn.Identity()})}), {
-        "quantizers.first": written.codes["quantizers.first"]
-    })  # fmt: skip
-    simulation.student = nn.Sequential()
-    simulation.values = lambda images, where: {name: torch.tensor([value]).double() for name in where}
-    levels, computed = ({"quantizers.first": torch.tensor([code], dtype=torch.uint8)} for code in (ours, theirs))
-    (check,) = compare(simulation, images(1), levels, computed, {"quantizers.first": "conv1"}).values()
-    assert (check.boundary, check.wrong) == (int(boundary), int(not boundary))
-    assert grid.lowest == 0
+    class Sees:
+        codes: ClassVar = {"first": QuantizedTensor("codes", Grid(0.1, 0, 0, 15))}
+
+        def values(self, images, where):
+            return {name: torch.tensor([value]).double() for name in where}
+
+    levels, computed = ({"first": torch.tensor([code], dtype=torch.uint8)} for code in (ours, theirs))
+    (check,) = compare(Sees(), images(1), levels, computed, {"first": "conv1"}).values()
+    assert (check.name, check.codes, check.boundary, check.wrong) == ("conv1", 1, int(boundary), int(not boundary))
 
 
 def test_values_that_are_no_levels():
     student, written = integer_network()
-    student.quantizers["first"].forward = lambda x: x
+    student.get_submodule("quantizers.first").forward = lambda x: x
     with pytest.raises(GdfqError, match=r"quantizers.first gives values that are no levels"):
         Simulation(student, written.codes).levels(images(2))
 
@@ -180,21 +182,20 @@ def test_no_images(check):
         check(*integer_network(), images=[])
 
 
-def quantized(model, activation_bits=4, weight_bits=4):
-    """Q of a small network, with ranges of several batches, and the float model."""
-    captured = capture(randomize_batch_norm(model))
-    config = QuantizerConfig(weight_bits=weight_bits, activation_bits=activation_bits)
-    student, _ = build_quantized(captured, config)
+def quantized(model):
+    """Q of a small network, with ranges of several batches."""
+    student, _ = build_quantized(capture(randomize_batch_norm(model)), QuantizerConfig())
     with observing(student), torch.no_grad():
         for batch in images(48).split(8):
             student(batch)
     end_pass(student)
-    return student, model
+    return student
 
 
 @pytest.mark.parametrize("network", [Plain, Residual])
 def test_what_the_writer_writes(check, network):
-    student, model = quantized(network())
+    model = network()
+    student = quantized(model)
     found = check(student, write(student, (3, 8, 8)), float_model=model)
     assert found.failed == []
     assert found.operators.layers.floats == ()
@@ -206,10 +207,34 @@ def test_what_the_writer_writes(check, network):
 
 
 def test_a_file_that_takes_pixels(check):
-    student, _ = quantized(Plain())
+    student = quantized(Plain())
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
     metadata = {"mean": json.dumps(mean), "std": json.dumps(std)}
     written = write(student, (3, 8, 8), pixels=Normalization(mean, std), metadata=metadata)
     found = check(student, written)
     assert found.failed == []
     assert found.argmax["synthetic"].equal >= 47
+
+
+def test_what_saturates_is_named(check, monkeypatch):
+    """In the place of a CPU whose sums saturate: a session without the option has another model."""
+    student, written = integer_network()
+    broken = integer_network()[1]
+    change(broken, "conv2.bias", at(0, 200))
+
+    def session_of(model, *, x64quantprecision=False, threads=None):
+        is_cut = any(value.name.endswith(GIVEN) for value in getattr(model.graph, "input", ()))
+        return session(model if x64quantprecision or not is_cut else cut(broken.model, broken.codes), threads=threads)
+
+    monkeypatch.setattr("gdfq.export.verify.session", session_of)
+    found = check(student, written)
+    assert list(found.saturated) == ["conv2"]
+    assert found.failed == ["conv2"]
+    assert "set session.x64quantprecision to 1" in str(found)
+
+
+def test_layers_that_can_saturate_are_named(check):
+    """Neighbors of 127 each, times 255 each, are beyond 16 bits; of 15 and 15 they are not."""
+    student, written = integer_network()
+    layers = [WrittenLayer("conv1", "conv1", "", 2 * 127 * 255), WrittenLayer("conv2", "conv2", "", 2 * 15 * 15)]
+    assert check(student, replace(written, layers=layers)).saturating == ["conv1"]
