@@ -24,6 +24,7 @@ from gdfq.api import Result, quantize
 from gdfq.config import Config, parse_override
 from gdfq.errors import GdfqError
 from gdfq.evaluate import evaluate
+from gdfq.export.standard import to_standard
 from gdfq.models import load_model
 from gdfq.run.folder import load_quantized, save_quantized
 from gdfq.run.training_run import Stopped
@@ -40,4 +41,5 @@ __all__ = [
     "parse_override",
     "quantize",
     "save_quantized",
+    "to_standard",
 ]

@@ -207,7 +207,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Top-1 and top-5 on real labeled images, of a quantized or a float model, or of an ONNX file as onnxruntime runs it.
+    """Top-1 and top-5 on real labeled images, of a quantized or a float model, or an ONNX file in onnxruntime.
 
     Example: gdfq evaluate runs/resnet20 --data path/to/cifar-10-batches-py
     """
@@ -362,9 +362,7 @@ def doctor(as_json: JsonOption = False) -> None:
     typer.echo(str(backends))
 
 
-def _of_shape(
-    path: Path, image_size: int | None, size: tuple[int, int] | None, channels: int | None
-) -> ModelConfig:
+def _of_shape(path: Path, image_size: int | None, size: tuple[int, int] | None, channels: int | None) -> ModelConfig:
     """Images as a stored network takes them; `size` is None where it takes several."""
     if None not in (image_size, size) and size != (image_size, image_size):
         raise GdfqError(f"{path} takes images of {size[0]} x {size[1]} pixels: leave out --image-size")

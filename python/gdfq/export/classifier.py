@@ -20,7 +20,7 @@ _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(ui
 class OnnxClassifier(nn.Module):
     """What `gdfq.evaluate` can measure of a file: any classifier of images `(N, C, H, W)`, not only this package's.
 
-    A file that takes uint8 takes pixels as a camera gives them, 0 to 255: here they are whole numbers in float32.
+    A file that takes uint8 takes pixels as a camera gives them: here they are 0 to 255 in float32.
 
     Args:
         model: the file, or what is in it.
@@ -62,7 +62,9 @@ class OnnxClassifier(nn.Module):
                 "(N, C, H, W) of float or uint8 is what is measured here"
             )
         if inputs[0].shape[3] in (1, 3) and inputs[0].shape[1] not in (1, 3):
-            raise GdfqError(f"{self.name} takes images with the channels last ({described}): export it with (N, C, H, W)")
+            raise GdfqError(
+                f"{self.name} takes images with the channels last ({described}): export it anew, with (N, C, H, W)"
+            )
         return inputs[0]
 
     def feed(self, images: Tensor) -> dict[str, np.ndarray]:
@@ -71,11 +73,14 @@ class OnnxClassifier(nn.Module):
         Raises:
             GdfqError: the file takes pixels, and these are none.
         """
-        if self.takes_pixels and not bool(((images == images.round()) & (images >= 0) & (images <= 255)).all()):
-            raise GdfqError(
-                f"{self.name} takes pixels, whole numbers of 0 to 255, and normalizes them itself, but these images "
-                "are normalized already: leave out mean and std"
-            )
+        if self.takes_pixels:
+            pixels = images.round()  # they come as x / 255 / (1 / 255)
+            if not bool((((images - pixels).abs() < 1e-3) & (pixels >= 0) & (pixels <= 255)).all()):
+                raise GdfqError(
+                    f"{self.name} takes pixels, whole numbers of 0 to 255, and normalizes them itself, but these "
+                    "images are normalized already: leave out mean and std"
+                )
+            images = pixels
         return {self.input.name: np.ascontiguousarray(images.numpy(), dtype=_TYPES[self.input.type])}
 
     def forward(self, images: Tensor) -> Tensor:

@@ -27,16 +27,14 @@ KINDS = {  # of places that a target promises to run in integers, and the operat
     "average pools": ("AveragePool", "GlobalAveragePool", "ReduceMean"),
     "concatenations": ("Concat",),
 }
-INTEGER_OPERATORS = frozenset(
-    """
-    QLinearConv QLinearConvTranspose ConvInteger QGemm QLinearMatMul MatMulInteger MatMulIntegerToFloat
-    DynamicQuantizeMatMul QLinearAdd QLinearAveragePool QLinearGlobalAveragePool QLinearReduceMean QLinearConcat
-    """.split()
-)  # a FusedConv is a convolution in float, with what follows it
+INTEGER_OPERATORS = (  # a FusedConv is none: a convolution in float, with what follows it
+    "QLinearConv", "QLinearConvTranspose", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger",
+    "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearAdd", "QLinearAveragePool", "QLinearGlobalAveragePool",
+    "QLinearReduceMean", "QLinearConcat",
+)  # fmt: skip
 _MARKS = re.compile(r"^fused |(_token_\d+)+$|_nchwc$")  # what optimization adds to a node's name
 _FLOAT = 1  # onnx.TensorProto.FLOAT
 _ROUNDS = (5, 200)
-_SECONDS = 3.0
 
 
 def imported(package: str) -> ModuleType:
@@ -94,12 +92,12 @@ def session(
 
 def _refusal(name: str, error: Exception, version: str) -> str:
     text = " ".join(str(error).split())
-    if "INVALID_PROTOBUF" in text or "ModelProto does not have a graph" in text:
+    if any(words in text for words in ("INVALID_PROTOBUF", "does not have a graph", "No graph was found")):
         return f"{name} is no ONNX file, or only a part of one: copy or export it again"
     opset = re.search(r"Opset (\d+) is under development.*domain (\S+) is till opset (\d+)", text)
     if opset:
         given, domain, known = opset.groups()
-        advice = f"onnxruntime {version} knows those up to {known}: take a newer onnxruntime, or export for an older opset"
+        advice = f"onnxruntime {version} knows those up to {known}: take a newer one, or an older opset"
         return f"{name} has opset {given} of {domain}, but {advice}"
     ir = re.search(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)", text)
     if ir:
@@ -108,7 +106,9 @@ def _refusal(name: str, error: Exception, version: str) -> str:
     return f"onnxruntime {version} refuses {name}: {text.removeprefix('[ONNXRuntimeError] : ')}"
 
 
-def run(session: "InferenceSession", feed: dict[str, np.ndarray], names: Sequence[str] | None = None) -> list[np.ndarray]:
+def run(
+    session: "InferenceSession", feed: dict[str, np.ndarray], names: Sequence[str] | None = None
+) -> list[np.ndarray]:
     """What the outputs `names` (default: all) are for the inputs `feed`.
 
     Raises:
@@ -223,7 +223,7 @@ class Timing:
         return f"{self.median * 1e3:.2f} ms ({self.low * 1e3:.2f} to {self.high * 1e3:.2f})"
 
 
-def interleaved_time(calls: Sequence[Callable[[], Any]], seconds: float = _SECONDS) -> list[Timing]:
+def interleaved_time(calls: Sequence[Callable[[], Any]], seconds: float = 3.0) -> list[Timing]:
     """How long each of `calls` takes, one after the other in every round, so that all see the same machine.
 
     Args:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from gdfq.calibrate import check_ranges
 from gdfq.errors import GdfqError
 from gdfq.graph.leaving import Leaving
-from gdfq.graph.nodes import aten
+from gdfq.graph.nodes import aten, op_of
 from gdfq.graph.sizes import ImageSizes
 from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize
 from gdfq_ext import Grid
@@ -21,8 +21,8 @@ _ACTIVATIONS: dict[str, Callable] = {"relu": F.relu, "relu6": F.relu6}
 
 def to_standard(model: nn.Module) -> fx.GraphModule:
     """Q from `quantize` or `load_quantized` in plain PyTorch: `torch.fake_quantize_per_tensor_affine` for activations,
-    `torch.fake_quantize_per_channel_affine` for weights, `F.batch_norm`. It can be saved, traced and exported, and then
-    be loaded where there is no `gdfq`.
+    `torch.fake_quantize_per_channel_affine` for weights, `F.batch_norm`. It can be saved, traced, and exported (for one
+    size of a batch: `torch.export` knows no other for these operators), and then be loaded where there is no `gdfq`.
 
     Weights are the same, number for number, and are stored on their levels. PyTorch multiplies by 1 / step where the
     quantizers divide by it, so that an activation may take the neighboring level where its value lies within a
@@ -57,12 +57,14 @@ class _Standard(fx.Interpreter):
         super().__init__(model)
         self.root = nn.Module()
         self.new = fx.Graph()
+        self.of_image: set[fx.Node] = set()
         self.copies: dict[fx.Node, fx.Node] = {}
         self.env: dict[fx.Node, Any] = {}
 
     def converted(self) -> fx.GraphModule:
         for node in self.module.graph.nodes:
-            if node.op == "placeholder" or any(source in self.copies for source in node.all_input_nodes):
+            if node.op == "placeholder" or self.of_image.intersection(node.all_input_nodes):
+                self.of_image.add(node)
                 self._copy(node)
             else:
                 self.env[node] = self.run_node(node)
@@ -82,10 +84,20 @@ class _Standard(fx.Interpreter):
             self.copies[node] = self._activation(node, module.quantizer, self._batch_norm(node, module.batch_norm_act))
         elif module is not None:
             raise GdfqError(f"{node.target} ({type(module).__name__}) has no counterpart among PyTorch's operators")
-        elif node.target is aten.sym_size.int:
-            self.copies[node] = self.new.call_method("size", (self._value(node.args[0]), node.args[1]))  # as is traced
+        elif node.op == "call_function" and self._handles_sizes(node):
+            # A tensor's own methods are traced for any batch: there sizes are no numbers yet.
+            name = "size" if node.target is aten.sym_size.int else op_of(node)
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
+            self.copies[node] = self.new.call_method(name, args, kwargs)
         else:
             self.copies[node] = self.new.node_copy(node, self._value)
+
+    def _handles_sizes(self, node: fx.Node) -> bool:
+        """Whether `node` gives the size of a tensor, or is a tensor's method and is given one."""
+        if node.target is aten.sym_size.int:
+            return True
+        sizes = [source for source in node.all_input_nodes if not isinstance(source.meta.get("val"), Tensor)]
+        return bool(sizes) and isinstance(node.meta.get("val"), Tensor) and hasattr(Tensor, op_of(node))
 
     def _value(self, node: fx.Node) -> Any:
         """What stands for `node` in the new graph."""
@@ -141,6 +153,6 @@ def _check_zero(name: str, grid: Grid) -> None:
     inside = (grid.zero_point >= grid.lowest) & (grid.zero_point <= grid.highest)
     if not bool(inside.all()):
         raise GdfqError(
-            f"the range of {name} does not contain zero, which PyTorch's fake quantization cannot express: quantize for "
-            "a target with zero in every range, as 'onnx' (`gdfq targets` lists them)"
+            f"the range of {name} does not contain zero, which PyTorch's fake quantization cannot express: quantize "
+            "for a target with zero in every range, as 'onnx' (`gdfq targets` lists them)"
         )

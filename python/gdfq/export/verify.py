@@ -5,7 +5,7 @@ import io
 import json
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gdfq.errors import GdfqError
 from gdfq.export.classifier import OnnxClassifier
+from gdfq.export.integers import IntegerSimulation
 from gdfq.export.levels import (
     EPSILON,
     LOGITS,
@@ -29,8 +30,11 @@ from gdfq.export.levels import (
 )
 from gdfq.export.runtime import Operators, Timing, imported, interleaved_time, operators, session
 from gdfq.export.writer import Written
+from gdfq.graph.nodes import some
 from gdfq.precision import products_in_tf32
 
+FLOAT32_OF = 256
+"""Images on which Q is run as it is, too; elsewhere in integers, see `gdfq.export.integers`."""
 LEVELS_OF = 32
 """Images whose levels are compared."""
 _AT_ONCE = 8 * 224 * 224  # pixels of images whose levels are held together
@@ -106,39 +110,45 @@ class Verification:
         return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
     def _rows(self) -> list[tuple[str, str]]:
-        rows = []
-        if self.layers:
-            total = sum(self.layers.values(), LayerCheck(""))
-            text = f"{total.codes:,} in {len(self.layers)} places: {total.wrong:,} wrong"
-            at_boundary = f", {total.boundary:,} within {EPSILON:g} of a step of a rounding boundary"
-            rows.append(("levels", text + at_boundary + (f" (at most {total.farthest:.1g})" if total.boundary else "")))
-            rows += [("WRONG", f"{check.name}: {check.wrong:,} of {check.codes:,}") for check in self.layers.values() if check.wrong]
-        if self.logits is not None:
-            is_wrong = not self.logits <= LOGITS
-            rows.append(("WRONG" if is_wrong else "logits", f"{self.last_layer}: {self.logits:.1g} of the largest apart"))
+        rows = self._of_levels() if self.layers else []
         rows += [("argmax", f"on {name} images {found}") for name, found in self.argmax.items()]
         if self.operators is not None:
             places = self.operators.places
-            rows.append(("integers", ", ".join(f"{place.integer} of {place.total} {kind}" for kind, place in places.items())))
-            rows += [("in float", f"{kind}: {', '.join(place.floats)}") for kind, place in places.items() if place.floats]
-            rows.append(("operators", ", ".join(f"{name} {count}" for name, count in self.operators.counts.items())))
+            found = (f"{place.integer} of {place.total} {kind}" for kind, place in places.items())
+            rows.append(("integers", ", ".join(found)))
+            rows += [("in float", f"{kind}: {', '.join(p.floats)}") for kind, p in places.items() if p.floats]
+            counts = self.operators.counts.items()
+            rows.append(("operators", ", ".join(f"{name} {count}" for name, count in counts)))
+        rows += self._of_cost()
+        if self.saturating:
+            rows.append(("saturation", f"possible on x64 without VNNI in {some(self.saturating)}"))
+        if self.saturated:
+            here = ", ".join(f"{name} ({count:,} codes)" for name, count in self.saturated.items())
+            rows.append(("SATURATES", f"on this CPU {here}: set session.x64quantprecision to 1"))
+        return rows + [("note", note) for note in self.notes]
+
+    def _of_levels(self) -> list[tuple[str, str]]:
+        checks = self.layers.values()
+        total = sum(checks, LayerCheck(""))
+        text = f"{total.codes:,} in {len(checks)} places: {total.wrong:,} wrong, {total.boundary:,} within {EPSILON:g} "
+        text += "of the range of a rounding boundary" + (f" (at most {total.farthest:.1g})" if total.boundary else "")
+        rows = [("levels", text)]
+        rows += [("WRONG", f"{check.name}: {check.wrong:,} of {check.codes:,}") for check in checks if check.wrong]
+        word = "logits" if self.logits <= LOGITS else "WRONG"
+        return [*rows, (word, f"{self.last_layer}: {self.logits:.1g} of the largest apart")]
+
+    def _of_cost(self) -> list[tuple[str, str]]:
         size = f"{self.bytes / 1e6:.3g} MB"
         if self.float_bytes:
             ratio = self.float_bytes / self.bytes
             share = f"1/{ratio:.1f} of" if ratio >= 1 else f"{1 / ratio:.1f} times"
             size += f", {share} the float model's {self.float_bytes / 1e6:.3g} MB"
-        rows.append(("size", size))
-        if self.time is not None:
-            text = f"{self.time} an image, {self.threads} threads"
-            if self.float_time is not None:
-                text += f"; the float model {self.float_time}: {self.time.median / self.float_time.median:.2f} of it"
-            rows.append(("time", text))
-        if self.saturating:
-            rows.append(("saturation", f"possible on x64 without VNNI in {', '.join(self.saturating)}"))
-        if self.saturated:
-            here = ", ".join(f"{name} ({count:,} codes)" for name, count in self.saturated.items())
-            rows.append(("", f"happens on this CPU in {here}: set session.x64quantprecision to 1"))
-        return rows + [("note", note) for note in self.notes]
+        if self.time is None:
+            return [("size", size)]
+        time = f"{self.time} an image, {self.threads} threads"
+        if self.float_time is not None:
+            time += f"; {self.time.median / self.float_time.median:.2f} times the float model's {self.float_time}"
+        return [("size", size), ("time", time)]
 
 
 @products_in_tf32(False)
@@ -151,6 +161,7 @@ def verify(
     real_images: Iterable[Tensor] | None = None,
     float_model: nn.Module | None = None,
     threads: int | None = None,
+    seconds: float = 3.0,
 ) -> Verification:
     """Check a file against Q, from which it was written.
 
@@ -163,6 +174,7 @@ def verify(
         real_images: more of them, for the class alone.
         float_model: what was quantized, to compare size and time with.
         threads: of onnxruntime, default: as many as PyTorch's.
+        seconds: about how long time is taken.
 
     Raises:
         GdfqError: onnxruntime refuses the file; there are no images.
@@ -181,10 +193,13 @@ def verify(
         raise GdfqError("there are no images to verify the file on")
     result.operators = operators(path)
     _check_levels(result, student, written, file, torch.cat(batches)[:LEVELS_OF])
-    result.argmax["synthetic"] = _argmax(student, file, batches)
+    exact = IntegerSimulation(student)
+    result.argmax["synthetic"] = _argmax(exact.run, file, batches)
     if real_images is not None:
-        result.argmax["real"] = _argmax(student, file, real_images)
-    _compare_with_float(result, file, float_model, batches[0][:1])
+        result.argmax["real"] = _argmax(exact.run, file, real_images)
+    few = torch.cat(batches)[:FLOAT32_OF].split(len(batches[0]))
+    result.argmax["synthetic, Q's sums in float32,"] = _argmax(student, file, few)
+    _compare_with_float(result, file, float_model, batches[0][:1], seconds)
     result.saturating = [layer.name for layer in written.layers if layer.can_saturate]
     return result
 
@@ -236,19 +251,19 @@ def as_file_takes(file: OnnxClassifier, images: Tensor) -> tuple[Tensor, dict]:
 
 
 @torch.inference_mode()
-def _argmax(student: nn.Module, file: OnnxClassifier, batches: Iterable[Tensor]) -> Argmax:
+def _argmax(simulation: Callable[[Tensor], Tensor], file: OnnxClassifier, batches: Iterable[Tensor]) -> Argmax:
     equal = count = 0
     for batch in batches:
         images, feed = as_file_takes(file, batch.detach().cpu().float())
         (given,) = feed.values()
         logits = file(torch.from_numpy(given).float())
-        equal += int((student(images).argmax(1) == logits.argmax(1)).sum())
+        equal += int((simulation(images).argmax(1) == logits.argmax(1)).sum())
         count += len(images)
     return Argmax(equal, count)
 
 
 def _compare_with_float(
-    result: Verification, file: OnnxClassifier, float_model: nn.Module | None, image: Tensor
+    result: Verification, file: OnnxClassifier, float_model: nn.Module | None, image: Tensor, seconds: float
 ) -> None:
     image, feed = as_file_takes(file, image)
     calls = [lambda: file.session.run(None, feed)]
@@ -263,7 +278,7 @@ def _compare_with_float(
             except Exception as error:  # torch.onnx's: the float model is there to compare with, no more
                 reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 result.notes.append(f"not compared with the float model, which torch.onnx does not write: {reason}")
-        result.time, *others = interleaved_time(calls)
+        result.time, *others = interleaved_time(calls, seconds)
         result.float_time = next(iter(others), None)
 
 

@@ -18,14 +18,16 @@ class Leaving(nn.Module):
     _is_impure = True  # its call has no result that anyone reads, and stays in the graph
 
     def forward(self, x: Tensor) -> None:
+        is_traced = torch._C._is_tracing()
         if torch.onnx.is_in_onnx_export():
-            raise GdfqError(
+            unknown = (
                 "torch.onnx.export does not know the operators of a quantized model: gdfq.export writes it to ONNX"
             )
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            warnings.warn(
-                f"the traced model needs `import gdfq` wherever it is loaded: {_WAYS}", stacklevel=2
-            )
+            if is_traced:
+                raise GdfqError(unknown)
+            warnings.warn(unknown, stacklevel=2)  # this exporter catches errors, tries another way, and fails later
+        elif is_traced or torch.compiler.is_exporting():
+            warnings.warn(f"the traced model needs `import gdfq` wherever it is loaded: {_WAYS}", stacklevel=2)
 
     def __reduce__(self) -> Any:
         warnings.warn(

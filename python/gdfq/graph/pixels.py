@@ -22,6 +22,7 @@ class Pixels:
         low, high: what a pixel can be.
         origin: where this is from, in words.
         doubt: what speaks against it; empty where nothing does.
+        black_to_white: whether `low` and `high` are what black and white are as the model takes them.
     """
 
     mean: tuple[float, ...]
@@ -30,6 +31,7 @@ class Pixels:
     high: tuple[float, ...]
     origin: str
     doubt: str = ""
+    black_to_white: bool = False
 
     @classmethod
     def standardized(cls, channels: int) -> "Pixels":

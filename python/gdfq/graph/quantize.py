@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from gdfq.config import LayerBits, QuantizerConfig
 from gdfq.errors import GdfqError
 from gdfq.graph.capture import CapturedModel
+from gdfq.graph.leaving import speak_when_leaving
 from gdfq.graph.nodes import (
     INPUTS,
     WEIGHTED,
@@ -21,9 +22,8 @@ from gdfq.graph.nodes import (
     op_of,
     preserves_values,
 )
-from gdfq.graph.leaving import speak_when_leaving
 from gdfq.graph.pixels import reach_of
-from gdfq.graph.query import batch_norm_of, quantizer_of
+from gdfq.graph.query import batch_norm_of, quantizer_behind
 from gdfq.graph.sizes import refuse_other_sizes
 from gdfq.graph.summary import ActivationEntry, FloatEntry, Summary, WeightEntry
 from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, BiasFakeQuantize, FakeQuantize, WeightFakeQuantize
@@ -265,7 +265,7 @@ class _Rewriter:
         """Of layers whose weight and input are quantized: their own, or what the BN behind them makes of it."""
         for node in [node for node in self.graph.nodes if node.target in WEIGHTED]:
             call, index = node.args[1].args if node.args[1].target is operator.getitem else (None, 0)
-            activation = self._quantizer_behind(node.args[0])
+            activation = quantizer_behind(self.module, node.args[0])
             if call is None or activation is None:
                 continue
             weight, bias = call.args[0][index], node.args[2] if len(node.args) > 2 else None
@@ -281,12 +281,6 @@ class _Rewriter:
                 result = self._call("bias_quantizers", name_of(node), rounded, (weight, bias, *statistics))
             result.meta = {"of_image": False}
             reader.update_arg(position, result)
-
-    def _quantizer_behind(self, value: fx.Node) -> FakeQuantize | None:
-        """The one on whose grid `value` is."""
-        while preserves_values(value):
-            value = value.all_input_nodes[0]
-        return quantizer_of(self.module, value)
 
 
 def _free_name(module: nn.Module, name: str) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from gdfq.graph.nodes import WEIGHTED
+from gdfq.graph.nodes import WEIGHTED, preserves_values
 from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, BiasFakeQuantize, FakeQuantize, WeightFakeQuantize
 from gdfq_ext import Scheme
 
@@ -78,3 +78,10 @@ def quantizer_of(student: fx.GraphModule, node: fx.Node | None) -> FakeQuantize 
     module = called_by(student, node)
     module = module.quantizer if isinstance(module, BatchNormActFakeQuantize) else module
     return module if isinstance(module, FakeQuantize) else None
+
+
+def quantizer_behind(student: fx.GraphModule, value: fx.Node) -> FakeQuantize | None:
+    """The quantizer on whose grid `value` is: what is only moved or picked from its result, too."""
+    while preserves_values(value):
+        value = value.all_input_nodes[0]
+    return quantizer_of(student, value)

@@ -94,7 +94,7 @@ def _of_timm(model: nn.Module, channels: int) -> Pixels | None:
         return tuple(((torch.as_tensor(pixel) - shift) / scale).tolist())
 
     spread = tuple((torch.tensor(_IMAGENET_STD) / scale).tolist())
-    return Pixels(of(_IMAGENET_MEAN), spread, of(0.0), of(1.0), "by the model's default_cfg")
+    return Pixels(of(_IMAGENET_MEAN), spread, of(0.0), of(1.0), "by the model's default_cfg", black_to_white=True)
 
 
 # --- inference ---------------------------------------------------------------------------------------------------

@@ -4,12 +4,11 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from gdfq.export import QuantizedTensor, Written
 from gdfq.export.grids import Grid
-
 
 CODES = "{}_codes"
 
@@ -54,7 +53,7 @@ class Network(nn.Module):
 
 def integer_network(
     channels: int = 8, size: int = 8, top: int = 15, largest: int = 7, seed: int = 0
-) -> tuple[Network, Written]:
+) -> tuple[fx.GraphModule, Written]:
     """The network and its file, for images `(N, 3, size, size)` and five classes.
 
     Args:
@@ -69,14 +68,23 @@ def integer_network(
         integers[f"{name}.step"] = (random.uniform(0.3, 0.6, shape[0]) / largest / shape[1] ** 0.5).astype(np.float32)
         integers[f"{name}.bias"] = random.integers(-20 * top, 20 * top, shape[0]).astype(np.int32)
     grids = {
-        "image": Grid(6 / 255, 128, 0, 255),
-        "first": Grid(4 / top, 0, 0, top),
-        "second": Grid(6 / top, top // 2 + 1, 0, top),
-        "sum": Grid(5 / top, 0, 0, top),
-        "pool": Grid(3 / top, 0, 0, top),
+        "image": Grid(5.91 / 255, 128, 0, 255),
+        "first": Grid(1.37 / top, 0, 0, top),
+        "second": Grid(5.83 / top, top // 2 + 1, 0, top),
+        "sum": Grid(4.71 / top, 0, 0, top),
+        "pool": Grid(2.83 / top, 0, 0, top),
     }
     codes = {f"quantizers.{name}": QuantizedTensor(CODES.format(name), grid) for name, grid in grids.items()}
-    return Network(integers, grids).eval(), Written(_file(integers, grids, size), codes, [])
+    network = Network(integers, grids).eval()
+    student = fx.GraphModule(network, _Tracer().trace(network))
+    return student, Written(_file(integers, grids, size), codes, [])
+
+
+class _Tracer(fx.Tracer):
+    """Quantizers are called as modules, as in Q."""
+
+    def is_leaf_module(self, module, name):
+        return isinstance(module, Quantizer)
 
 
 def _file(integers: dict[str, np.ndarray], grids: dict[str, Grid], size: int) -> onnx.ModelProto:
@@ -92,7 +100,10 @@ def _file(integers: dict[str, np.ndarray], grids: dict[str, Grid], size: int) ->
 
     def quantize(value, name, act_on_codes=lambda codes: codes):
         grid = grids[name]
-        step, zero = constant(f"{name}_step", np.float32(grid.step)), constant(f"{name}_zero", np.uint8(grid.zero_point))
+        step, zero = (
+            constant(f"{name}_step", np.float32(grid.step)),
+            constant(f"{name}_zero", np.uint8(grid.zero_point)),
+        )
         codes = add("QuantizeLinear", value, step, zero, output=f"{name}_rounded")
         bounds = constant(f"{name}_low", np.uint8(grid.lowest)), constant(f"{name}_high", np.uint8(grid.highest))
         codes = act_on_codes(add("Clip", codes, *bounds, output=CODES.format(name)))
