@@ -11,6 +11,7 @@ import torch
 from op_cases import CASES, COMBINATIONS, DTYPES, LAYOUTS, Inputs, compare
 
 from gdfq_ext import quantizer_grid, reference
+from gdfq_ext._schemas import SCHEMES
 
 SEEDS = [0, 1, 2, 3]
 OPS = torch.ops.gdfq_cuda_on_cpu
@@ -157,7 +158,7 @@ def test_weights_about_as_long_as_a_warp_takes(dtype):
 def test_changed_codes_of_short_and_long_channels(kappas, offset):
     i = Inputs(torch.float32, torch.contiguous_format)
     weights, directions = ([i.x(19, length) for length in (5, 36, 1023, 1024, 1025, 1032)] for _ in range(2))
-    weights[1][3, 4], directions[5][0, 0] = torch.nan, torch.inf
+    weights[1][3, 4], weights[4][2, 0], directions[5][0, 0] = torch.nan, torch.inf, torch.inf
     sizes = torch.tensor(1e-3), torch.tensor([2.0**k for k in range(kappas)])
     quantizers = [2, 3, 4, 5, 6, 8], [0, 1, 2, 0, 1, 2]
     compare(Placed(OPS, offset=offset), "count_changed_codes", (weights, directions, *quantizers, *sizes))
@@ -214,26 +215,37 @@ def test_the_greatest_level_of_a_range_may_be_infinite():
 
 
 # From the empty range to as far as float32 goes: the widest have steps whose reciprocals it does not hold.
-@pytest.mark.parametrize("scheme", [1, 2])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("width", [0.0, 1e-30, 1.7e-3, 2.0, 0.3, 1e19, 2e19, 3.1e38, 3.4028e38])
+@pytest.mark.parametrize("scheme", ["affine", "symmetric"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("width", [0.0, 1e-30, 1.7e-3, 0.3, 2.0, 1e19, 2e19, 3.1e38, 3.4028e38])
 def test_quotients_by_the_step_fall_on_the_right_side_of_a_half(width, bits, scheme):
-    lower, upper = torch.tensor([-0.1 * width]), torch.tensor([0.9 * width])
-    step = quantizer_grid(lower, upper, bits, "affine" if scheme == 1 else "symmetric").step
-    halves = (torch.arange(-(2.0**bits), 2**bits + 2) + 0.5) * step
     most = torch.tensor(torch.finfo(torch.float32).max)
-    x = torch.cat([halves, halves.nextafter(most), halves.nextafter(-most), torch.randn(100) * width])
-    x = torch.cat([x, torch.tensor([torch.nan, torch.inf, -torch.inf, most, -most, 0.0, -0.0, 1e-45, -1e-45])])
-    compare(OPS, "fake_quantize_clipped", (x, lower, upper, bits, scheme, -1))
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, most, -most, 0.0, -0.0, 1e-45, -1e-45])
     norm = (torch.zeros(1), torch.ones(1), None, None)
-    quantizer = (lower, upper, bits, scheme, 0.0, 0, True)
-    finite = x[x.isfinite()].view(-1, 1)
-    compare(OPS, "batch_norm_act_fake_quantize", (x.view(-1, 1), *norm, *quantizer))
-    grad_x = OPS.batch_norm_act_fake_quantize_backward(torch.ones_like(finite), finite, *norm, *quantizer)[0]
-    expected = reference.batch_norm_act_fake_quantize_backward(torch.ones_like(finite), finite, *norm, *quantizer)[0]
-    assert torch.equal(grad_x, expected)
-    y = OPS.fake_quantize(x, lower, upper, bits, scheme, -1)
-    assert not y[y == 0].signbit().any()
+    for ends in [(-0.1, 0.9), (0.2, 1.0), (-1.0, -0.2)]:
+        lower, upper = (torch.tensor([end * width]) for end in ends)
+        step = quantizer_grid(lower, upper, bits, scheme).step
+        halves = (torch.arange(-(2.0**bits), 2**bits + 2) + 0.5) * step
+        x = torch.cat([halves, halves.nextafter(most), halves.nextafter(-most), special])
+        quantizer = lower, upper, bits, SCHEMES[scheme]
+        compare(OPS, "fake_quantize_clipped", (x, *quantizer, -1))
+        compare(OPS, "fake_quantize_clipped", (x[None], *quantizer, 0))
+        y = OPS.fake_quantize(x, *quantizer, -1)
+        assert not y[y == 0].signbit().any()
+        finite = x[x.isfinite()].view(-1, 1)
+        arguments = torch.ones_like(finite), finite, *norm, *quantizer, 0.0, 0, True
+        grad_x, _, _ = OPS.batch_norm_act_fake_quantize_backward(*arguments)
+        assert torch.equal(grad_x, reference.batch_norm_act_fake_quantize_backward(*arguments)[0])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values())
+def test_bad_ranges(scheme):
+    ends = [1.0, -1.0, torch.nan, torch.inf, -torch.inf]
+    lower, upper = (torch.tensor(values) for values in zip(*itertools.product(ends, ends), strict=True))
+    x = torch.tensor([-torch.inf, -5.0, 0.0, 0.3, torch.inf, torch.nan]).repeat(len(lower), 1)
+    compare(OPS, "fake_quantize_clipped", (x, lower, upper, 4, scheme, 0))
+    for pair in zip(lower.split(1), upper.split(1), strict=True):
+        compare(OPS, "fake_quantize_clipped", (x, *pair, 4, scheme, -1))
 
 
 def test_gradients_at_the_corners_of_activations():

@@ -10,6 +10,7 @@ from test_kernels import (  # noqa: F401
     Placed,
     larger_calls,
     placed,
+    test_bad_ranges,
     test_distillation_loss_against_float64,
     test_empty_inputs,
     test_gradients_at_the_corners_of_activations,
