@@ -35,14 +35,14 @@ struct Backward : ChannelOperation<T, 2, 2, true> {
   Bounds activation;
   Ranges ranges;
   bool clipped;
-  Fast<Quantizer> quantizer;
+  FastAtLevels<Quantizer> quantizer;
 
   struct Group {
     Affine affine;
     float mean;
   };
 
-  __device__ void prepare() { quantizer = make_fast(ranges.quantizer<Quantizer>()); }
+  __device__ void prepare() { quantizer = make_fast_at_levels(ranges.quantizer<Quantizer>()); }
   __device__ Group group(std::int64_t c) const { return {norm.affine(c), norm.running_mean[c]}; }
 
   __device__ float operator()(const float (&in)[2], const Group& group, float (&sums)[2]) const {

@@ -63,7 +63,7 @@ __device__ void quantize_layer(const Layer& layer, std::int64_t channel, Team te
   }
 }
 
-__global__ void __launch_bounds__(kThreads) weights_kernel(const Layers layers) {
+__global__ void __launch_bounds__(kThreads, 6) weights_kernel(const Layers layers) {
   const std::int64_t block = blockIdx.x;
   const Layer& layer = layers.at[layer_of(layers, block)];
   const auto [team, channel] = place_in(layer, block);

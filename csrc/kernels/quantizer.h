@@ -255,8 +255,14 @@ GDFQ_HD float round_to_level(float x, const FastStepQuantizer& quantizer) {
   return fp32::round_half_even(fp32::multiply_add(remainder, quantizer.reciprocal, quotient));
 }
 
+// The same for levels alone, which take no division in Eq. 6.
+GDFQ_HD Eq6Quantizer make_fast_at_levels(const Eq6Quantizer& quantizer) { return quantizer; }
+GDFQ_HD FastStepQuantizer make_fast_at_levels(const StepQuantizer& quantizer) { return make_fast(quantizer); }
+
 template <class Quantizer>
 using Fast = decltype(make_fast(Quantizer{}));
+template <class Quantizer>
+using FastAtLevels = decltype(make_fast_at_levels(Quantizer{}));
 
 template <class AnyQuantizer>
 GDFQ_HD float fake_quantize(float x, const AnyQuantizer& quantizer) {

@@ -214,6 +214,9 @@ def test_the_greatest_level_of_a_range_may_be_infinite():
         compare(OPS, "fake_quantize", (x, lower, upper, 2, scheme, -1))
 
 
+NO_NORM = (torch.zeros(1), torch.ones(1), None, None)
+
+
 # From the empty range to as far as float32 goes: the widest have steps whose reciprocals it does not hold.
 @pytest.mark.parametrize("scheme", ["affine", "symmetric"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -221,7 +224,6 @@ def test_the_greatest_level_of_a_range_may_be_infinite():
 def test_quotients_by_the_step_fall_on_the_right_side_of_a_half(width, bits, scheme):
     most = torch.tensor(torch.finfo(torch.float32).max)
     special = torch.tensor([torch.nan, torch.inf, -torch.inf, most, -most, 0.0, -0.0, 1e-45, -1e-45])
-    norm = (torch.zeros(1), torch.ones(1), None, None)
     for ends in [(-0.1, 0.9), (0.2, 1.0), (-1.0, -0.2)]:
         lower, upper = (torch.tensor([end * width]) for end in ends)
         step = quantizer_grid(lower, upper, bits, scheme).step
@@ -230,12 +232,14 @@ def test_quotients_by_the_step_fall_on_the_right_side_of_a_half(width, bits, sch
         quantizer = lower, upper, bits, SCHEMES[scheme]
         compare(OPS, "fake_quantize_clipped", (x, *quantizer, -1))
         compare(OPS, "fake_quantize_clipped", (x[None], *quantizer, 0))
-        y = OPS.fake_quantize(x, *quantizer, -1)
-        assert not y[y == 0].signbit().any()
+        normed = *NO_NORM, *quantizer, 0.0, 0, True
+        compare(OPS, "batch_norm_act_fake_quantize", (x.view(-1, 1), *normed))
+        for y in (OPS.fake_quantize(x, *quantizer, -1), OPS.batch_norm_act_fake_quantize(x.view(-1, 1), *normed)):
+            assert not y[y == 0].signbit().any()
         finite = x[x.isfinite()].view(-1, 1)
-        arguments = torch.ones_like(finite), finite, *norm, *quantizer, 0.0, 0, True
-        grad_x, _, _ = OPS.batch_norm_act_fake_quantize_backward(*arguments)
-        assert torch.equal(grad_x, reference.batch_norm_act_fake_quantize_backward(*arguments)[0])
+        grad_x, _, _ = OPS.batch_norm_act_fake_quantize_backward(torch.ones_like(finite), finite, *normed)
+        passes = reference.batch_norm_act_fake_quantize_backward(torch.ones_like(finite), finite, *normed)[0]
+        assert torch.equal(grad_x, passes)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values())
@@ -246,6 +250,7 @@ def test_bad_ranges(scheme):
     compare(OPS, "fake_quantize_clipped", (x, lower, upper, 4, scheme, 0))
     for pair in zip(lower.split(1), upper.split(1), strict=True):
         compare(OPS, "fake_quantize_clipped", (x, *pair, 4, scheme, -1))
+        compare(OPS, "batch_norm_act_fake_quantize", (x.view(-1, 1), *NO_NORM, *pair, 4, scheme, 0.0, 0, True))
 
 
 def test_gradients_at_the_corners_of_activations():
