@@ -10,21 +10,19 @@ from . import autograd, reference
 from ._loader import load_library as _load_library
 from .backend import BackendReport
 from .backend import report as _report
+from .losses import bns_loss, distillation_loss
 from .ops import (
     Scheme,
     batch_norm_act_fake_quantize,
     batch_norm_act_moments,
-    bns_loss,
     conditional_batch_norm_act,
     count_changed_codes,
-    distillation_loss,
     fake_quantize,
     fake_quantize_weight,
     fake_quantize_weights,
     observe_range,
-    quantizer_grid,
 )
-from .quantizer import Grid
+from .quantizer import Grid, quantizer_grid
 
 __all__ = [
     "BackendReport",

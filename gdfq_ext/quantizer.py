@@ -4,12 +4,15 @@ Every operation is a separate PyTorch call (no FMA), and none is `number / tenso
 `reciprocal() * number`, or `tensor / number`, which it computes as `tensor * (1 / number)` on CUDA.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._checks import check_bits, check_choice, check_device, check_floating, check_shape
 from ._schemas import SCHEMES
+
+Scheme = Literal["eq6", "affine", "symmetric"]
 
 
 class Grid(NamedTuple):
@@ -92,6 +95,36 @@ _BY_SCHEME: dict[int, type[Eq6] | type[Affine] | type[Symmetric]] = {
 def quantizer(lower: Tensor, upper: Tensor, bits: int, scheme: int) -> Quantizer:
     """For a range in float32, shaped to broadcast against what is quantized."""
     return _BY_SCHEME[scheme](lower, upper, bits)
+
+
+def quantizer_grid(lower: Tensor, upper: Tensor, bits: int, scheme: Scheme = "eq6") -> Grid:
+    """The values that `fake_quantize` rounds to, by their integer codes: `(code - zero_point) * step`.
+
+    "eq6" and "affine" have codes from 0 to 2^k - 1, "symmetric" from -(2^(k-1) - 1) to 2^(k-1) - 1 and zero point 0. A
+    zero point of "eq6" may lie beyond its codes, and its values are the quotients of Eq. 6, which these products equal
+    but for the last bits.
+
+    Args:
+        lower: l, any shape and floating type.
+        upper: u, of the shape of `lower`.
+        bits: k, 2..8.
+        scheme: "eq6", "affine" or "symmetric"; see `fake_quantize`.
+
+    Returns:
+        `Grid(step, zero_point, lowest, highest)`: two float32 tensors shaped as the range, without a gradient, and two
+        integers.
+
+    Raises:
+        TypeError: the range is not floating.
+        ValueError: `bits` or `scheme` is out of range, or `upper` has another shape or device than `lower`.
+    """
+    check_bits(bits)
+    check_choice("scheme", scheme, SCHEMES)
+    check_floating("lower", lower)
+    check_floating("upper", upper)
+    check_shape("upper", upper, tuple(lower.shape))
+    check_device("upper", upper, lower)
+    return quantizer(lower.detach().float(), upper.detach().float(), bits, SCHEMES[scheme]).grid()
 
 
 def clamp(level: Tensor, of: Quantizer) -> Tensor:

@@ -161,13 +161,13 @@ def quantizers(
     return providers, dict.fromkeys(("eager", "torchao", "modelopt"), CLIPS)
 
 
-def fake_quantize(problem: Problem, axis: int | None = None, clipped: bool = False) -> Case:
+def fake_quantize(problem: Problem, axis: int | None = None, clipped: bool = False, scheme: str = "eq6") -> Case:
     x = problem.x()
     affine = Affine(0.3 * problem.channel(1 if axis is None else problem.shape[axis]), 2 ** (BITS - 1), BITS, axis)
     lower, upper, straight_through = affine.lower, affine.upper, "clipped" if clipped else "identity"
     providers, other_gradient = quantizers(problem, x, lambda: x, affine, clipped)
     providers["ours"] = lambda: gdfq_ext.fake_quantize(
-        x, lower, upper, BITS, axis=axis, straight_through=straight_through
+        x, lower, upper, BITS, axis=axis, scheme=scheme, straight_through=straight_through
     )
     moved = 2 * x.nbytes + (x.numel() // 8 if clipped else 0)
     return Case(
@@ -181,6 +181,11 @@ def fake_quantize_per_channel(problem: Problem) -> Case:
 
 def fake_quantize_clipped(problem: Problem) -> Case:
     return fake_quantize(problem, clipped=True)
+
+
+def fake_quantize_affine(problem: Problem) -> Case:
+    """Against the same providers: the range is a whole number of steps, where Eq. 6 has the same values."""
+    return fake_quantize(problem, scheme="affine")
 
 
 def weights_case(problem: Problem, shapes: list[tuple[int, ...]], ours: Callable[[list[Tensor]], Call]) -> Case:
@@ -406,6 +411,7 @@ OPERATIONS = {
     ),
     "fake_quantize_clipped": Operation(fake_quantize_clipped),
     "fake_quantize_per_channel": Operation(fake_quantize_per_channel),
+    "fake_quantize_affine": Operation(fake_quantize_affine),
     "fake_quantize_weight": Operation(fake_quantize_weight, layouts=False),
 }
 

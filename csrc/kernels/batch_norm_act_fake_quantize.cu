@@ -11,16 +11,16 @@
 namespace gdfq::cuda {
 namespace {
 
-template <class T>
+template <class T, class Quantizer>
 struct Forward : ChannelOperation<T, 1, 0, true> {
   FrozenBatchNorm norm;
   Bounds activation;
   Ranges ranges;
-  FastQuantizer quantizer;
+  Fast<Quantizer> quantizer;
 
   using Group = Affine;
 
-  __device__ void prepare() { quantizer = make_fast(ranges.quantizer()); }
+  __device__ void prepare() { quantizer = make_fast(ranges.quantizer<Quantizer>()); }
   __device__ Group group(std::int64_t c) const { return norm.affine(c); }
 
   __device__ float operator()(const float (&in)[1], const Group& affine, float (&)[1]) const {
@@ -29,20 +29,20 @@ struct Forward : ChannelOperation<T, 1, 0, true> {
 };
 
 // Sums dz * (x - running_mean) and dz, where dz is the gradient of z.
-template <class T>
+template <class T, class Quantizer>
 struct Backward : ChannelOperation<T, 2, 2, true> {
   FrozenBatchNorm norm;
   Bounds activation;
   Ranges ranges;
   bool clipped;
-  Quantizer quantizer;
+  FastAtLevels<Quantizer> quantizer;
 
   struct Group {
     Affine affine;
     float mean;
   };
 
-  __device__ void prepare() { quantizer = ranges.quantizer(); }
+  __device__ void prepare() { quantizer = make_fast_at_levels(ranges.quantizer<Quantizer>()); }
   __device__ Group group(std::int64_t c) const { return {norm.affine(c), norm.running_mean[c]}; }
 
   __device__ float operator()(const float (&in)[2], const Group& group, float (&sums)[2]) const {
@@ -55,6 +55,14 @@ struct Backward : ChannelOperation<T, 2, 2, true> {
     sums[1] += grad_z;
     return fp32::multiply(grad_z, group.affine.scale);
   }
+};
+
+template <class Quantizer>
+struct With {
+  template <class T>
+  using Forward = cuda::Forward<T, Quantizer>;
+  template <class T>
+  using Backward = cuda::Backward<T, Quantizer>;
 };
 
 __global__ void __launch_bounds__(kThreads)
@@ -73,10 +81,13 @@ __global__ void __launch_bounds__(kThreads)
 void batch_norm_act_fake_quantize(const void* x, void* y, ElementType type, ChannelShape shape,
                                   const FrozenBatchNorm& norm, const Ranges& ranges, Activation activation,
                                   const Device& device) {
-  for_each_channel<Forward>(type, {x}, y, GroupedShape(shape), device, [&](auto& operation) {
-    operation.norm = norm;
-    operation.activation = bounds_of(activation);
-    operation.ranges = ranges;
+  with_quantizer(ranges.scheme, [&](auto scheme) {
+    using Operation = With<decltype(scheme)>;
+    for_each_channel<Operation::template Forward>(type, {x}, y, GroupedShape(shape), device, [&](auto& operation) {
+      operation.norm = norm;
+      operation.activation = bounds_of(activation);
+      operation.ranges = ranges;
+    });
   });
   check_launch("batch_norm_act_fake_quantize");
 }
@@ -92,7 +103,12 @@ void batch_norm_act_fake_quantize_backward(const void* grad_y, const void* x, vo
     operation.ranges = ranges;
     operation.clipped = clipped;
   };
-  const Partial partial = for_each_channel<Backward>(type, {grad_y, x}, grad_x, GroupedShape(shape), device, set);
+  Partial partial{};
+  with_quantizer(ranges.scheme, [&](auto scheme) {
+    using Operation = With<decltype(scheme)>;
+    partial =
+        for_each_channel<Operation::template Backward>(type, {grad_y, x}, grad_x, GroupedShape(shape), device, set);
+  });
   GDFQ_LAUNCH(finish_kernel, grid_of_warps(shape.channels), dim3(kThreads), device.stream, partial, norm, grad_weight,
               grad_bias);
   check_launch("batch_norm_act_fake_quantize_backward");

@@ -20,6 +20,7 @@ struct Layer {
   std::int64_t first_block;
   std::int64_t first_channel;  // among those of the launch
   int bits;
+  Scheme scheme;
   bool aligned;
 };
 
@@ -29,14 +30,11 @@ struct Layers {
 };
 static_assert(sizeof(Layers) <= kMaxArguments - 64);  // besides the others
 
-template <int N>
-__device__ void count_channel(const Layer& layer, std::int64_t channel, Team team, const float* sizes, int count,
-                              std::uint32_t* of_channel) {
-  const float* weight = layer.weight + channel * layer.length;
-  const float* direction = layer.direction + channel * layer.length;
-  const Quantizer quantizer = quantizer_of<float, N>(weight, layer.length, layer.bits, team);
+template <int N, class AnyQuantizer>
+__device__ void count_with(const AnyQuantizer& quantizer, const float* weight, const float* direction,
+                           std::int64_t length, Team team, const float* sizes, int count, std::uint32_t* of_channel) {
   std::uint32_t changed[kMostKappas] = {};
-  for (std::int64_t i = team.rank * N; i < layer.length; i += team.size * N) {
+  for (std::int64_t i = team.rank * N; i < length; i += team.size * N) {
     const Vector<float, N> from = load<N>(weight + i);
     const Vector<float, N> along = load<N>(direction + i);
     float codes[N];
@@ -57,6 +55,21 @@ __device__ void count_channel(const Layer& layer, std::int64_t channel, Team tea
     if (k >= count) return;
     const std::uint32_t sum = team.reduce<Sum>(changed[k]);
     if (team.rank == 0) of_channel[k] = sum;
+  }
+}
+
+template <int N>
+__device__ void count_channel(const Layer& layer, std::int64_t channel, Team team, const float* sizes, int count,
+                              std::uint32_t* of_channel) {
+  const float* weight = layer.weight + channel * layer.length;
+  const float* direction = layer.direction + channel * layer.length;
+  const Extremes range = extremes_of<float, N>(weight, layer.length, team);
+  if (layer.scheme == Scheme::kEq6) {
+    const auto quantizer = Eq6Quantizer::make(range.lower, range.upper, layer.bits);
+    count_with<N>(quantizer, weight, direction, layer.length, team, sizes, count, of_channel);
+  } else {
+    const auto quantizer = StepQuantizer::make(range.lower, range.upper, layer.bits, layer.scheme);
+    count_with<N>(make_fast(quantizer), weight, direction, layer.length, team, sizes, count, of_channel);
   }
 }
 
@@ -117,8 +130,8 @@ void count_changed_codes(const std::vector<WeightStep>& weights, const float* le
   for (const WeightStep& weight : weights) {
     const std::int64_t of_weight = weight.length == 0 ? 0 : weight.channels;
     const bool aligned = is_aligned(weight.weight) && is_aligned(weight.direction) && weight.length % 4 == 0;
-    layers.at[layers.count++] = {weight.weight, weight.direction, of_weight,   weight.length,
-                                 blocks,        channels,         weight.bits, aligned};
+    layers.at[layers.count++] = {weight.weight, weight.direction, of_weight,     weight.length, blocks,
+                                 channels,      weight.bits,      weight.scheme, aligned};
     blocks += blocks_for(of_weight, weight.length);
     channels += of_weight;
     if (layers.count == kLayers) launch();

@@ -1,4 +1,4 @@
-// Eq. 6 with given ranges, per tensor or per channel, and the gradient that is zero where a value was clipped.
+// Quantizers with given ranges, per tensor or per channel, and the gradient that is zero where a value was clipped.
 //
 // Bytes per element (float32): 8 forward; with the clipped gradient 8 + 1/8 forward and 8 + 1/8 backward.
 //
@@ -32,16 +32,18 @@ struct ChannelDividers {
 };
 
 // Walks along elements from `first` on, with the quantizer of each: here the same for all.
+template <class Quantizer>
 struct RangeOfTensor {
-  FastQuantizer quantizer;
+  Fast<Quantizer> quantizer;
 
   __device__ explicit RangeOfTensor(const Ranges& ranges, const ChannelDividers&)
-      : quantizer(make_fast(ranges.quantizer())) {}
+      : quantizer(make_fast(ranges.quantizer<Quantizer>())) {}
   __device__ void start(std::int64_t) {}
-  __device__ FastQuantizer next() const { return quantizer; }
+  __device__ Fast<Quantizer> next() const { return quantizer; }
 };
 
 // The channel of an element is (index / inner) % channels.
+template <class Quantizer>
 class RangeOfChannel {
  public:
   __device__ RangeOfChannel(const Ranges& ranges, const ChannelDividers& by) : ranges_(ranges), by_(by) {}
@@ -57,7 +59,7 @@ class RangeOfChannel {
     }
     position_ = first - run * by_.shape.inner;
     channel_ = static_cast<int>(run - round * by_.shape.channels);
-    quantizer_ = ranges_.quantizer(channel_);
+    quantizer_ = ranges_.quantizer<Quantizer>(channel_);
   }
 
   __device__ Quantizer next() {
@@ -65,7 +67,7 @@ class RangeOfChannel {
     if (++position_ == by_.shape.inner) {
       position_ = 0;
       channel_ = channel_ + 1 == by_.shape.channels ? 0 : channel_ + 1;
-      quantizer_ = ranges_.quantizer(channel_);
+      quantizer_ = ranges_.quantizer<Quantizer>(channel_);
     }
     return here;
   }
@@ -169,10 +171,13 @@ template <class T, int N>
 void quantize(const T* x, T* y, std::uint8_t* mask, const ChannelShape& shape, const Ranges& ranges,
               const Device& device) {
   const std::int64_t numel = shape.numel();
-  const auto kernel =
-      shape.channels == 1 ? fake_quantize_kernel<T, N, RangeOfTensor> : fake_quantize_kernel<T, N, RangeOfChannel>;
-  GDFQ_LAUNCH(kernel, grid_of<N>(numel), dim3(kThreads), device.stream, x, y, mask, numel, ranges,
-              ChannelDividers(shape));
+  with_quantizer(ranges.scheme, [&](auto scheme) {
+    using Quantizer = decltype(scheme);
+    const auto kernel = shape.channels == 1 ? fake_quantize_kernel<T, N, RangeOfTensor<Quantizer>>
+                                            : fake_quantize_kernel<T, N, RangeOfChannel<Quantizer>>;
+    GDFQ_LAUNCH(kernel, grid_of<N>(numel), dim3(kThreads), device.stream, x, y, mask, numel, ranges,
+                ChannelDividers(shape));
+  });
 }
 
 void quantize_any(const void* x, void* y, std::uint8_t* mask, ElementType type, const ChannelShape& shape,

@@ -1,4 +1,4 @@
-// Eq. 6 for weights: each output channel between its own minimum and maximum, all layers in one launch.
+// Quantizers of weights: each output channel between its own minimum and maximum, all layers in one launch.
 //
 // Bytes per element (float32): 8. A channel is read twice, the second time from the cache.
 //
@@ -18,6 +18,7 @@ struct Layer {
   std::int64_t first_block;
   ElementType type;
   int bits;
+  Scheme scheme;
   bool aligned;
 };
 
@@ -27,9 +28,8 @@ struct Layers {
 };
 static_assert(sizeof(Layers) <= kMaxArguments);
 
-template <class T, int N>
-__device__ void quantize_channel(const T* x, T* y, std::int64_t length, int bits, Team team) {
-  const FastQuantizer quantizer = make_fast(quantizer_of<T, N>(x, length, bits, team));
+template <int N, class T, class AnyQuantizer>
+__device__ void quantize_with(const AnyQuantizer& quantizer, const T* x, T* y, std::int64_t length, Team team) {
 #pragma unroll 4
   for (std::int64_t i = team.rank * N; i < length; i += team.size * N) {
     const Vector<T, N> in = load<N>(x + i);
@@ -40,18 +40,30 @@ __device__ void quantize_channel(const T* x, T* y, std::int64_t length, int bits
   }
 }
 
+template <class T, int N>
+__device__ void quantize_channel(const T* x, T* y, const Layer& layer, Team team) {
+  const Extremes range = extremes_of<T, N>(x, layer.length, team);
+  if (layer.scheme == Scheme::kEq6) {
+    const auto quantizer = Eq6Quantizer::make(range.lower, range.upper, layer.bits);
+    quantize_with<N>(make_fast(quantizer), x, y, layer.length, team);
+  } else {
+    const auto quantizer = StepQuantizer::make(range.lower, range.upper, layer.bits, layer.scheme);
+    quantize_with<N>(make_fast(quantizer), x, y, layer.length, team);
+  }
+}
+
 template <class T>
 __device__ void quantize_layer(const Layer& layer, std::int64_t channel, Team team) {
   const T* x = static_cast<const T*>(layer.values) + channel * layer.length;
   T* y = static_cast<T*>(layer.quantized) + channel * layer.length;
   if (layer.aligned) {
-    quantize_channel<T, kVector<T>>(x, y, layer.length, layer.bits, team);
+    quantize_channel<T, kVector<T>>(x, y, layer, team);
   } else {
-    quantize_channel<T, 1>(x, y, layer.length, layer.bits, team);
+    quantize_channel<T, 1>(x, y, layer, team);
   }
 }
 
-__global__ void __launch_bounds__(kThreads) weights_kernel(const Layers layers) {
+__global__ void __launch_bounds__(kThreads, 6) weights_kernel(const Layers layers) {
   const std::int64_t block = blockIdx.x;
   const Layer& layer = layers.at[layer_of(layers, block)];
   const auto [team, channel] = place_in(layer, block);
@@ -88,8 +100,8 @@ void fake_quantize_weights(const std::vector<Weight>& weights, const Device& dev
     if (weight.channels == 0 || weight.length == 0) continue;
     const bool aligned =
         is_aligned(weight.values) && is_aligned(weight.quantized) && weight.length * size_of(weight.type) % 16 == 0;
-    layers.at[layers.count++] = {weight.values, weight.quantized, weight.channels, weight.length,
-                                 blocks,        weight.type,      weight.bits,     aligned};
+    layers.at[layers.count++] = {weight.values, weight.quantized, weight.channels, weight.length, blocks,
+                                 weight.type,   weight.bits,      weight.scheme,   aligned};
     blocks += blocks_for(weight.channels, weight.length);
     if (layers.count == kLayers) launch();
   }

@@ -19,6 +19,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #if defined(__CUDACC__)
 #define GDFQ_HD __host__ __device__ __forceinline__
@@ -112,7 +113,8 @@ GDFQ_HD float round_half_even(float a) {
 
 }  // namespace fp32
 
-enum class Scheme : int { kEq6 = 0, kAffine = 1, kSymmetric = 2 };
+// One byte: the tables of layers are kernels' arguments, of which there are few bytes.
+enum class Scheme : std::int8_t { kEq6 = 0, kAffine = 1, kSymmetric = 2 };
 
 // Eq. 6 for one range. `low` and `high` are the first and the last level, -2^(k-1) and 2^(k-1) - 1.
 struct Eq6Quantizer {
@@ -252,6 +254,15 @@ GDFQ_HD float round_to_level(float x, const FastStepQuantizer& quantizer) {
   const float remainder = fp32::multiply_add(-quotient, quantizer.divisor, value);
   return fp32::round_half_even(fp32::multiply_add(remainder, quantizer.reciprocal, quotient));
 }
+
+// The same for levels alone, which take no division in Eq. 6.
+GDFQ_HD Eq6Quantizer make_fast_at_levels(const Eq6Quantizer& quantizer) { return quantizer; }
+GDFQ_HD FastStepQuantizer make_fast_at_levels(const StepQuantizer& quantizer) { return make_fast(quantizer); }
+
+template <class Quantizer>
+using Fast = decltype(make_fast(Quantizer{}));
+template <class Quantizer>
+using FastAtLevels = decltype(make_fast_at_levels(Quantizer{}));
 
 template <class AnyQuantizer>
 GDFQ_HD float fake_quantize(float x, const AnyQuantizer& quantizer) {

@@ -58,9 +58,14 @@ __device__ int layer_of(const Layers& layers, std::int64_t block) {
   return low;
 }
 
-// The quantizer of a channel, between its minimum and its maximum.
+// The minimum and the maximum of a channel.
+struct Extremes {
+  float lower;
+  float upper;
+};
+
 template <class T, int N>
-__device__ Quantizer quantizer_of(const T* x, std::int64_t length, int bits, Team team) {
+__device__ Extremes extremes_of(const T* x, std::int64_t length, Team team) {
   float lower = Least::nothing();
   float upper = Greatest::nothing();
 #pragma unroll 4
@@ -72,7 +77,7 @@ __device__ Quantizer quantizer_of(const T* x, std::int64_t length, int bits, Tea
       upper = Greatest::join(upper, to_float(in.at[v]));
     }
   }
-  return make_quantizer(team.reduce<Least>(lower), team.reduce<Greatest>(upper), bits);
+  return {team.reduce<Least>(lower), team.reduce<Greatest>(upper)};
 }
 
 }  // namespace gdfq::cuda

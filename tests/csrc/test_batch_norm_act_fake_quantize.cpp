@@ -11,13 +11,14 @@ namespace {
 
 constexpr float kLower = -0.5f, kUpper = 4.0f;
 constexpr int kBits = 4;
-const Ranges kRanges{&kLower, &kUpper, kBits};
 
-void test_forward(const NormCase& c, Activation activation) {
+Ranges ranges(Scheme scheme) { return {&kLower, &kUpper, kBits, scheme}; }
+
+void test_forward(const NormCase& c, Activation activation, Scheme scheme) {
   std::vector<float> y(c.x.size(), -1.0f);
-  batch_norm_act_fake_quantize(c.x.data(), y.data(), ElementType::kFloat32, c.shape, c.norm(), kRanges, activation,
-                               kSerial);
-  const Oracle oracle(kLower, kUpper, kBits);
+  batch_norm_act_fake_quantize(c.x.data(), y.data(), ElementType::kFloat32, c.shape, c.norm(), ranges(scheme),
+                               activation, kSerial);
+  const Oracle oracle(kLower, kUpper, kBits, scheme);
   for (std::size_t i = 0; i < y.size(); ++i) {
     const double a = activated(c.oracle(channel_of(c.shape, i))(c.x[i]), activation);
     if (oracle.distance_from_tie(a) > 1e-3) CHECK(close(y[i], oracle.quantize(a), 1e-6));
@@ -28,19 +29,19 @@ struct Gradients {
   std::vector<float> x, weight, bias;
 };
 
-Gradients backward(const NormCase& c, Activation activation, bool clipped, const Parallel& parallel) {
+Gradients backward(const NormCase& c, Activation activation, bool clipped, Scheme scheme, const Parallel& parallel) {
   const auto channels = static_cast<std::size_t>(c.shape.channels);
   Gradients gradients{std::vector<float>(c.x.size(), -1.0f), std::vector<float>(channels, -1.0f),
                       std::vector<float>(channels, -1.0f)};
   batch_norm_act_fake_quantize_backward(c.grad_y.data(), c.x.data(), gradients.x.data(), gradients.weight.data(),
-                                        gradients.bias.data(), ElementType::kFloat32, c.shape, c.norm(), kRanges,
+                                        gradients.bias.data(), ElementType::kFloat32, c.shape, c.norm(), ranges(scheme),
                                         activation, clipped, parallel);
   return gradients;
 }
 
-void test_backward(const NormCase& c, Activation activation, bool clipped) {
-  const Gradients gradients = backward(c, activation, clipped, kSerial);
-  const Oracle oracle(kLower, kUpper, kBits);
+void test_backward(const NormCase& c, Activation activation, bool clipped, Scheme scheme) {
+  const Gradients gradients = backward(c, activation, clipped, scheme, kSerial);
+  const Oracle oracle(kLower, kUpper, kBits, scheme);
   const auto channels = static_cast<std::size_t>(c.shape.channels);
   std::vector<double> weight(channels), bias(channels), slack(channels);
   for (std::size_t i = 0; i < c.x.size(); ++i) {
@@ -64,14 +65,14 @@ void test_backward(const NormCase& c, Activation activation, bool clipped) {
   }
 }
 
-void test_threads_do_not_matter(const NormCase& c) {
-  const Gradients one = backward(c, Activation::kRelu, true, kSerial);
-  const Gradients two = backward(c, Activation::kRelu, true, kTwoThreads);
+void test_threads_do_not_matter(const NormCase& c, Scheme scheme) {
+  const Gradients one = backward(c, Activation::kRelu, true, scheme, kSerial);
+  const Gradients two = backward(c, Activation::kRelu, true, scheme, kTwoThreads);
   CHECK(same(one.x, two.x) && same(one.weight, two.weight) && same(one.bias, two.bias));
 }
 
 // Without a weight and a bias the BN only normalizes.
-void test_without_affine() {
+void test_without_affine(Scheme scheme) {
   NormCase c({2, 3, 40});
   std::fill(c.weight.begin(), c.weight.end(), 1.0f);
   std::fill(c.bias.begin(), c.bias.end(), 0.0f);
@@ -79,9 +80,9 @@ void test_without_affine() {
   plain.weight = nullptr;
   plain.bias = nullptr;
   std::vector<float> given(c.x.size()), absent(c.x.size());
-  batch_norm_act_fake_quantize(c.x.data(), given.data(), ElementType::kFloat32, c.shape, c.norm(), kRanges,
+  batch_norm_act_fake_quantize(c.x.data(), given.data(), ElementType::kFloat32, c.shape, c.norm(), ranges(scheme),
                                Activation::kRelu, kSerial);
-  batch_norm_act_fake_quantize(c.x.data(), absent.data(), ElementType::kFloat32, c.shape, plain, kRanges,
+  batch_norm_act_fake_quantize(c.x.data(), absent.data(), ElementType::kFloat32, c.shape, plain, ranges(scheme),
                                Activation::kRelu, kSerial);
   CHECK(same(given, absent));
 }
@@ -91,11 +92,13 @@ void test_without_affine() {
 int main() {
   for (const ChannelShape& shape : shapes()) {
     const NormCase c(shape);
-    for (const Activation activation : {Activation::kNone, Activation::kRelu, Activation::kRelu6}) {
-      test_forward(c, activation);
-      for (const bool clipped : {false, true}) test_backward(c, activation, clipped);
+    for (const Scheme scheme : kSchemes) {
+      for (const Activation activation : {Activation::kNone, Activation::kRelu, Activation::kRelu6}) {
+        test_forward(c, activation, scheme);
+        for (const bool clipped : {false, true}) test_backward(c, activation, clipped, scheme);
+      }
+      test_threads_do_not_matter(c, scheme);
     }
-    test_threads_do_not_matter(c);
   }
-  test_without_affine();
+  test_without_affine(Scheme::kEq6);
 }

@@ -19,7 +19,7 @@ struct Case {
     }
   }
 
-  Ranges ranges(int bits) const { return {lower.data(), upper.data(), bits}; }
+  Ranges ranges(int bits, Scheme scheme) const { return {lower.data(), upper.data(), bits, scheme}; }
 
   ChannelShape shape;
   std::vector<float> x, lower, upper;
@@ -27,16 +27,16 @@ struct Case {
 
 std::vector<std::uint8_t> bytes_for(const Case& c) { return std::vector<std::uint8_t>((c.x.size() + 7) / 8, 0xff); }
 
-void test_against_oracle(const Case& c, int bits) {
+void test_against_oracle(const Case& c, int bits, Scheme scheme) {
   std::vector<float> y(c.x.size(), -1.0f), clipped(c.x.size(), -1.0f);
   std::vector<std::uint8_t> mask = bytes_for(c);
-  fake_quantize(c.x.data(), y.data(), ElementType::kFloat32, c.shape, c.ranges(bits), kSerial);
-  fake_quantize_clipped(c.x.data(), clipped.data(), mask.data(), ElementType::kFloat32, c.shape, c.ranges(bits),
+  fake_quantize(c.x.data(), y.data(), ElementType::kFloat32, c.shape, c.ranges(bits, scheme), kSerial);
+  fake_quantize_clipped(c.x.data(), clipped.data(), mask.data(), ElementType::kFloat32, c.shape, c.ranges(bits, scheme),
                         kSerial);
   CHECK(same(y, clipped));
   for (std::size_t i = 0; i < c.x.size(); ++i) {
     const std::size_t channel = channel_of(c.shape, i);
-    const Oracle oracle(c.lower[channel], c.upper[channel], bits);
+    const Oracle oracle(c.lower[channel], c.upper[channel], bits, scheme);
     const bool bit = (mask[i / 8] >> (i % 8) & 1) != 0;
     if (oracle.distance_from_tie(c.x[i]) < 1e-3) continue;
     CHECK(close(y[i], oracle.quantize(c.x[i]), 1e-6));
@@ -45,12 +45,12 @@ void test_against_oracle(const Case& c, int bits) {
   for (std::size_t i = c.x.size(); i < 8 * mask.size(); ++i) CHECK((mask[i / 8] >> (i % 8) & 1) == 0);
 }
 
-void test_threads_do_not_matter(const Case& c) {
+void test_threads_do_not_matter(const Case& c, Scheme scheme) {
   std::vector<float> one(c.x.size()), two(c.x.size());
   std::vector<std::uint8_t> mask_of_one = bytes_for(c), mask_of_two = bytes_for(c);
-  fake_quantize_clipped(c.x.data(), one.data(), mask_of_one.data(), ElementType::kFloat32, c.shape, c.ranges(4),
+  fake_quantize_clipped(c.x.data(), one.data(), mask_of_one.data(), ElementType::kFloat32, c.shape, c.ranges(4, scheme),
                         kSerial);
-  fake_quantize_clipped(c.x.data(), two.data(), mask_of_two.data(), ElementType::kFloat32, c.shape, c.ranges(4),
+  fake_quantize_clipped(c.x.data(), two.data(), mask_of_two.data(), ElementType::kFloat32, c.shape, c.ranges(4, scheme),
                         kTwoThreads);
   CHECK(one == two && mask_of_one == mask_of_two);
 }
@@ -70,22 +70,22 @@ void test_backward(const Case& c) {
 
 // Half precision is stored, not computed in: the result is the float32 result, rounded once.
 template <class T>
-void test_half_precision(const Case& c, ElementType type) {
+void test_half_precision(const Case& c, ElementType type, Scheme scheme) {
   std::vector<T> x, y(c.x.size());
   std::vector<float> widened, expected(c.x.size());
   for (const float value : c.x) x.push_back(from_float<T>(value));
   for (const T value : x) widened.push_back(to_float(value));
-  fake_quantize(x.data(), y.data(), type, c.shape, c.ranges(8), kSerial);
-  fake_quantize(widened.data(), expected.data(), ElementType::kFloat32, c.shape, c.ranges(8), kSerial);
+  fake_quantize(x.data(), y.data(), type, c.shape, c.ranges(8, scheme), kSerial);
+  fake_quantize(widened.data(), expected.data(), ElementType::kFloat32, c.shape, c.ranges(8, scheme), kSerial);
   for (std::size_t i = 0; i < y.size(); ++i) CHECK(y[i].bits == from_float<T>(expected[i]).bits);
 }
 
-void test_nan_and_bad_ranges() {
+void test_nan_and_bad_ranges(Scheme scheme) {
   const std::vector<float> x = {kNan, 0.5f, 0.5f, 0.5f, kInfinity};
   const std::vector<float> lower = {-1.0f, 1.0f, kNan, -kInfinity, -1.0f};
   const std::vector<float> upper = {1.0f, -1.0f, 1.0f, 1.0f, 1.0f};
   std::vector<float> y(5);
-  fake_quantize(x.data(), y.data(), ElementType::kFloat32, {1, 5, 1}, {lower.data(), upper.data(), 4}, kSerial);
+  fake_quantize(x.data(), y.data(), ElementType::kFloat32, {1, 5, 1}, {lower.data(), upper.data(), 4, scheme}, kSerial);
   for (std::size_t i = 0; i < 4; ++i) CHECK(std::isnan(y[i]));
   CHECK(std::isfinite(y[4]));
 }
@@ -95,11 +95,13 @@ void test_nan_and_bad_ranges() {
 int main() {
   for (const ChannelShape& shape : shapes()) {
     const Case c(shape);
-    for (const int bits : {2, 4, 8}) test_against_oracle(c, bits);
-    test_threads_do_not_matter(c);
     test_backward(c);
-    test_half_precision<Half>(c, ElementType::kFloat16);
-    test_half_precision<BFloat16>(c, ElementType::kBFloat16);
+    for (const Scheme scheme : kSchemes) {
+      for (const int bits : {2, 4, 8}) test_against_oracle(c, bits, scheme);
+      test_threads_do_not_matter(c, scheme);
+      test_half_precision<Half>(c, ElementType::kFloat16, scheme);
+      test_half_precision<BFloat16>(c, ElementType::kBFloat16, scheme);
+    }
   }
-  test_nan_and_bad_ranges();
+  for (const Scheme scheme : kSchemes) test_nan_and_bad_ranges(scheme);
 }

@@ -69,16 +69,34 @@ inline std::size_t channel_of(const ChannelShape& shape, std::size_t i) {
   return i / static_cast<std::size_t>(shape.inner) % static_cast<std::size_t>(shape.channels);
 }
 
-// Eq. 6 as a formula. Its float32 coefficients belong to the definition; the rest is float64.
+constexpr Scheme kSchemes[] = {Scheme::kEq6, Scheme::kAffine, Scheme::kSymmetric};
+
+// The quantizers as formulas. Their float32 coefficients belong to the definition; the rest is float64.
 struct Oracle {
   double scale;
-  double zero;
-  double half;
+  double zero = 0.0;
+  double low;
+  double high;
 
-  Oracle(float lower, float upper, int bits) : half(std::ldexp(1.0, bits - 1)) {
-    const float width = upper - lower > 1e-8f ? upper - lower : 1e-8f;
-    scale = static_cast<float>(std::ldexp(1.0, bits) - 1.0) / width;
-    zero = std::nearbyint(static_cast<float>(scale) * lower) + half;
+  Oracle(float lower, float upper, int bits, Scheme scheme = Scheme::kEq6) {
+    const double half = std::ldexp(1.0, bits - 1);
+    const auto levels = static_cast<float>(2.0 * half - 1.0);
+    if (scheme == Scheme::kSymmetric) {
+      scale = 1.0 / static_cast<double>(std::fmax(std::fmax(-lower, upper), 5e-9f) / static_cast<float>(half - 1.0));
+      low = 1.0 - half;
+      high = half - 1.0;
+    } else if (scheme == Scheme::kAffine) {
+      const float l = std::fmin(lower, 0.0f), step = std::fmax(std::fmax(upper, 0.0f) - l, 1e-8f) / levels;
+      scale = 1.0 / static_cast<double>(step);
+      low = std::nearbyint(l / step);
+      high = low + static_cast<double>(levels);
+    } else {
+      const float coefficient = levels / std::fmax(upper - lower, 1e-8f);
+      scale = coefficient;
+      zero = std::nearbyint(coefficient * lower) + half;
+      low = -half;
+      high = half - 1.0;
+    }
   }
 
   // The distance from a boundary between two levels, where float32 may fall on either side.
@@ -88,8 +106,9 @@ struct Oracle {
   }
 
   double level(double x) const { return std::nearbyint(scale * x - zero); }
-  bool inside(double x) const { return level(x) >= -half && level(x) <= half - 1.0; }
-  double quantize(double x) const { return (std::fmin(std::fmax(level(x), -half), half - 1.0) + zero) / scale; }
+  bool inside(double x) const { return level(x) >= low && level(x) <= high; }
+  double code(double x) const { return std::fmin(std::fmax(level(x), low), high); }
+  double quantize(double x) const { return (code(x) + zero) / scale; }
 };
 
 // Frozen batch normalization in float64.

@@ -297,7 +297,7 @@ def fingerprints(file: str) -> dict[str, str]:
     sources = [included_by(path.name) for path in KERNELS.glob("*.cu")]
     kernels = set().union(*(names for names in sources if file in names))
     tests = [*HERE.glob("*.cpp"), *HERE.glob("include/*"), HERE / "emulation.py", *TESTS]
-    tests += [ROOT / "gdfq_ext/reference.py", ROOT / "tests/gdfq_ext/op_cases.py"]
+    tests += [ROOT / name for name in ("gdfq_ext/reference.py", "gdfq_ext/quantizer.py", "tests/gdfq_ext/op_cases.py")]
 
     def digest(paths: list[Path]) -> str:
         texts = (re.sub(r"//.*|\s+", "", path.read_text()) for path in sorted(paths))

@@ -154,6 +154,66 @@ PLANTED = [
         "if (groups.norm.labels[n] == row) break;",
         "all samples of a label write to its row, the last one to run wins",
     ),
+    PlantedBug(
+        "quantizer.h",
+        "round_half_even(fp32::multiply_add(remainder, quantizer.reciprocal, quotient))",
+        "round_half_even(quotient)",
+        "a quotient that is not corrected, on the wrong side of a half",
+    ),
+    PlantedBug(
+        "quantizer.h",
+        "return fp32::round_half_even(fp32::multiply_add(remainder, quantizer.reciprocal, quotient));",
+        "return floorf(fp32::multiply_add(remainder, quantizer.reciprocal, quotient) + 0.5f);",
+        "halves of a step rounded up",
+    ),
+    PlantedBug(
+        "quantizer.h",
+        "affine ? -fp32::round_half_even(fp32::divide(below, quantizer.step)) : -levels",
+        "affine ? 0.0f : -levels",
+        "the affine quantizer without a zero point",
+    ),
+    PlantedBug(
+        "quantizer.h",
+        "fp32::divide(below, quantizer.step)) : -levels;",
+        "fp32::divide(below, quantizer.step)) : -levels - 1.0f;",
+        "the least code, which has no opposite, taken into the symmetric quantizer",
+    ),
+    PlantedBug(
+        "quantizer.h",
+        "fp32::at_least(width, affine ? 1e-8f : 5e-9f)",
+        "width",
+        "a step of 0 for an empty range",
+    ),
+    PlantedBug(
+        "quantizer.h",
+        "fp32::subtract(0.0f, fp32::at_most(lower, 0.0f))",
+        "fp32::subtract(0.0f, lower)",
+        "an affine range without 0",
+    ),
+    PlantedBug(
+        "quantizer.h",
+        "upper >= lower && width < INFINITY ? step",
+        "width < INFINITY ? step",
+        "numbers of an inverted range",
+    ),
+    PlantedBug(
+        "quantizer.h",
+        "fp32::multiply(fp32::add(level, 0.0f), quantizer.step)",
+        "fp32::multiply(level, quantizer.step)",
+        "a value of -0",
+    ),
+    PlantedBug(
+        "quantizer.h",
+        "quantizer.step > 0x1p64f ? 0x1p-64f : 1.0f",
+        "1.0f",
+        "the reciprocal of a step that float32 does not hold",
+    ),
+    PlantedBug(
+        "quantizer.h",
+        "quantizer.high + 1.0f, divisor",
+        "quantizer.high, divisor",
+        "what is above the last level counts as inside",
+    ),
     # What an earlier emulation let through.
     PlantedBug(
         "observe_range.cu",

@@ -10,6 +10,9 @@ import pytest
 import torch
 from op_cases import CASES, COMBINATIONS, DTYPES, LAYOUTS, Inputs, compare
 
+from gdfq_ext import quantizer_grid, reference
+from gdfq_ext._schemas import SCHEMES
+
 SEEDS = [0, 1, 2, 3]
 OPS = torch.ops.gdfq_cuda_on_cpu
 
@@ -50,13 +53,15 @@ def test_one_of_two_inputs_is_misaligned(dtype, layout, offset):
 
 
 def larger_calls(shape, dtype, layout, setting):
-    """Calls of every op that takes an x of this shape; of six settings in a row all activations and gradients occur."""
+    """Calls of every op that takes an x of this shape; of six settings in a row all schemes, activations and gradients
+    occur."""
     i = Inputs(dtype, layout)
     channels = shape[1]
     x, grad = i.x(*shape), i.x(*shape)
     mean, var, weight, bias, grad_mean, grad_var = (i.channel(channels) for _ in range(6))
     bn = (mean, var, weight - 0.5, bias - 0.5)
-    quantizer = (i.lower, i.upper, 4, 1e-5, setting % 3, setting % 2 == 0)
+    scheme = setting % 3
+    quantizer = (i.lower, i.upper, 4, scheme, 1e-5, setting // 2 % 3, setting % 2 == 0)
     small = (grad / x.numel() ** 0.5).to(dtype)  # sums of order one: one absolute tolerance fits
     labels = torch.randint(3, shape[:1], generator=i.generator)
     tables = (torch.randn(3, channels, generator=i.generator) for _ in range(2))
@@ -64,12 +69,12 @@ def larger_calls(shape, dtype, layout, setting):
     special = x.clone()
     special[0, 0].view(-1)[:1], special[-1, -1].view(-1)[-1:] = torch.nan, torch.inf
     mask = torch.arange((x.numel() + 7) // 8).to(torch.uint8)
-    yield "fake_quantize", (special, i.lower, i.upper, 4, -1)
-    yield "fake_quantize", (special, -mean, var, 5, 1)
-    yield "fake_quantize_clipped", (special, i.lower, i.upper, 4, -1)
-    yield "fake_quantize_clipped", (special, -mean, var, 3, 1)
+    yield "fake_quantize", (special, i.lower, i.upper, 4, scheme, -1)
+    yield "fake_quantize", (special, -mean, var, 5, scheme, 1)
+    yield "fake_quantize_clipped", (special, i.lower, i.upper, 4, scheme, -1)
+    yield "fake_quantize_clipped", (special, -mean, var, 3, scheme, 1)
     yield "fake_quantize_clipped_backward", (x, mask)
-    yield "fake_quantize_weights", ([x, special], [4, 8])
+    yield "fake_quantize_weights", ([x, special], [4, 8], [scheme, (scheme + 1) % 3])
     yield "observe_range", (x, torch.tensor([-0.1, 0.2, 0.3]), 0.9)
     yield "observe_range", (special, torch.tensor([-0.1, 0.2, 0.3]), 0.9)
     yield "batch_norm_act_fake_quantize", (special, *bn, *quantizer)
@@ -120,7 +125,7 @@ def test_many_shares(shape, layout):
     x, bn = i.x(*shape), [i.channel(shape[1]) for _ in range(4)]
     small = i.x(*shape) / x.numel() ** 0.5
     compare(OPS, "batch_norm_act_moments", (x, *bn, 1e-5, 1))
-    compare(OPS, "batch_norm_act_fake_quantize_backward", (small, x, *bn, i.lower, i.upper, 4, 1e-5, 1, True))
+    compare(OPS, "batch_norm_act_fake_quantize_backward", (small, x, *bn, i.lower, i.upper, 4, 0, 1e-5, 1, True))
 
 
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
@@ -144,8 +149,8 @@ def test_the_range_takes_in_every_block(offset):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_about_as_long_as_a_warp_takes(dtype):
     i = Inputs(dtype, torch.contiguous_format)
-    for length in (1023, 1024, 1025, 1032):
-        compare(OPS, "fake_quantize_weights", ([i.x(19, length), i.x(3, 5)], [4, 8]))
+    for scheme, length in enumerate((1023, 1024, 1025, 1032)):
+        compare(OPS, "fake_quantize_weights", ([i.x(19, length), i.x(3, 5)], [4, 8], [scheme % 3, 1]))
 
 
 @pytest.mark.parametrize("offset", [0, 1, (0, 1), (1, 0)], ids=str)
@@ -153,9 +158,10 @@ def test_weights_about_as_long_as_a_warp_takes(dtype):
 def test_changed_codes_of_short_and_long_channels(kappas, offset):
     i = Inputs(torch.float32, torch.contiguous_format)
     weights, directions = ([i.x(19, length) for length in (5, 36, 1023, 1024, 1025, 1032)] for _ in range(2))
-    weights[1][3, 4], directions[5][0, 0] = torch.nan, torch.inf
+    weights[1][3, 4], weights[4][2, 0], directions[5][0, 0] = torch.nan, torch.inf, torch.inf
     sizes = torch.tensor(1e-3), torch.tensor([2.0**k for k in range(kappas)])
-    compare(Placed(OPS, offset=offset), "count_changed_codes", (weights, directions, [2, 3, 4, 5, 6, 8], *sizes))
+    quantizers = [2, 3, 4, 5, 6, 8], [0, 1, 2, 0, 1, 2]
+    compare(Placed(OPS, offset=offset), "count_changed_codes", (weights, directions, *quantizers, *sizes))
 
 
 def test_no_warp_reads_the_sizes_of_steps_before_they_are_there():
@@ -164,13 +170,13 @@ def test_no_warp_reads_the_sizes_of_steps_before_they_are_there():
     for seed in range(1, 33):  # of the order of threads, and which warp is late
         emulation.set_seed(seed)
         sizes = torch.tensor(1e-2), torch.tensor([2.0 ** (seed % 7), 4.0])
-        compare(OPS, "count_changed_codes", ([weights], [directions], [4], *sizes))
+        compare(OPS, "count_changed_codes", ([weights], [directions], [4], [0], *sizes))
 
 
 def test_steps_of_weights_without_elements():
     weights = [torch.zeros(4, 0), torch.zeros(0, 3)]
     sizes = torch.tensor(1.0), torch.tensor([1.0, 2.0])
-    compare(OPS, "count_changed_codes", (weights, weights, [4, 4], *sizes))
+    compare(OPS, "count_changed_codes", (weights, weights, [4, 4], [0, 1], *sizes))
 
 
 def test_shares_are_joined_in_double():
@@ -203,8 +209,48 @@ def test_what_is_infinite_or_too_large_for_the_type_becomes_infinite(dtype):
 def test_the_greatest_level_of_a_range_may_be_infinite():
     x = torch.tensor([3.4e38, 3.2e38, -torch.inf, torch.nan])
     lower, upper = torch.tensor([3.1e38]), torch.tensor([3.4028e38])  # a step is more than is left above the range
-    assert OPS.fake_quantize(x, lower, upper, 2, -1)[0] == torch.inf
-    compare(OPS, "fake_quantize", (x, lower, upper, 2, -1))
+    assert OPS.fake_quantize(x, lower, upper, 2, 0, -1)[0] == torch.inf
+    for scheme in range(3):
+        compare(OPS, "fake_quantize", (x, lower, upper, 2, scheme, -1))
+
+
+NO_NORM = (torch.zeros(1), torch.ones(1), None, None)
+
+
+# From the empty range to as far as float32 goes: the widest have steps whose reciprocals it does not hold.
+@pytest.mark.parametrize("scheme", ["affine", "symmetric"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("width", [0.0, 1e-30, 1.7e-3, 0.3, 2.0, 1e19, 2e19, 3.1e38, 3.4028e38])
+def test_quotients_by_the_step_fall_on_the_right_side_of_a_half(width, bits, scheme):
+    most = torch.tensor(torch.finfo(torch.float32).max)
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, most, -most, 0.0, -0.0, 1e-45, -1e-45])
+    for ends in [(-0.1, 0.9), (0.2, 1.0), (-1.0, -0.2)]:
+        lower, upper = (torch.tensor([end * width]) for end in ends)
+        step = quantizer_grid(lower, upper, bits, scheme).step
+        halves = (torch.arange(-(2.0**bits), 2**bits + 2) + 0.5) * step
+        x = torch.cat([halves, halves.nextafter(most), halves.nextafter(-most), special])
+        quantizer = lower, upper, bits, SCHEMES[scheme]
+        compare(OPS, "fake_quantize_clipped", (x, *quantizer, -1))
+        compare(OPS, "fake_quantize_clipped", (x[None], *quantizer, 0))
+        normed = *NO_NORM, *quantizer, 0.0, 0, True
+        compare(OPS, "batch_norm_act_fake_quantize", (x.view(-1, 1), *normed))
+        for y in (OPS.fake_quantize(x, *quantizer, -1), OPS.batch_norm_act_fake_quantize(x.view(-1, 1), *normed)):
+            assert not y[y == 0].signbit().any()
+        finite = x[x.isfinite()].view(-1, 1)
+        grad_x, _, _ = OPS.batch_norm_act_fake_quantize_backward(torch.ones_like(finite), finite, *normed)
+        passes = reference.batch_norm_act_fake_quantize_backward(torch.ones_like(finite), finite, *normed)[0]
+        assert torch.equal(grad_x, passes)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values())
+def test_bad_ranges(scheme):
+    ends = [1.0, -1.0, torch.nan, torch.inf, -torch.inf]
+    lower, upper = (torch.tensor(values) for values in zip(*itertools.product(ends, ends), strict=True))
+    x = torch.tensor([-torch.inf, -5.0, 0.0, 0.3, torch.inf, torch.nan]).repeat(len(lower), 1)
+    compare(OPS, "fake_quantize_clipped", (x, lower, upper, 4, scheme, 0))
+    for pair in zip(lower.split(1), upper.split(1), strict=True):
+        compare(OPS, "fake_quantize_clipped", (x, *pair, 4, scheme, -1))
+        compare(OPS, "batch_norm_act_fake_quantize", (x.view(-1, 1), *NO_NORM, *pair, 4, scheme, 0.0, 0, True))
 
 
 def test_gradients_at_the_corners_of_activations():
@@ -213,7 +259,7 @@ def test_gradients_at_the_corners_of_activations():
     bn = (zeros, ones, ones, zeros)
     grad, labels = torch.full_like(x, 2.0), torch.zeros(3, dtype=torch.int64)
     for act in (0, 1, 2):
-        quantizer = (torch.tensor([-8.0]), torch.tensor([8.0]), 8, 0.0, act, True)
+        quantizer = (torch.tensor([-8.0]), torch.tensor([8.0]), 8, act, 0.0, act, True)
         compare(OPS, "batch_norm_act_fake_quantize_backward", (grad, x, *bn, *quantizer))
         compare(OPS, "batch_norm_act_moments_backward", (grad, zeros, zeros, x, zeros, *bn, 0.0, act))
     compare(OPS, "conditional_batch_norm_act_backward", (grad, x, ones[None], zeros[None], labels, zeros, ones, 0.25))
@@ -234,7 +280,7 @@ def test_empty_inputs(shape):
     i = Inputs(torch.float32, torch.contiguous_format)
     x, labels = i.x(*shape), torch.zeros(shape[0], dtype=torch.int64)
     bn, tables = [i.channel(shape[1]) for _ in range(4)], [torch.randn(2, shape[1]) for _ in range(2)]
-    quantizer = (i.lower, i.upper, 4, 1e-5, 1, True)
+    quantizer = (i.lower, i.upper, 4, 1, 1e-5, 1, True)
     compare(OPS, "fake_quantize_clipped_backward", (x, torch.empty(0, dtype=torch.uint8)))
     compare(OPS, "batch_norm_act_fake_quantize", (x, *bn, *quantizer))
     compare(OPS, "batch_norm_act_fake_quantize_backward", (x, x, *bn, *quantizer))
@@ -269,10 +315,11 @@ def test_variance_far_from_the_running_mean(layout):
 def test_many_layers_in_several_launches():
     g = torch.Generator().manual_seed(0)
     weights = [torch.randn(3 + k % 5, 1 + 37 * (k % 40), generator=g) for k in range(150)]
-    compare(OPS, "fake_quantize_weights", (weights, [2 + k % 7 for k in range(150)]))
+    compare(OPS, "fake_quantize_weights", (weights, [2 + k % 7 for k in range(150)], [k % 3 for k in range(150)]))
     directions = [torch.randn(weight.shape, generator=g) for weight in weights]
-    bits, sizes = [2 + k % 7 for k in range(150)], (torch.tensor(0.01), torch.tensor([1.0, 8.0]))
-    compare(OPS, "count_changed_codes", (weights, directions, bits, *sizes))
+    bits, schemes = [2 + k % 7 for k in range(150)], [k // 7 % 3 for k in range(150)]
+    sizes = torch.tensor(0.01), torch.tensor([1.0, 8.0])
+    compare(OPS, "count_changed_codes", (weights, directions, bits, schemes, *sizes))
     layers = [[torch.randn(1 + k % 300, generator=g) for k in range(150)] for _ in range(4)]
     for mean in (True, False):
         compare(OPS, "bns_loss", (*layers, mean))
@@ -307,7 +354,7 @@ def layers(*lengths):
 
 def steps(*shapes):
     tensors = [torch.ones(shape) for shape in shapes]
-    return tensors, tensors, [4] * len(shapes), torch.tensor(0.1), torch.ones(2)
+    return tensors, tensors, [4] * len(shapes), [1] * len(shapes), torch.tensor(0.1), torch.ones(2)
 
 
 def activations(*shape, layout=torch.contiguous_format, dtype=torch.float32):
@@ -318,16 +365,16 @@ ONES = [torch.ones(1)] * 2
 # The arguments of an op, and what is launched for it: kernels, blocks, threads.
 LAUNCHES = {
     # Four vectors of 16 bytes a thread, 256 threads a block.
-    "two blocks": ("fake_quantize", (activations(2 * 4096), *ONES, 4, -1), (1, 2, 2 * 256)),
-    "a third": ("fake_quantize", (activations(2 * 4096 + 1), *ONES, 4, -1), (1, 3, 3 * 256)),
-    "halves": ("fake_quantize", (activations(2 * 8192, dtype=torch.float16), *ONES, 4, -1), (1, 2, 2 * 256)),
+    "two blocks": ("fake_quantize", (activations(2 * 4096), *ONES, 4, 0, -1), (1, 2, 2 * 256)),
+    "a third": ("fake_quantize", (activations(2 * 4096 + 1), *ONES, 4, 0, -1), (1, 3, 3 * 256)),
+    "halves": ("fake_quantize", (activations(2 * 8192, dtype=torch.float16), *ONES, 4, 0, -1), (1, 2, 2 * 256)),
     "range of two blocks": ("observe_range", (activations(2 * 4096), torch.zeros(3), 0.9), (2, 3, 3 * 256)),
     "range of a third": ("observe_range", (activations(2 * 4096 + 1), torch.zeros(3), 0.9), (2, 4, 4 * 256)),
     # Eight short channels a block, or a long one; 64 layers a launch.
-    "short weights": ("fake_quantize_weights", ([activations(17, 1024)], [4]), (1, 3, 3 * 256)),
-    "long weights": ("fake_quantize_weights", ([activations(17, 1025)], [4]), (1, 17, 17 * 256)),
-    "64 weights": ("fake_quantize_weights", ([activations(8, 2)] * 64, [4] * 64), (1, 64, 64 * 256)),
-    "65 weights": ("fake_quantize_weights", ([activations(8, 2)] * 65, [4] * 65), (2, 65, 65 * 256)),
+    "short weights": ("fake_quantize_weights", ([activations(17, 1024)], [4], [0]), (1, 3, 3 * 256)),
+    "long weights": ("fake_quantize_weights", ([activations(17, 1025)], [4], [0]), (1, 17, 17 * 256)),
+    "64 weights": ("fake_quantize_weights", ([activations(8, 2)] * 64, [4] * 64, [1] * 64), (1, 64, 64 * 256)),
+    "65 weights": ("fake_quantize_weights", ([activations(8, 2)] * 65, [4] * 65, [1] * 65), (2, 65, 65 * 256)),
     # Divided like those, and a block for each layer that adds.
     "steps": ("count_changed_codes", steps((17, 1024), (17, 1025), (0, 3)), (2, 3 + 17 + 3, 23 * 256)),
     "64 steps": ("count_changed_codes", steps(*[(8, 2)] * 64), (2, 128, 128 * 256)),
@@ -386,9 +433,9 @@ def test_how_channels_are_divided(name):
         blocks, threads = zip(*kernels, strict=True)
         return emulation.take_launched() == (len(kernels), sum(blocks), sum(threads))
 
-    OPS.batch_norm_act_fake_quantize(x, *bn, *ONES, 4, *settings, True)
+    OPS.batch_norm_act_fake_quantize(x, *bn, *ONES, 4, 0, *settings, True)
     assert launched(one_input)
-    OPS.batch_norm_act_fake_quantize_backward(x, x, *bn, *ONES, 4, *settings, True)
+    OPS.batch_norm_act_fake_quantize_backward(x, x, *bn, *ONES, 4, 0, *settings, True)
     assert launched(two_inputs_summed, finish)
     OPS.batch_norm_act_moments(x, *bn, *settings)
     assert launched(one_input_summed, finish)
@@ -427,7 +474,7 @@ def test_results_repeat_bit_for_bit():
         results.append(
             (
                 *OPS.batch_norm_act_moments(x, *parameters, 1e-5, 1),
-                *OPS.batch_norm_act_fake_quantize_backward(grad, x, *parameters, i.lower, i.upper, 4, 1e-5, 1, True),
+                *OPS.batch_norm_act_fake_quantize_backward(grad, x, *parameters, i.lower, i.upper, 4, 0, 1e-5, 1, True),
             )
         )
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
@@ -436,9 +483,11 @@ def test_results_repeat_bit_for_bit():
 def test_wrong_arguments_are_refused_before_a_launch():
     x, one = torch.randn(2, 3, 4, 4), torch.ones(1)
     wrong = {
-        "lower has 2 elements": lambda: OPS.fake_quantize(x, torch.ones(2), one, 4, -1),
-        "bits is 9": lambda: OPS.fake_quantize(x, -one, one, 9, -1),
-        "unsupported type": lambda: OPS.fake_quantize(x.double(), -one, one, 4, -1),
+        "lower has 2 elements": lambda: OPS.fake_quantize(x, torch.ones(2), one, 4, 0, -1),
+        "bits is 9": lambda: OPS.fake_quantize(x, -one, one, 9, 0, -1),
+        "scheme is 3": lambda: OPS.fake_quantize(x, -one, one, 4, 3, -1),
+        "2 weights, 2 bits and 1 schemes": lambda: OPS.fake_quantize_weights([x, x], [4, 4], [1]),
+        "unsupported type": lambda: OPS.fake_quantize(x.double(), -one, one, 4, 0, -1),
         "labels must be 2": lambda: OPS.conditional_batch_norm_act(
             x, *[torch.ones(1, 3)] * 2, torch.zeros(3, dtype=torch.int64), *[torch.ones(3)] * 2, 0.1, 1e-5, 1.0
         ),

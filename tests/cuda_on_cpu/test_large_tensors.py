@@ -45,10 +45,10 @@ def test_fake_quantize(dtype, offset, numel, shape):
     rows = numel // math.prod((3, *shape)) // 8 * 8
     x = zeros(rows, 3, *shape, dtype=dtype, offset=offset)
     part = x[-32:].copy_(random_like(x[-32:], 0))
-    for limits, axis in [((i.lower, i.upper), -1), ((-i.channel(), i.channel()), 1)]:
-        expected, expected_mask = reference.fake_quantize_clipped(part, *limits, 4, axis)
-        assert torch.equal(OPS.fake_quantize(x, *limits, 4, axis)[-32:], expected)
-        y, mask = OPS.fake_quantize_clipped(x, *limits, 4, axis)
+    for limits, scheme, axis in [((i.lower, i.upper), 0, -1), ((-i.channel(), i.channel()), 1, 1)]:
+        expected, expected_mask = reference.fake_quantize_clipped(part, *limits, 4, scheme, axis)
+        assert torch.equal(OPS.fake_quantize(x, *limits, 4, scheme, axis)[-32:], expected)
+        y, mask = OPS.fake_quantize_clipped(x, *limits, 4, scheme, axis)
         assert torch.equal(y[-32:], expected)
         assert torch.equal(mask[-len(expected_mask) :], expected_mask)
         grad_x = OPS.fake_quantize_clipped_backward(x, mask)
@@ -69,8 +69,8 @@ def test_observe_range(offset):
 def test_fake_quantize_weights():
     weight = zeros(BEYOND // 1024 + 16, 1024)
     part = weight[-8:].copy_(random_like(weight[-8:], 0))
-    expected = reference.fake_quantize_weights([part], [4])[0]
-    assert torch.equal(OPS.fake_quantize_weights([weight], [4])[0][-8:], expected)
+    expected = reference.fake_quantize_weights([part], [4], [0])[0]
+    assert torch.equal(OPS.fake_quantize_weights([weight], [4], [0])[0][-8:], expected)
 
 
 def test_count_changed_codes():
@@ -78,8 +78,8 @@ def test_count_changed_codes():
     parts = [tensor[-8:].copy_(random_like(tensor[-8:], seed)) for seed, tensor in enumerate((weight, direction))]
     sizes = torch.tensor(0.01), torch.tensor([1.0, 4.0])
     # What blocks that do not run leave is 0: the others' channels, all zeros, change nothing either.
-    counts = OPS.count_changed_codes([weight], [direction], [4], *sizes)
-    assert torch.equal(counts, reference.count_changed_codes(parts[:1], parts[1:], [4], *sizes))
+    counts = OPS.count_changed_codes([weight], [direction], [4], [0], *sizes)
+    assert torch.equal(counts, reference.count_changed_codes(parts[:1], parts[1:], [4], [0], *sizes))
     assert counts.gt(0).all()
 
 
@@ -130,7 +130,7 @@ class Parts:
 def test_batch_norm_act_fake_quantize(name, offset):
     parts = Parts(name, offset)
     (x, grad), (small_x, small_grad) = parts.large, parts.small
-    settings = (*parts.channels[:4], torch.tensor([-1.0]), torch.tensor([1.0]), 4, 1e-5, 1, True)
+    settings = (*parts.channels[:4], torch.tensor([-1.0]), torch.tensor([1.0]), 4, 0, 1e-5, 1, True)
     emulation.take_launched()
     with emulation.most_blocks(4):
         y = OPS.batch_norm_act_fake_quantize(x, *settings)
@@ -169,8 +169,8 @@ def test_planes_of_one_channel_that_lie_far_apart():
     i = Inputs(torch.bfloat16, torch.contiguous_format)
     bn, limits = [i.channel(x.shape[1]) for _ in range(4)], (torch.tensor([-1.0]), torch.tensor([1.0]))
     with emulation.most_blocks(2):
-        y = OPS.batch_norm_act_fake_quantize(x, *bn, *limits, 4, 1e-5, 1, True)
-    expected = reference.batch_norm_act_fake_quantize(last, *(p[-1:] for p in bn), *limits, 4, 1e-5, 1, True)
+        y = OPS.batch_norm_act_fake_quantize(x, *bn, *limits, 4, 0, 1e-5, 1, True)
+    expected = reference.batch_norm_act_fake_quantize(last, *(p[-1:] for p in bn), *limits, 4, 0, 1e-5, 1, True)
     torch.testing.assert_close(y[-1:, -1:], expected)
 
 

@@ -10,6 +10,7 @@ from test_kernels import (  # noqa: F401
     Placed,
     larger_calls,
     placed,
+    test_bad_ranges,
     test_distillation_loss_against_float64,
     test_empty_inputs,
     test_gradients_at_the_corners_of_activations,
@@ -19,6 +20,7 @@ from test_kernels import (  # noqa: F401
     test_many_shares,
     test_no_images,
     test_one_of_two_inputs_is_misaligned,
+    test_quotients_by_the_step_fall_on_the_right_side_of_a_half,
     test_shares_are_joined_in_double,
     test_small_cases,
     test_the_greatest_level_of_a_range_may_be_infinite,
@@ -67,7 +69,8 @@ def test_sums_against_float64(layout):
     wide = (torch.tensor([-1e3]), torch.tensor([1e3]))  # clips nothing
     on_device = Placed(OPS, DEVICE)
     _, mean, var = on_device.batch_norm_act_moments(x, *bn, 1e-5, 0)
-    _, grad_weight, grad_bias = on_device.batch_norm_act_fake_quantize_backward(grad, x, *bn, *wide, 8, 1e-5, 0, True)
+    quantizer = *wide, 8, 0, 1e-5, 0, True
+    _, grad_weight, grad_bias = on_device.batch_norm_act_fake_quantize_backward(grad, x, *bn, *quantizer)
 
     x, grad, (center, scale, _, _) = x.double(), grad.double(), [p.double() for p in bn]
     normalized = (x - center.view(-1, 1, 1)) / (scale.view(-1, 1, 1) + 1e-5).sqrt()

@@ -38,10 +38,11 @@ def assert_repeats(large, small):
 def test_fake_quantize_of_more_elements_than_32_bits_count(huge, layout):
     x, piece = huge(layout)
     lower, upper = torch.linspace(-2, -1, 64, device=DEVICE), torch.linspace(1, 2, 64, device=DEVICE)
-    for limits, axis in [((lower[:1], upper[:1]), -1), ((lower, upper), 1)]:
-        assert_repeats(OPS.fake_quantize(x, *limits, 4, axis), reference.fake_quantize(piece, *limits, 4, axis))
-    y, mask = OPS.fake_quantize_clipped(x, lower, upper, 4, 1)
-    small_y, small_mask = reference.fake_quantize_clipped(piece, lower, upper, 4, 1)
+    of_tensor, of_channels = (lower[:1], upper[:1], 4), (lower, upper, 4)
+    for arguments in [(*of_tensor, 0, -1), (*of_tensor, 1, -1), (*of_channels, 0, 1)]:
+        assert_repeats(OPS.fake_quantize(x, *arguments), reference.fake_quantize(piece, *arguments))
+    y, mask = OPS.fake_quantize_clipped(x, lower, upper, 4, 0, 1)
+    small_y, small_mask = reference.fake_quantize_clipped(piece, lower, upper, 4, 0, 1)
     assert_repeats(y, small_y)
     assert_repeats(mask.view(HUGE, -1), small_mask.unsqueeze(0))
     del y
