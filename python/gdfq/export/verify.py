@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gdfq.errors import GdfqError
 from gdfq.export.classifier import OnnxClassifier
+from gdfq.export.integers import IntegerSimulation
 from gdfq.export.levels import (
     EPSILON,
     LOGITS,
@@ -28,13 +29,12 @@ from gdfq.export.levels import (
     layers_before,
 )
 from gdfq.export.runtime import Operators, Timing, imported, interleaved_time, operators, session
-from gdfq.export.sums import IntegerSums
 from gdfq.export.writer import Written
 from gdfq.graph.nodes import some
 from gdfq.precision import products_in_tf32
 
 FLOAT32_OF = 256
-"""Images on which Q is run as it is, too; elsewhere with sums that are exact, see `gdfq.export.sums`."""
+"""Images on which Q is run as it is, too; elsewhere in integers, see `gdfq.export.integers`."""
 LEVELS_OF = 32
 """Images whose levels are compared."""
 _AT_ONCE = 8 * 224 * 224  # pixels of images whose levels are held together
@@ -193,7 +193,7 @@ def verify(
         raise GdfqError("there are no images to verify the file on")
     result.operators = operators(path)
     _check_levels(result, student, written, file, torch.cat(batches)[:LEVELS_OF])
-    exact = IntegerSums(student)
+    exact = IntegerSimulation(student)
     result.argmax["synthetic"] = _argmax(exact.run, file, batches)
     if real_images is not None:
         result.argmax["real"] = _argmax(exact.run, file, real_images)

@@ -1,0 +1,181 @@
+"""Q in the arithmetic of integer runtimes: sums of products of codes, and one multiplication to the next step.
+
+Q computes with values in float32. There a sum is off by about a millionth, and of the many that are rounded to levels a
+few land beside the level that an integer runtime has; behind many layers of 8 bits little is then left the same. Here
+sums are exact, and what is rounded is what onnxruntime rounds:
+
+    layer, BN folded in   round((sum + bias) * (step_x * step_w / step_y))
+    sum of two            round(a * step_a / step_y + b * step_b / step_y)
+    global average pool   round(sum * (step_x / (step_y * count)))
+
+each operation in float32. Whatever else there is, is computed as Q does.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, activation_name, average_pool_inputs, sum_inputs
+from gdfq.graph.query import QuantizedLayer, batch_norm_of, quantized_layers, quantizer_behind, quantizer_of, unrounded
+from gdfq.nn import FakeQuantize, per_channel
+
+_EXACT = 2**24  # integers up to which float32 has all of
+
+
+class Unrounded:
+    """What is to be rounded to the grid of a quantizer that reads it, itself or through an activation."""
+
+    def values(self) -> Tensor:
+        """In float32."""
+        raise NotImplementedError
+
+    def in_steps(self, step: Tensor) -> Tensor:
+        """In float32, in steps of the quantizer."""
+        raise NotImplementedError
+
+    def quantized(self, quantizer: FakeQuantize) -> Tensor:
+        """On the quantizer's grid, in float32. An activation before it clamps where its codes end."""
+        step, zero_point, lowest, highest = quantizer.grid()
+        return self.in_steps(step).round().clamp(lowest - zero_point, highest - zero_point) * step
+
+
+@dataclass(frozen=True)
+class Scaled(Unrounded):
+    """Whole numbers `(N, C, ...)` in float64, and their unit in float32, shaped to go with them."""
+
+    integers: Tensor
+    unit: Tensor
+
+    def values(self) -> Tensor:
+        return self.integers.float() * self.unit
+
+    def in_steps(self, step: Tensor) -> Tensor:
+        return self.integers.float() * (self.unit / step)
+
+
+@dataclass(frozen=True)
+class Sum(Unrounded):
+    """Of codes, less their zero point, times their step."""
+
+    codes: tuple[Tensor, Tensor]
+    steps: tuple[Tensor, Tensor]
+
+    def values(self) -> Tensor:
+        return self.codes[0] * self.steps[0] + self.codes[1] * self.steps[1]
+
+    def in_steps(self, step: Tensor) -> Tensor:
+        first = self.codes[0] * (self.steps[0] / step)
+        return (self.codes[1].double() * (self.steps[1] / step) + first).float()  # one rounding: a multiply-add
+
+
+class IntegerSimulation(fx.Interpreter):
+    """Runs Q in integers, on the CPU: `run(images)` gives the logits.
+
+    Args:
+        student: Q, from `build_quantized`, for a target that rounds biases.
+    """
+
+    def __init__(self, student: fx.GraphModule) -> None:
+        super().__init__(student)
+        self.student = student
+        self.layers = {layer.node: layer for layer in quantized_layers(student)}
+        self.layers = {node: layer for node, layer in self.layers.items() if self._quantizer(node.args[0]) is not None}
+        self.folded = {
+            user
+            for node in self.layers
+            for user in node.users
+            if len(node.users) == 1 and batch_norm_of(student, user) is not None
+        }
+
+    @torch.inference_mode()
+    def run(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        return super().run(images)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self.layers:
+            return self._layer(n)
+        if n in self.folded:
+            return self._batch_norm(n)
+        source = self.env.get(n.args[0]) if n.args and isinstance(n.args[0], fx.Node) else None
+        if isinstance(source, Unrounded):  # `n` is a quantizer, or an activation that one reads
+            quantizer = quantizer_of(self.student, n)
+            return source if quantizer is None else source.quantized(quantizer)
+        inputs = sum_inputs(n) or average_pool_inputs(n)
+        quantizers = [self._quantizer(value) for value in inputs]
+        if inputs and None not in quantizers and self._is_rounded(n):
+            codes = [(self.env[value] / q.grid().step).round() for value, q in zip(inputs, quantizers, strict=True)]
+            steps = [q.grid().step for q in quantizers]
+            if len(inputs) == 2 and not n.kwargs:
+                return Sum(tuple(codes), tuple(steps))
+            result = super().run_node(n)
+            if len(inputs) == 1 and result.numel() == result.shape[0] * result.shape[1]:
+                count = codes[0][0, 0].numel()
+                return Scaled(codes[0].double().flatten(2).sum(2).view_as(result), steps[0] / count)
+            return result
+        return super().run_node(n)
+
+    def _quantizer(self, value: fx.Node) -> FakeQuantize | None:
+        return quantizer_behind(self.student, value)
+
+    def _is_rounded(self, node: fx.Node) -> bool:
+        """Whether quantizers alone read what `node` gives, themselves or through a ReLU."""
+        return bool(node.users) and all(
+            self._is_rounded(user)
+            if activation_name(user) == "relu"
+            else quantizer_of(self.student, user) is not None and batch_norm_of(self.student, user) is None
+            for user in node.users
+        )
+
+    def _layer(self, node: fx.Node) -> Any:
+        layer = self.layers[node]
+        (x, weight, *others), _ = self.fetch_args_kwargs_from_env(node)
+        bias, *how = others or [None]
+        step_x = self._quantizer(node.args[0]).grid().step
+        step_w = layer.quantizer.grid(layer.index, self.student.get_parameter(layer.weight)).step
+        codes, carriers = (x / step_x).round(), (weight / per_channel(step_w, weight)).round()
+
+        def products(codes: Tensor) -> Tensor:
+            return node.target(codes, carriers, None, *how).double()
+
+        size = int(carriers[0].abs().sum().item() if len(carriers) else 0)
+        largest = max((int(row.abs().sum()) for row in carriers), default=size) * int(codes.abs().max())
+        if largest < _EXACT:
+            sums = products(codes)
+        else:
+            high = (codes / 16).floor()
+            sums = 16 * products(high) + products(codes - 16 * high)
+        if any(user in self.folded for user in node.users):
+            return sums
+        shape = (-1, *[1] * (weight.dim() - 2)) if node.target in CONVOLUTIONS else (-1,)
+        unit = step_x * step_w
+        if bias is not None:
+            sums = sums + (bias.double() / unit).round().view(shape)
+        result = Scaled(sums, unit.view(shape))
+        return result if self._is_rounded(node) else result.values()
+
+    def _batch_norm(self, node: fx.Node) -> Any:
+        layer = self.layers[node.args[0]]
+        module = batch_norm_of(self.student, node)
+        sums, mean, variance, gamma, beta = (None if arg is None else self.env[arg] for arg in node.args)
+        of_layer = unrounded(self.student, layer.node.args[2]) if layer.bias else None
+        mean = mean.double() if of_layer is None else mean.double() - self.env[of_layer].double()
+        factor = (variance.double() + module.eps).rsqrt() * (1.0 if gamma is None else gamma.double())
+        shift = (0.0 if beta is None else beta.double()) - mean * factor
+        step_x = self._quantizer(layer.node.args[0]).grid().step
+        step_w = layer.quantizer.grid(layer.index, self.student.get_parameter(layer.weight)).step
+        unit = step_x * (step_w.double() * factor.abs()).float()
+        shape = (-1, *[1] * (sums.dim() - 2))
+        integers = sums * factor.sign().view(shape) + (shift / unit).round().view(shape)
+        result = Scaled(integers, unit.view(shape))
+        quantizer = quantizer_of(self.student, node)
+        if quantizer is not None:
+            return result.quantized(quantizer)
+        if module.act != "relu6" and self._is_rounded(node):
+            return result
+        return _activated(result.values(), module.act)
+
+
+def _activated(x: Tensor, act: str) -> Tensor:
+    return x if act == "none" else x.clamp(*BOUNDS[act])
