@@ -18,7 +18,7 @@ class Leaving(nn.Module):
     _is_impure = True  # its call has no result that anyone reads, and stays in the graph
 
     def forward(self, x: Tensor) -> None:
-        is_traced = torch._C._is_tracing()
+        is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
         if torch.onnx.is_in_onnx_export():
             unknown = (
                 "torch.onnx.export does not know the operators of a quantized model: gdfq.export writes it to ONNX"
