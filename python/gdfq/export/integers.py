@@ -160,7 +160,7 @@ class IntegerSimulation(fx.Interpreter):
         module = batch_norm_of(self.student, node)
         sums, mean, variance, gamma, beta = (None if arg is None else self.env[arg] for arg in node.args)
         of_layer = unrounded(self.student, layer.node.args[2]) if layer.bias else None
-        mean = mean.double() if of_layer is None else mean.double() - self.env[of_layer].double()
+        mean = mean.double() if of_layer is None else mean.double() - self.fetch_attr(of_layer.target).double()
         factor = (variance.double() + module.eps).rsqrt() * (1.0 if gamma is None else gamma.double())
         shift = (0.0 if beta is None else beta.double()) - mean * factor
         step_x = self._quantizer(layer.node.args[0]).grid().step
