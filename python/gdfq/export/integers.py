@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, activation_name, average_pool_inputs, sum_inputs
-from gdfq.graph.query import QuantizedLayer, batch_norm_of, quantized_layers, quantizer_behind, quantizer_of, unrounded
+from gdfq.graph.query import batch_norm_of, quantized_layers, quantizer_behind, quantizer_of, unrounded
 from gdfq.nn import FakeQuantize, per_channel
 
 _EXACT = 2**24  # integers up to which float32 has all of
