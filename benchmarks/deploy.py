@@ -25,8 +25,8 @@ import gdfq
 from benchmarks.step_providers import fit_classifier
 from gdfq.calibrate import calibrate
 from gdfq.demo import teacher, test_set
-from gdfq.export.deploy import Quantized, export
-from gdfq.export.levels import Simulation
+from gdfq.deploy.export import Quantized, export
+from gdfq.deploy.levels import Simulation
 from gdfq.graph import Pixels, build_quantized, capture
 from gdfq.models import load_model
 from gdfq.provenance import versions

@@ -12,7 +12,6 @@ from .backend import BackendReport
 from .backend import report as _report
 from .losses import bns_loss, distillation_loss
 from .ops import (
-    Scheme,
     batch_norm_act_fake_quantize,
     batch_norm_act_moments,
     conditional_batch_norm_act,
@@ -22,7 +21,7 @@ from .ops import (
     fake_quantize_weights,
     observe_range,
 )
-from .quantizer import Grid, quantizer_grid
+from .quantizer import Grid, Scheme, quantizer_grid
 
 __all__ = [
     "BackendReport",

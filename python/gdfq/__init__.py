@@ -22,9 +22,10 @@ except (ImportError, ValueError) as error:
 
 from gdfq.api import Result, quantize
 from gdfq.config import Config, parse_override
+from gdfq.deploy.export import export
+from gdfq.deploy.standard import to_standard
 from gdfq.errors import GdfqError
 from gdfq.evaluate import evaluate
-from gdfq.export.standard import to_standard
 from gdfq.models import load_model
 from gdfq.run.folder import load_quantized, save_quantized
 from gdfq.run.training_run import Stopped
@@ -36,6 +37,7 @@ __all__ = [
     "Stopped",
     "__version__",
     "evaluate",
+    "export",
     "load_model",
     "load_quantized",
     "parse_override",

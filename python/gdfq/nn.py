@@ -320,7 +320,8 @@ class BiasFakeQuantize(nn.Module):
         if activation.observing and not activation.observer.quantizes:
             return values
         unit = activation.grid().step * weights.grid(index, weight).step * factor
-        return torch.where(unit == 0, values, (values / unit).round() * unit)
+        levels = (values / unit).round()  # infinite where gamma is all but zero
+        return torch.where(levels.isinf() | (unit == 0), values, levels * unit)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"

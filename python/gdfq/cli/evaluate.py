@@ -56,7 +56,7 @@ def evaluate(
     source: dict[str, Any] = {"data": None}
     is_onnx = run is not None and (run.is_file() or run.suffix == ".onnx")
     if is_onnx:
-        from gdfq.export.classifier import OnnxClassifier
+        from gdfq.deploy.classifier import OnnxClassifier
 
         _nothing_but_data(model=model, weights=weights, quantized=quantized, device=device != "cpu")
         network = OnnxClassifier(run)

@@ -64,9 +64,9 @@ def export(
     Example: gdfq export runs/resnet20 --input uint8
     """
     from gdfq import inputs
-    from gdfq.export.deploy import NotTheSame, Quantized
-    from gdfq.export.deploy import export as write
-    from gdfq.export.writer import Normalization
+    from gdfq.deploy.export import NotTheSame, Quantized
+    from gdfq.deploy.export import export as write
+    from gdfq.deploy.writer import Normalization
     from gdfq.run import folder as run_folder
 
     _, source = run_folder.read_run(run)
@@ -99,7 +99,7 @@ def export(
 
 
 def _normalization(mean: Any, std: Any, channels: int) -> Any:
-    from gdfq.export.writer import Normalization
+    from gdfq.deploy.writer import Normalization
 
     if mean is None and std is None:
         return None

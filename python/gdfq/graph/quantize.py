@@ -123,9 +123,11 @@ class _Rewriter:
     def _where_it_arises(self, value: fx.Node) -> fx.Node:
         """What `value` is only moved or picked from, as far as nobody reads that in float: what computes it can then
         give integers, and they are moved."""
+        origin = value
         while preserves_values(value) and self._is_read_in_integers(value.all_input_nodes[0]):
             value = value.all_input_nodes[0]
-        return value
+            origin = value if isinstance(value.meta.get("val"), Tensor) else origin  # not the several of a split
+        return origin
 
     def _is_read_in_integers(self, value: fx.Node) -> bool:
         return all(

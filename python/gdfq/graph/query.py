@@ -61,6 +61,11 @@ def unrounded(student: fx.GraphModule, bias: fx.Node | None) -> fx.Node | None:
     return of_batch_norm[-1] if of_batch_norm else of_layer
 
 
+def rounds_biases(student: fx.GraphModule) -> bool:
+    """Whether Q rounds its biases to what integers can add."""
+    return any(isinstance(module, BiasFakeQuantize) for module in student.modules())
+
+
 def called_by(student: fx.GraphModule, node: fx.Node | None) -> nn.Module | None:
     """The module that `node` of Q's graph calls, if it calls one."""
     return student.get_submodule(node.target) if node is not None and node.op == "call_module" else None

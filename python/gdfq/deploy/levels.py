@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gdfq.deploy.runtime import imported, run, values_of
+from gdfq.deploy.writer import QuantizedTensor
 from gdfq.errors import GdfqError
-from gdfq.export.runtime import imported, run, values_of
-from gdfq.export.writer import QuantizedTensor
 from gdfq.nn import BatchNormActFakeQuantize
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gdfq.deploy.runtime import run, session
 from gdfq.errors import GdfqError
-from gdfq.export.runtime import run, session
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -24,7 +24,7 @@ class OnnxClassifier(nn.Module):
 
     Args:
         model: the file, or what is in it.
-        x64quantprecision, threads: see `gdfq.export.runtime.session`.
+        x64quantprecision, threads: see `gdfq.deploy.runtime.session`.
 
     Attributes:
         in_size: height and width that the file takes; None where it takes several.

@@ -11,8 +11,8 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 import gdfq as package
+from gdfq.deploy.classifier import OnnxClassifier
 from gdfq.errors import GdfqError
-from gdfq.export.classifier import OnnxClassifier
 
 CLASSES = 3
 

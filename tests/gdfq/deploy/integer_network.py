@@ -7,8 +7,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import fx, nn
 from torch.nn import functional as F
 
-from gdfq.export import QuantizedTensor, Written
-from gdfq.export.grids import Grid
+from gdfq.deploy import QuantizedTensor, Written
+from gdfq.deploy.grids import Grid
 
 CODES = "{}_codes"
 

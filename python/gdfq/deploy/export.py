@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 
 from gdfq.api import Result
 from gdfq.config import Config, QuantizerConfig
+from gdfq.deploy.verify import Verification, verify
+from gdfq.deploy.writer import Normalization, Written, write
 from gdfq.errors import GdfqError
-from gdfq.export.verify import Verification, verify
-from gdfq.export.writer import Normalization, Written, write
 from gdfq.graph import Pixels, build_teacher, capture
 from gdfq.graph.nodes import some
 from gdfq.graph.sizes import ImageSizes
@@ -147,7 +147,7 @@ def export(
 ) -> Exported:
     """Write a quantized model as an ONNX file for integer runtimes, and verify that it computes what Q does.
 
-    The file (see `gdfq.export.writer.write`) and what was found, as JSON of the same name, are there when all has gone
+    The file (see `gdfq.deploy.writer.write`) and what was found, as JSON of the same name, are there when all has gone
     well, and neither of them otherwise.
 
     Args:

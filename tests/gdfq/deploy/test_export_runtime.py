@@ -8,8 +8,8 @@ import pytest
 from integer_network import integer_network
 from onnx import TensorProto, helper
 
+from gdfq.deploy.runtime import interleaved_time, operators, run, session
 from gdfq.errors import GdfqError
-from gdfq.export.runtime import interleaved_time, operators, run, session
 
 
 @pytest.fixture

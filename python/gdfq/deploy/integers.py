@@ -11,7 +11,7 @@ sums are exact, and what is rounded is what onnxruntime rounds:
 each operation in float32. Whatever else there is, is computed as Q does.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,11 +24,14 @@ from gdfq.nn import FakeQuantize, per_channel
 _EXACT = 2**24  # integers up to which float32 has all of
 
 
+@dataclass(frozen=True, kw_only=True)
 class Unrounded:
-    """What is to be rounded to the grid of a quantizer that reads it, itself or through an activation."""
+    """What is to be rounded to the grid of the quantizer that reads it, behind an activation, or `none`."""
+
+    act: str = "none"
 
     def values(self) -> Tensor:
-        """In float32."""
+        """In float32, without the activation."""
         raise NotImplementedError
 
     def in_steps(self, step: Tensor) -> Tensor:
@@ -36,9 +39,13 @@ class Unrounded:
         raise NotImplementedError
 
     def quantized(self, quantizer: FakeQuantize) -> Tensor:
-        """On the quantizer's grid, in float32. An activation before it clamps where its codes end."""
+        """On the quantizer's grid, in float32."""
         step, zero_point, lowest, highest = quantizer.grid()
-        return self.in_steps(step).round().clamp(lowest - zero_point, highest - zero_point) * step
+        x = self.in_steps(step)
+        if self.act != "none":
+            low, high = BOUNDS[self.act]
+            x = x.clamp(low, None if high is None else float(high / step))
+        return x.round().clamp(lowest - zero_point, highest - zero_point) * step
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ class IntegerSimulation(fx.Interpreter):
         source = self.env.get(n.args[0]) if n.args and isinstance(n.args[0], fx.Node) else None
         if isinstance(source, Unrounded):  # `n` is a quantizer, or an activation that one reads
             quantizer = quantizer_of(self.student, n)
-            return source if quantizer is None else source.quantized(quantizer)
+            return replace(source, act=activation_name(n)) if quantizer is None else source.quantized(quantizer)
         inputs = sum_inputs(n) or average_pool_inputs(n)
         quantizers = [self._quantizer(value) for value in inputs]
         if inputs and None not in quantizers and self._is_rounded(n):
@@ -123,7 +130,7 @@ class IntegerSimulation(fx.Interpreter):
         """Whether quantizers alone read what `node` gives, themselves or through a ReLU."""
         return bool(node.users) and all(
             self._is_rounded(user)
-            if activation_name(user) == "relu"
+            if activation_name(user)
             else quantizer_of(self.student, user) is not None and batch_norm_of(self.student, user) is None
             for user in node.users
         )
@@ -168,14 +175,10 @@ class IntegerSimulation(fx.Interpreter):
         unit = step_x * (step_w.double() * factor.abs()).float()
         shape = (-1, *[1] * (sums.dim() - 2))
         integers = sums * factor.sign().view(shape) + (shift / unit).round().view(shape)
-        result = Scaled(integers, unit.view(shape))
+        result = Scaled(integers, unit.view(shape), act=module.act)
         quantizer = quantizer_of(self.student, node)
         if quantizer is not None:
             return result.quantized(quantizer)
-        if module.act != "relu6" and self._is_rounded(node):
+        if self._is_rounded(node):
             return result
-        return _activated(result.values(), module.act)
-
-
-def _activated(x: Tensor, act: str) -> Tensor:
-    return x if act == "none" else x.clamp(*BOUNDS[act])
+        return result.values() if module.act == "none" else result.values().clamp(*BOUNDS[module.act])

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from gdfq.export.call import Call
-from gdfq.export.moves import pad, sliced
-from gdfq.export.pools import adaptive_average_pool, average_pool, mean, reduce, spread, variance
-from gdfq.export.values import Clamped, Computed, Joined, Value
+from gdfq.deploy.call import Call
+from gdfq.deploy.moves import pad, sliced
+from gdfq.deploy.pools import adaptive_average_pool, average_pool, mean, reduce, spread, variance
+from gdfq.deploy.values import Clamped, Computed, Joined, Value
 
 Operator = Callable[[Call], Value | list[Value | None]]
 

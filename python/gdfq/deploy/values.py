@@ -11,8 +11,8 @@ from functools import cached_property
 
 import numpy as np
 
-from gdfq.export.builder import Builder
-from gdfq.export.grids import Grid
+from gdfq.deploy.builder import Builder
+from gdfq.deploy.grids import Grid
 
 # Writes an operator that moves or picks values of a tensor, which it is given by name, as is the number that stands
 # for zero there: 0.0, or the zero point of codes. Returns the name of the result.

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from gdfq.calibrate import calibrate
 from gdfq.config import Config
 from gdfq.demo import teacher
+from gdfq.deploy import Normalization, write
+from gdfq.deploy.grids import Grid
 from gdfq.errors import GdfqError
-from gdfq.export import Normalization, write
-from gdfq.export.grids import Grid
 from gdfq.graph import build_quantized, capture
 
 SHAPE = (3, 8, 8)

@@ -16,12 +16,12 @@ from torch import nn
 
 from gdfq.calibrate import end_pass
 from gdfq.config import QuantizerConfig
+from gdfq.deploy import Normalization, QuantizedTensor, WrittenLayer, write
+from gdfq.deploy.grids import Grid
+from gdfq.deploy.levels import EPSILON, GIVEN, LayerCheck, Simulation, compare, cut, layers_before
+from gdfq.deploy.runtime import operators, session
+from gdfq.deploy.verify import LEVELS_OF, verify
 from gdfq.errors import GdfqError
-from gdfq.export import Normalization, QuantizedTensor, WrittenLayer, write
-from gdfq.export.grids import Grid
-from gdfq.export.levels import EPSILON, GIVEN, LayerCheck, Simulation, compare, cut, layers_before
-from gdfq.export.runtime import operators, session
-from gdfq.export.verify import LEVELS_OF, verify
 from gdfq.graph import build_quantized, capture
 from gdfq.nn import observing
 
@@ -226,7 +226,7 @@ def test_what_saturates_is_named(check, monkeypatch):
         is_cut = any(value.name.endswith(GIVEN) for value in getattr(model.graph, "input", ()))
         return session(model if x64quantprecision or not is_cut else cut(broken.model, broken.codes), threads=threads)
 
-    monkeypatch.setattr("gdfq.export.verify.session", session_of)
+    monkeypatch.setattr("gdfq.deploy.verify.session", session_of)
     found = check(student, written)
     assert list(found.saturated) == ["conv2"]
     assert found.failed == ["conv2"]

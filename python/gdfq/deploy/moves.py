@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from gdfq.deploy.call import Call
+from gdfq.deploy.pools import pool_attributes
+from gdfq.deploy.values import Move
 from gdfq.errors import GdfqError
-from gdfq.export.call import Call
-from gdfq.export.pools import pool_attributes
-from gdfq.export.values import Move
 
 _PADDING = {"constant": "constant", "reflect": "reflect", "reflection": "reflect", "replicate": "edge",
             "replication": "edge", "circular": "wrap"}  # fmt: skip

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from gdfq.export.builder import Builder
-from gdfq.export.call import Call
-from gdfq.export.grids import Grid
-from gdfq.export.pools import spread
-from gdfq.export.values import Arising, Codes, Value
+from gdfq.deploy.builder import Builder
+from gdfq.deploy.call import Call
+from gdfq.deploy.grids import Grid
+from gdfq.deploy.pools import spread
+from gdfq.deploy.values import Arising, Codes, Value
 
 _LARGEST_BIAS = 2.0**30  # half of int32, so that products can be added to it
 _SMALLEST_STEP = 1e-30  # products with it are still normal numbers of float32
@@ -77,6 +77,7 @@ class LayerSpec:
         weight: of it.
         bias: `(channels,)` float64, or None.
         attributes: of the ONNX node.
+        rounds_bias: whether Q rounds its bias to what integers can add.
     """
 
     name: str
@@ -84,6 +85,7 @@ class LayerSpec:
     weight: Weight
     bias: np.ndarray | None
     attributes: dict[str, Any] = field(default_factory=dict)
+    rounds_bias: bool = True
 
 
 def convolution(call: Call, weight: Weight) -> LayerSpec:
@@ -184,6 +186,8 @@ class LayerResult(Arising):
             return self.spec.weight.stays_float
         if self.input_grid is None:
             return "its input is not quantized"
+        if not self.spec.rounds_bias and self._factor_and_bias()[1] is not None:
+            return "its bias is not rounded to what integers can add: quantize for a target that does it, as onnx"
         if self.spec.operator == "Conv" and not self.only_rounded:
             return "its result is read in float"
         return ""
@@ -200,11 +204,18 @@ class LayerResult(Arising):
             at = np.zeros_like(factor) if bias is None else bias
             folded = fold(spec.weight, at, factor, grid.step if grid else 1.0)
             self.carriers = folded.carriers
-            weight, bias_name = self._weight(folded), self._integer_bias(folded) if grid and bias is not None else ""
-        if bias is not None and not bias_name:
+            weight, bias_name = self._weight(folded), ""
+            if grid and bias is not None and spec.rounds_bias:
+                bias_name = self._integer_bias(folded)
+        added = bias is not None and not spec.rounds_bias  # apart: onnxruntime rounds a layer's own, and its result
+        if bias is not None and not bias_name and not added:
             bias_name = builder.constant(bias, np.float32)
         written = builder.add(spec.operator, source, weight, bias_name, name=spec.name, **spec.attributes)
         self.node = builder.nodes[-1].name
+        if added:
+            rank = spec.weight.carriers.ndim if spec.weight.carriers is not None else spec.weight.values.ndim
+            shape = (-1, *[1] * (rank - 2)) if spec.operator == "Conv" else (-1,)
+            written = builder.add("Add", written, builder.constant(bias.reshape(shape), np.float32))
         return written
 
     def _factor_and_bias(self) -> tuple[np.ndarray, np.ndarray | None]:

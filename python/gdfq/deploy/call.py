@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from gdfq.deploy.builder import Builder
+from gdfq.deploy.trial import Seen
+from gdfq.deploy.values import Codes, Computed, Value
 from gdfq.errors import GdfqError
-from gdfq.export.builder import Builder
-from gdfq.export.trial import Seen
-from gdfq.export.values import Codes, Computed, Value
 from gdfq.graph.nodes import name_of, op_of
 
 INPUT = "images"

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,19 +10,26 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.calibrate import check_ranges
+from gdfq.deploy.builder import Builder
+from gdfq.deploy.call import INPUT, Call
+from gdfq.deploy.grids import Grid, activation_grid
+from gdfq.deploy.layers import Affine, LayerResult, LayerSpec, Weight, convolution, is_linear, linear
+from gdfq.deploy.moves import MOVES
+from gdfq.deploy.operators import OPERATORS
+from gdfq.deploy.trial import try_batches
+from gdfq.deploy.values import Clamped, Computed, Moved, Value, quantized
 from gdfq.errors import GdfqError
-from gdfq.export.builder import Builder
-from gdfq.export.call import INPUT, Call
-from gdfq.export.grids import Grid, activation_grid
-from gdfq.export.layers import Affine, LayerResult, LayerSpec, Weight, convolution, is_linear, linear
-from gdfq.export.moves import MOVES
-from gdfq.export.operators import OPERATORS
-from gdfq.export.trial import try_batches
-from gdfq.export.values import Clamped, Computed, Moved, Value, quantized
 from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, WEIGHTED, is_image, name_of, op_of, preserves_values
 from gdfq.graph.summary import FloatEntry
 from gdfq.models import check_finite
-from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize, per_channel
+from gdfq.nn import (
+    BatchNormAct,
+    BatchNormActFakeQuantize,
+    BiasFakeQuantize,
+    FakeQuantize,
+    WeightFakeQuantize,
+    per_channel,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -138,6 +145,7 @@ class _Writer:
         self.image_shape = image_shape
         self.pixels = pixels
         self.seen = try_batches(student, image_shape)
+        self.rounds_bias = any(isinstance(module, BiasFakeQuantize) for module in student.modules())
         self.values: dict[fx.Node, Any] = {}
         self.codes: dict[str, QuantizedTensor] = {}
         self.layers: list[LayerResult] = []
@@ -264,7 +272,7 @@ class _Writer:
         return self._result(spec, flat).moved(lambda x, zero: add("Reshape", x, shape), True)
 
     def _result(self, spec: LayerSpec, source: Value) -> LayerResult:
-        self.layers.append(LayerResult(self.builder, spec, source))
+        self.layers.append(LayerResult(self.builder, replace(spec, rounds_bias=self.rounds_bias), source))
         return self.layers[-1]
 
     def _weight(self, node: fx.Node) -> Weight:

@@ -15,10 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from gdfq.errors import GdfqError
-from gdfq.export.classifier import OnnxClassifier
-from gdfq.export.integers import IntegerSimulation
-from gdfq.export.levels import (
+from gdfq.deploy.classifier import OnnxClassifier
+from gdfq.deploy.integers import IntegerSimulation
+from gdfq.deploy.levels import (
     EPSILON,
     LOGITS,
     LayerCheck,
@@ -28,15 +27,18 @@ from gdfq.export.levels import (
     cut,
     layers_before,
 )
-from gdfq.export.runtime import Operators, Timing, imported, interleaved_time, operators, session
-from gdfq.export.writer import Written
+from gdfq.deploy.runtime import Operators, Timing, imported, interleaved_time, operators, session
+from gdfq.deploy.writer import Written
+from gdfq.errors import GdfqError
 from gdfq.graph.nodes import some
+from gdfq.graph.query import rounds_biases
 from gdfq.precision import products_in_tf32
 
 FLOAT32_OF = 256
-"""Images on which Q is run as it is, too; elsewhere in integers, see `gdfq.export.integers`."""
+"""Images on which Q is run as it is, too; elsewhere in integers, see `gdfq.deploy.integers`."""
 LEVELS_OF = 32
 """Images whose levels are compared."""
+_SMALLEST = 1e-30  # logit that differences are compared with, where all of them are zero
 _AT_ONCE = 8 * 224 * 224  # pixels of images whose levels are held together
 _MOST_AT_ONCE = 64
 
@@ -193,10 +195,10 @@ def verify(
         raise GdfqError("there are no images to verify the file on")
     result.operators = operators(path)
     _check_levels(result, student, written, file, torch.cat(batches)[:LEVELS_OF])
-    exact = IntegerSimulation(student)
-    result.argmax["synthetic"] = _argmax(exact.run, file, batches)
+    simulation = IntegerSimulation(student).run if rounds_biases(student) else student
+    result.argmax["synthetic"] = _argmax(simulation, file, batches)
     if real_images is not None:
-        result.argmax["real"] = _argmax(exact.run, file, real_images)
+        result.argmax["real"] = _argmax(simulation, file, real_images)
     few = torch.cat(batches)[:FLOAT32_OF].split(len(batches[0]))
     result.argmax["synthetic, Q's sums in float32,"] = _argmax(student, file, few)
     _compare_with_float(result, file, float_model, batches[0][:1], seconds)
@@ -225,7 +227,7 @@ def _check_levels(
         computed, of_file = computed_levels(plain, levels, written.codes, feed)
         for name, check in compare(simulation, part, levels, computed, names).items():
             result.layers[name] = result.layers[name] + check if name in result.layers else check
-        apart.append(float((of_file - logits).abs().max() / logits.abs().max()))
+        apart.append(float((of_file - logits).abs().max() / logits.abs().max().clamp_min(_SMALLEST)))
         precisely, _ = computed_levels(precise, levels, written.codes, feed)
         for name, found in computed.items():
             differing = int((found != precisely[name]).sum())

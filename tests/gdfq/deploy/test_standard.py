@@ -13,8 +13,8 @@ from torch import nn
 
 from gdfq.calibrate import end_pass
 from gdfq.config import QuantizerConfig
+from gdfq.deploy.standard import to_standard
 from gdfq.errors import GdfqError
-from gdfq.export.standard import to_standard
 from gdfq.graph import build_quantized, capture
 from gdfq.nn import observing
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from gdfq.export.call import Call
-from gdfq.export.values import Value
+from gdfq.deploy.call import Call
+from gdfq.deploy.values import Value
 
 
 def pool_attributes(call: Call) -> dict[str, Any]:
