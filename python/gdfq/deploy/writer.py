@@ -25,7 +25,6 @@ from gdfq.models import check_finite
 from gdfq.nn import (
     BatchNormAct,
     BatchNormActFakeQuantize,
-    BiasFakeQuantize,
     FakeQuantize,
     WeightFakeQuantize,
     per_channel,
@@ -145,7 +144,7 @@ class _Writer:
         self.image_shape = image_shape
         self.pixels = pixels
         self.seen = try_batches(student, image_shape)
-        self.rounds_bias = any(isinstance(module, BiasFakeQuantize) for module in student.modules())
+        self.rounds_bias = rounds_biases(student)
         self.values: dict[fx.Node, Any] = {}
         self.codes: dict[str, QuantizedTensor] = {}
         self.layers: list[LayerResult] = []
