@@ -320,7 +320,8 @@ class BiasFakeQuantize(nn.Module):
         if activation.observing and not activation.observer.quantizes:
             return values
         unit = activation.grid().step * weights.grid(index, weight).step * factor
-        return torch.where(unit == 0, values, (values / unit).round() * unit)
+        levels = values / unit
+        return torch.where(levels.isfinite(), levels.round() * unit, values)  # of a dead channel the unit is nothing
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"

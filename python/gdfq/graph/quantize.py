@@ -122,10 +122,12 @@ class _Rewriter:
 
     def _where_it_arises(self, value: fx.Node) -> fx.Node:
         """What `value` is only moved or picked from, as far as nobody reads that in float: what computes it can then
-        give integers, and they are moved."""
+        give integers, and they are moved. Always one tensor, and not what several are picked from."""
+        arises = value
         while preserves_values(value) and self._is_read_in_integers(value.all_input_nodes[0]):
             value = value.all_input_nodes[0]
-        return value
+            arises = value if isinstance(value.meta.get("val"), Tensor) else arises
+        return arises
 
     def _is_read_in_integers(self, value: fx.Node) -> bool:
         return all(
