@@ -1,8 +1,8 @@
 """Clip values by the quantization error (MSE), a fitted distribution (ACIQ) or the KL: the rules of Table 5.
 
-A rule gets `values (rows, N)` and the bits: weights, or with `counts (rows, N)` the histogram of activations. It
-returns the lower and the upper clip value of each row, `(rows,)` float32. They may lie outside the values; nothing is
-clipped there. All three quantize by Eq. 6, as GDFQ does, and choose only between which values.
+A rule gets `values (rows, N)`, the bits and how a range is made into levels (see `gdfq_ext.fake_quantize`): weights, or
+with `counts (rows, N)` the histogram of activations. It returns the lower and the upper clip value of each row,
+`(rows,)` float32. They may lie outside the values; nothing is clipped there.
 """
 
 import math
@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 import gdfq_ext
+from gdfq_ext import Scheme
 
 _BINS = 2048  # of the magnitude, as TensorRT
 
-Rule = Callable[[Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
+Rule = Callable[[Tensor, Tensor | None, int, Scheme], tuple[Tensor, Tensor]]
 
 
-def mse(values: Tensor, counts: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
-    """-a and a with the least squared error of Eq. 6 on the values clipped there.
+def mse(values: Tensor, counts: Tensor | None, bits: int, scheme: Scheme = "eq6") -> tuple[Tensor, Tensor]:
+    """-a and a with the least squared error on the values clipped there.
 
     a is searched among the largest magnitude times 2^(-j/4), j = 0 to 31, then in steps of 2^(1/32) around the best.
     """
@@ -33,7 +34,7 @@ def mse(values: Tensor, counts: Tensor | None, bits: int) -> tuple[Tensor, Tenso
         # Clamped first, as weights are: the ends of a symmetric range lie half way between two levels of Eq. 6, and
         # what is clamped there can take the inner one.
         clipped = values.clamp(lower[:, None], upper[:, None])
-        error = (gdfq_ext.fake_quantize(clipped, lower, upper, bits, axis=0) - values).square_()
+        error = (gdfq_ext.fake_quantize(clipped, lower, upper, bits, axis=0, scheme=scheme) - values).square_()
         error = (error if counts is None else error * counts).sum(1)
         # Where all values are on one side of zero the range can be inverted, and its error NaN: never the least.
         better = error < least
@@ -47,14 +48,15 @@ def mse(values: Tensor, counts: Tensor | None, bits: int) -> tuple[Tensor, Tenso
     return -best, best
 
 
-def aciq(values: Tensor, counts: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+def aciq(values: Tensor, counts: Tensor | None, bits: int, scheme: Scheme = "eq6") -> tuple[Tensor, Tensor]:
     """ACIQ (Banner et al., NeurIPS 2019): mean -+ a with the least expected error of a Laplace or normal distribution.
 
         Laplace:  a = b W(3 * 4^k)      b = E|x - mean|, W the Lambert function
         normal:   a = sigma t           t solves t / (3 * 4^k) = sqrt(2 / pi) exp(-t^2 / 2) - t erfc(t / sqrt 2)
 
     whichever has the ratio E|x - mean| / sigma nearer (0.71 or 0.80). Values without a negative are taken as what a
-    ReLU leaves of a distribution around zero: half of it, at twice as many levels (k + 1).
+    ReLU leaves of a distribution around zero: half of it, at twice as many levels (k + 1), and by `symmetric` at as
+    many.
     """
     weights = torch.ones_like(values) if counts is None else counts
     total = weights.sum(1)
@@ -68,8 +70,9 @@ def aciq(values: Tensor, counts: Tensor | None, bits: int) -> tuple[Tensor, Tens
     halves = torch.where(rectified, 2.0, 1.0)
     deviation, sigma = halves * mean_of(centred.abs()), (halves * mean_of(centred.square())).sqrt()
     is_laplace = deviation / sigma < (math.sqrt(1 / 2) + math.sqrt(2 / math.pi)) / 2
+    of_half = bits if scheme == "symmetric" else bits + 1
     laplace, gaussian = (
-        torch.where(rectified, clip_value(bits + 1), clip_value(bits)) for clip_value in (laplace_clip, gaussian_clip)
+        torch.where(rectified, clip_value(of_half), clip_value(bits)) for clip_value in (laplace_clip, gaussian_clip)
     )
     reach = torch.where(is_laplace, deviation * laplace, sigma * gaussian)
     return mean - reach, mean + reach
@@ -99,25 +102,25 @@ def _root(increasing: Callable[[float], float]) -> float:
     return high
 
 
-def kl(values: Tensor, counts: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+def kl(values: Tensor, counts: Tensor | None, bits: int, scheme: Scheme = "eq6") -> tuple[Tensor, Tensor]:
     """-a and a with the least KL(P || Q), as TensorRT calibrates (Migacz, GTC 2017).
 
     Of a histogram of |x| with 2048 bins, P is the first i bins, what lies beyond added to the last of them. Q is the
-    first i bins without that, merged into as many levels as Eq. 6 has for |x| (2^k without negative values, else
-    2^(k-1)), each spread evenly over those of its bins that P has. i runs from the number of levels; a = i bins. The
-    first bin takes the count of the second: a ReLU fills it with zeros, which would outweigh all else and need no clip
-    value.
+    first i bins without that, merged into as many levels as there are for |x| (2^(k-1), without negative values 2^k
+    unless `symmetric`), each spread evenly over those of its bins that P has. i runs from the number of levels; a = i
+    bins. The first bin takes the count of the second: a ReLU fills it with zeros, which would outweigh all else and
+    need no clip value.
     """
-    thresholds = [
-        _kl_threshold(*_magnitudes(row, None if counts is None else counts[index]), _magnitude_levels(row, bits))
-        for index, row in enumerate(values)
-    ]
+    thresholds = []
+    for index, row in enumerate(values):
+        magnitudes = _magnitudes(row, None if counts is None else counts[index])
+        thresholds.append(_kl_threshold(*magnitudes, _magnitude_levels(row, bits, scheme)))
     best = torch.stack(thresholds).to(values)
     return -best, best
 
 
-def _magnitude_levels(values: Tensor, bits: int) -> int:
-    return 2**bits if values.amin() >= 0 else 2 ** (bits - 1)
+def _magnitude_levels(values: Tensor, bits: int, scheme: Scheme) -> int:
+    return 2**bits if scheme != "symmetric" and values.amin() >= 0 else 2 ** (bits - 1)
 
 
 def _magnitudes(values: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -320,8 +320,8 @@ class BiasFakeQuantize(nn.Module):
         if activation.observing and not activation.observer.quantizes:
             return values
         unit = activation.grid().step * weights.grid(index, weight).step * factor
-        levels = (values / unit).round()  # infinite where gamma is all but zero
-        return torch.where(levels.isinf() | (unit == 0), values, levels * unit)
+        levels = values / unit
+        return torch.where(levels.isfinite(), levels.round() * unit, values)  # of a dead channel the unit is nothing
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"

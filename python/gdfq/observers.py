@@ -62,14 +62,16 @@ class Histogram(Observer):
 
     Args:
         rule: of `gdfq.clip_values`; None: the minimum and the maximum.
+        scheme: what a range is made into levels by, see `gdfq_ext.fake_quantize`.
     """
 
     passes = 2
     quantizes = False
 
-    def __init__(self, rule: Rule | None) -> None:
+    def __init__(self, rule: Rule | None, scheme: Scheme = "eq6") -> None:
         super().__init__()
         self.rule = rule
+        self.scheme: Scheme = scheme
         self.reset()
 
     def reset(self) -> None:
@@ -92,7 +94,7 @@ class Histogram(Observer):
         if self.reach is None:
             self.reach = max(self.bounds.abs().max().item(), 1e-30)
         elif self.rule is not None:
-            lower, upper = self.rule(*self.values_and_counts(), bits)
+            lower, upper = self.rule(*self.values_and_counts(), bits, self.scheme)
             range.copy_(torch.cat([lower, upper]).clamp(*self.bounds))
 
     def values_and_counts(self) -> tuple[Tensor, Tensor]:

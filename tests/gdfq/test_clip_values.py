@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from quantizer_oracle import quantize
+from quantizer_oracle import onnx_quantize, quantize
 from scipy import integrate, optimize, special
 
 import gdfq_ext
@@ -21,25 +21,27 @@ def heavy_tailed(rows: int, count: int) -> torch.Tensor:
 # --- MSE
 
 
-def squared_error(row: np.ndarray, clip_value: float, bits: int, clamped: bool) -> float:
+def squared_error(row: np.ndarray, clip_value: float, bits: int, clamped: bool, scheme: str = "eq6") -> float:
     """In float32, as the quantizer: the ends of a symmetric range lie half way between two levels."""
     lower, upper = np.float32(max(row.min(), -clip_value)), np.float32(min(row.max(), clip_value))
     x = row.clip(lower, upper) if clamped else row
-    return float(np.square(quantize(x, lower, upper, bits).astype(np.float64) - row).sum())
+    given = quantize(x, lower, upper, bits) if scheme == "eq6" else onnx_quantize(x, lower, upper, bits, scheme)
+    return float(np.square(given.astype(np.float64) - row).sum())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("rectified", [False, True])
 @pytest.mark.parametrize("clamped", [False, True], ids=["activations", "weights"])
-def test_mse_is_as_good_as_a_brute_force_search(bits, rectified, clamped):
+@pytest.mark.parametrize("scheme", ["eq6", "affine", "symmetric"])
+def test_mse_is_as_good_as_a_brute_force_search(bits, rectified, clamped, scheme):
     values = heavy_tailed(2, 20_000)
     values = values.relu() if rectified else values
-    lower, upper = mse(values, None if clamped else torch.ones_like(values), bits)
+    lower, upper = mse(values, None if clamped else torch.ones_like(values), bits, scheme)
     assert torch.equal(lower, -upper)
     for row, chosen in zip(values.numpy(), upper.tolist(), strict=True):
         candidates = np.abs(row).max() * np.geomspace(0.005, 1, 200)
-        best = min(squared_error(row, candidate, bits, clamped) for candidate in candidates)
-        assert squared_error(row, chosen, bits, clamped) <= 1.01 * best
+        best = min(squared_error(row, candidate, bits, clamped, scheme) for candidate in candidates)
+        assert squared_error(row, chosen, bits, clamped, scheme) <= 1.01 * best
 
 
 def test_mse_counts_a_value_as_often_as_it_occurs():
@@ -99,11 +101,12 @@ def test_aciq_fits_the_distribution_and_its_parameter(bits):
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-def test_aciq_takes_values_without_a_negative_as_half_of_a_distribution(bits):
+@pytest.mark.parametrize(("scheme", "more"), [("eq6", 1), ("affine", 1), ("symmetric", 0)])
+def test_aciq_takes_values_without_a_negative_as_half_of_a_distribution(bits, scheme, more):
     random = np.random.default_rng(0)
     values = np.stack([random.laplace(0, 2.0, 200_000), random.normal(0, 2.0, 200_000)]).clip(min=0)
-    _, upper = aciq(torch.tensor(values).float(), None, bits)
-    reach = torch.tensor([2 * laplace_clip(bits + 1), 2 * gaussian_clip(bits + 1)])
+    _, upper = aciq(torch.tensor(values).float(), None, bits, scheme)
+    reach = torch.tensor([2 * laplace_clip(bits + more), 2 * gaussian_clip(bits + more)])
     torch.testing.assert_close(upper, reach, rtol=0.02, atol=0)
 
 
@@ -145,12 +148,13 @@ def test_kl_threshold_is_that_of_plain_loops(levels, kind):
     assert threshold.item() == 0.5 * (levels + int(np.argmin(divergences)))
 
 
-def test_kl_looks_at_a_histogram_of_magnitudes(monkeypatch):
+@pytest.mark.parametrize(("scheme", "of_half"), [("eq6", 16), ("affine", 16), ("symmetric", 8)])
+def test_kl_looks_at_a_histogram_of_magnitudes(scheme, of_half, monkeypatch):
     monkeypatch.setattr(clip_values, "_BINS", 64)
     values = heavy_tailed(2, 3000)
     values[1].relu_()
-    _, upper = kl(values, None, 4)
-    for row, chosen, levels in zip(values.tolist(), upper.tolist(), (8, 16), strict=True):
+    _, upper = kl(values, None, 4, scheme)
+    for row, chosen, levels in zip(values.tolist(), upper.tolist(), (8, of_half), strict=True):
         largest = max(abs(value) for value in row)
         histogram = [0.0] * 64
         for value in row:

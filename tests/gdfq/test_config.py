@@ -52,7 +52,7 @@ def test_a_file_extends_a_preset(tmp_path):
         ({"quantizer.weight_bits": 9}, ["quantizer.weight_bits", "9", "less than or equal to 8"]),
         ({"quantizer.activation_bits": 1}, ["quantizer.activation_bits", "1", "greater than or equal to 2"]),
         ({"quantizer.weight_bits": "four"}, ["quantizer.weight_bits", "four", "integer"]),
-        ({"quantizer.target": "nowhere"}, ["quantizer.target", "nowhere", "onnx, paper"]),
+        ({"quantizer.target": "nowhere"}, ["quantizer.target", "nowhere", "onnx, int4-symmetric, paper"]),
         ({"schedule.epoch": 3}, ["schedule.epoch", "epochs"]),
         ({"shedule.epochs": 3}, ["shedule", "schedule"]),
         ({"method": "dfqq"}, ["'method'", "'dfqq'", "finetune, gdfq"]),

@@ -1,4 +1,4 @@
-"""Capture and the two rewritings: nothing of the user's model is changed, and what Q computes is what Eq. 6 says."""
+"""Capture and the two rewritings: nothing of the user's model is changed, and Q computes what its target says."""
 
 import copy
 from pathlib import Path
@@ -26,13 +26,26 @@ def quantize_by_hand(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, bit
     scale = (2**bits - 1) / (high - low).clamp_min(1e-8)
     zero = (scale * low).round() + 2 ** (bits - 1)
     levels = (scale * x - zero).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return ((levels + zero) / scale).float()
+    return (levels + zero) / scale
 
 
-def quantize_weight_by_hand(weight: torch.Tensor, bits: int) -> torch.Tensor:
+def quantize_as_onnx_does(
+    x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """DequantizeLinear of QuantizeLinear in float64, and the step, written down once more: the oracle."""
+    x, low, high = x.double(), low.double().clamp_max(0), high.double().clamp_min(0)
+    if symmetric:
+        most = 2 ** (bits - 1) - 1
+        step = torch.maximum(-low, high) / most
+        return (x / step).round().clamp(-most, most) * step, step
+    step = (high - low) / (2**bits - 1)
+    zero_point = (-low / step).round()
+    return (((x / step).round() + zero_point).clamp(0, 2**bits - 1) - zero_point) * step, step
+
+
+def ends_of_channels(weight: torch.Tensor) -> list[torch.Tensor]:
     rows = weight.flatten(1)
-    low, high = (value.view(-1, *[1] * (weight.dim() - 1)) for value in (rows.amin(1), rows.amax(1)))
-    return quantize_by_hand(weight, low, high, bits)
+    return [value.view(-1, *[1] * (weight.dim() - 1)) for value in (rows.amin(1), rows.amax(1))]
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -86,15 +99,14 @@ def test_deploy_quantizes_what_a_runtime_reads_as_integers():
     assert [entry.name for entry in summary.weights] == ["conv1", "conv2", "depthwise", "grouped", "fc"]
     names = [entry.name for entry in summary.activations]
     # image; relu(bn1) feeds conv2 and, through slice and zero padding, the add; bn2 feeds the add; the ReLU6 behind the
-    # add; relu6(bn3); the input of fc. relu6(bn4) is read by the pooling only. The image alone has `input_bits`.
-    assert len(names) == 6
+    # add; relu6(bn3); relu6(bn4), which the pooling reads; the pooling's result, which fc reads flattened. The image
+    # alone has `input_bits`.
+    assert names == ["x", "bn1", "bn2", "act", "bn3", "bn4", "adaptive_avg_pool2d"]
     assert [entry.fused for entry in summary.activations] == [
-        "", "batch_norm, relu", "batch_norm", "", "batch_norm, relu6", "",
+        "", "batch_norm, relu", "batch_norm", "", "batch_norm, relu6", "batch_norm, relu6", "",
     ]  # fmt: skip
-    assert [entry.bits for entry in summary.activations] == [8, 4, 4, 4, 4, 4]
-    assert [(entry.op, entry.reason) for entry in summary.stayed_float] == [
-        ("adaptive_avg_pool2d", "computed in float between quantizers")
-    ]
+    assert [entry.bits for entry in summary.activations] == [8, 4, 4, 4, 4, 4, 4]
+    assert not summary.stayed_float
 
 
 def test_paper_quantizes_only_relu_outputs_and_says_what_stayed_float():
@@ -130,24 +142,51 @@ def test_a_layer_is_counted_once_and_picking_channels_keeps_the_grid():
     assert operators == {"slice_scatter", "mean"}  # neither the index nor the zeros that were written into
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_quantized_model_computes_equation_6(bits):
+def calibrated(target: str, bits: int) -> tuple[nn.Module, nn.Module, torch.Tensor, list[torch.Tensor]]:
+    """`Plain`, Q of it with a batch observed, the batch, and the ranges."""
     model = randomize_batch_norm(Plain())
-    config = QuantizerConfig(weight_bits=bits, activation_bits=bits, input_bits=bits)
+    config = QuantizerConfig(target=target, weight_bits=bits, activation_bits=bits, input_bits=bits)
     student, _ = build_quantized(capture(model), config)
     batch = torch.randn(5, 3, 8, 8)
     calibrate(student, [batch])
-    image, pooled = (q.range for q in activation_quantizers(student).values())
+    return model, student, batch, [quantizer.range for quantizer in activation_quantizers(student).values()]
 
-    x = quantize_by_hand(batch, batch.min(), batch.max(), bits)
-    x = F.conv2d(x, quantize_weight_by_hand(model.conv.weight, bits), padding=1)
-    x = F.relu(model.bn(x)).mean((2, 3))
-    torch.testing.assert_close(pooled, torch.stack([x.min(), x.max()]), rtol=1e-4, atol=1e-5)
-    x = quantize_by_hand(x, *pooled, bits)
-    expected = F.linear(x, quantize_weight_by_hand(model.fc.weight, bits), model.fc.bias)
+
+def assert_mostly_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """A value within rounding of a boundary may fall on the next level: compare most, tightly."""
+    assert (actual - expected).abs().lt(1e-4).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_for_paper_the_quantized_model_computes_equation_6(bits):
+    model, student, batch, (activation,) = calibrated("paper", bits)
+    weight, of_classes = (quantize_by_hand(w, *ends_of_channels(w), bits) for w in (model.conv.weight, model.fc.weight))
+    model.double()
+    x = F.relu(model.bn(F.conv2d(batch.double(), weight, padding=1)))
+    torch.testing.assert_close(activation, torch.stack([x.min(), x.max()]).float(), rtol=1e-4, atol=1e-5)
+    x = quantize_by_hand(x, *activation, bits).mean((2, 3))
+    assert_mostly_close(student(batch), F.linear(x, of_classes, model.fc.bias))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_for_onnx_the_quantized_model_computes_multiples_of_steps(bits):
+    model, student, batch, (image, activation, pooled) = calibrated("onnx", bits)
+    weights = [model.conv.weight.detach(), model.fc.weight.detach()]
+    (weight, step_w), (of_classes, step_fc) = (
+        quantize_as_onnx_does(w, *ends_of_channels(w), bits, symmetric=bits == 8) for w in weights
+    )
+    x, step_x = quantize_as_onnx_does(batch, batch.min(), batch.max(), bits)
+    bn = model.double().bn
+    factor = bn.weight / (bn.running_var + bn.eps).sqrt()
+    shift, unit = bn.bias - bn.running_mean * factor, step_x * step_w.flatten() * factor.abs()
+    factor, shift = (value.view(-1, 1, 1) for value in (factor, (shift / unit).round() * unit))
+    x = F.relu(F.conv2d(x, weight, padding=1) * factor + shift)
     torch.testing.assert_close(image, torch.stack([batch.min(), batch.max()]))
-    # A value within rounding of a boundary may fall on the next level: compare most, tightly.
-    assert (student(batch) - expected).abs().lt(1e-4).float().mean() > 0.9
+    torch.testing.assert_close(activation, torch.stack([x.min(), x.max()]).float(), rtol=1e-4, atol=1e-5)
+    x, _ = quantize_as_onnx_does(x, *activation, bits)
+    x, step_x = quantize_as_onnx_does(x.mean((2, 3)), *pooled, bits)
+    unit = step_x * step_fc.flatten()
+    assert_mostly_close(student(batch), F.linear(x, of_classes, (model.fc.bias / unit).round() * unit))
 
 
 def test_ranges_are_nan_until_observed():
@@ -241,7 +280,7 @@ class PaddedImage(Plain):
 
 def test_a_padded_image_is_still_the_image():
     _, summary = build_quantized(capture(randomize_batch_norm(PaddedImage())), QuantizerConfig())
-    assert [entry.bits for entry in summary.activations] == [8, 4]
+    assert [(entry.name, entry.bits) for entry in summary.activations] == [("x", 8), ("bn", 4), ("mean", 4)]
 
 
 @pytest.mark.slow

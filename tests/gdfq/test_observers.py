@@ -48,13 +48,13 @@ def test_a_histogram_counts_all_batches_around_zero():
 def test_the_rule_gets_the_histogram_and_its_clip_values_are_cut_at_the_bounds():
     asked = []
 
-    def rule(values, counts, bits):
-        asked.append((values.shape == counts.shape, bits))
+    def rule(values, counts, bits, scheme):
+        asked.append((values.shape == counts.shape, bits, scheme))
         return torch.tensor([-100.0]), torch.tensor([1.5])
 
-    quantizer = FakeQuantize(5, observer=Histogram(rule))
+    quantizer = FakeQuantize(5, observer=Histogram(rule, "affine"))
     show(quantizer, BATCHES)
-    assert asked == [(True, 5)]
+    assert asked == [(True, 5, "affine")]
     assert quantizer.range.tolist() == [torch.cat(BATCHES).min().item(), 1.5]
 
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from distinct_inputs import distinct_inputs
 from small_models import Plain, Residual, TwoHeads, randomize_batch_norm
 from torch import nn
 from torch.nn import functional as F
@@ -129,6 +130,41 @@ def test_quantizers_stand_where_values_arise_and_in_front_of_pools_and_concatena
     assert not summary.stayed_float
     fused = {entry.name: entry.fused for entry in summary.activations}
     assert fused["bn"] == "batch_norm, relu"  # not behind the max pool
+
+
+class Picks(nn.Module):
+    """Layers read items of what operators give as several tensors."""
+
+    in_size = (8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.left, self.right, self.fc = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(8, 5)
+        self.is_read_in_float = False
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.stem(F.batch_norm(x, None, None, training=True))))
+        gate = torch.sigmoid(x).amax(1, keepdim=True) if self.is_read_in_float else 1
+        left, right = x.chunk(2, 1)
+        right, _ = F.max_pool2d(right, 3, 1, 1, return_indices=True)
+        return self.fc((torch.cat([self.left(left), self.right(right)], 1) * gate).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:an image's logits depend")
+@pytest.mark.parametrize("is_read_in_float", [False, True])
+def test_a_quantizer_stands_behind_a_tensor_and_not_behind_several(is_read_in_float):
+    def make():
+        model = Picks()
+        model.is_read_in_float = is_read_in_float
+        return model
+
+    student, summary = student_of(make)
+    assert [entry.fused for entry in summary.activations[:2]] == ["", "" if is_read_in_float else "batch_norm, relu"]
+    x = torch.randn(4, 3, 8, 8)
+    assert student(x).isfinite().all()
+    assert max(distinct_inputs(student, x)) <= 256
 
 
 def test_a_target_of_ones_own(tmp_path):

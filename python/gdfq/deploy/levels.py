@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 EPSILON = 1e-6
-"""Of a quantizer's range. What float32 makes of a sum of products: a value as close as this to the middle between two
-levels may be rounded to either. Of 4 bits it is 1.5e-5 of a step, of 8 bits 2.6e-4; seen were 1.3e-6 and 4e-5."""
+"""Of a quantizer's range, or of what its channel reaches where that is more. What float32 makes of a sum of products: a
+value as close as this to the middle between two levels may be rounded to either. Of a range of 4 bits it is 1.5e-5 of a
+step, of 8 bits 2.6e-4."""
 LOGITS = 1e-5
 """Of the largest logit: how far logits in float may be apart."""
 GIVEN = "__given"  # behind the name of a tensor of codes, the input that is read instead
@@ -42,7 +43,7 @@ class LayerCheck:
         codes: how many.
         boundary: those that differ by one, where the simulation's value lies within `EPSILON` of the middle.
         wrong: all others that differ.
-        farthest: of the former, from the middle, as a share of the range.
+        farthest: of the former, from the middle, as a share of the range or reach.
     """
 
     name: str
@@ -133,9 +134,10 @@ class Simulation:
         return found, logits
 
     @torch.inference_mode()
-    def values(self, images: Tensor, where: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What quantizers read, in steps, as their codes are counted, where the mask `where[name]` is true."""
-        found: dict[str, Tensor] = {}
+    def values(self, images: Tensor, where: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """What quantizers read, in steps, as their codes are counted, where the mask `where[name]` is true; and how
+        many steps the numbers reach that it is computed from, at least the quantizer's range."""
+        found: dict[str, tuple[Tensor, Tensor]] = {}
         if not where:
             return found
 
@@ -144,7 +146,14 @@ class Simulation:
                 module, grid = self._module(name), self.codes[name].grid
                 is_fused = isinstance(module, BatchNormActFakeQuantize)
                 value = module.batch_norm_act(*inputs) if is_fused else inputs[0]
-                found[name] = value[where[name]].double() / grid.step + grid.zero_point
+                reach = _reach_of_channels(inputs[0])
+                if is_fused:
+                    _, mean, variance, gamma, _ = inputs
+                    factor = (variance + module.batch_norm_act.eps).rsqrt() * (1.0 if gamma is None else gamma.abs())
+                    reach = (reach + mean.abs()) * factor
+                reach = (reach.double() / grid.step).clamp_min(grid.highest - grid.lowest)
+                reach = reach.view(1, -1, *[1] * (value.dim() - 2)).expand_as(value)
+                found[name] = value[where[name]].double() / grid.step + grid.zero_point, reach[where[name]]
 
         with self._seeing(see):
             self.student(images)
@@ -167,6 +176,11 @@ class Simulation:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _reach_of_channels(x: Tensor) -> Tensor:
+    """The largest amount of each channel of `x (N, C, ...)`, `(C,)`."""
+    return x.abs().transpose(0, 1).flatten(1).amax(1)
 
 
 def computed_levels(
@@ -216,8 +230,8 @@ def compare(
         check = LayerCheck(names[name], mask.numel())
         if name in values:
             ours, theirs = (of[name][mask].double() for of in (levels, computed))
-            grid = simulation.codes[name].grid
-            distance = (values[name] - (ours + theirs) / 2).abs() / (grid.highest - grid.lowest)
+            value, reach = values[name]
+            distance = (value - (ours + theirs) / 2).abs() / reach
             at_boundary = ((ours - theirs).abs() == 1) & (distance <= EPSILON)
             count = int(at_boundary.sum())
             farthest = float(distance[at_boundary].max()) if count else 0.0

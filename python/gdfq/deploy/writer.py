@@ -20,6 +20,7 @@ from gdfq.deploy.trial import try_batches
 from gdfq.deploy.values import Clamped, Computed, Moved, Value, quantized
 from gdfq.errors import GdfqError
 from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, WEIGHTED, is_image, name_of, op_of, preserves_values
+from gdfq.graph.query import rounds_biases
 from gdfq.graph.summary import FloatEntry
 from gdfq.models import check_finite
 from gdfq.nn import (

@@ -35,13 +35,13 @@ def clip(student: fx.GraphModule, batches: Iterable[Tensor], rule: str) -> None:
     for layer in {layer.weight: layer for layer in quantized_layers(student)}.values():
         weight = student.get_parameter(layer.weight)
         rows = weight.reshape(1, -1) if choose is kl else weight.flatten(1)
-        lower, upper = choose(rows, None, layer.bits)
+        lower, upper = choose(rows, None, layer.bits, layer.scheme)
         shape = (-1, *(1 for _ in weight.shape[1:]))
         weight.clamp_(lower.view(shape), upper.view(shape))
     of_images = {quantizer_of(student, node) for node in student.graph.nodes if is_image(node)}
 
     def observer(quantizer: FakeQuantize) -> Histogram:
-        return Histogram(None if quantizer in of_images else choose)
+        return Histogram(None if quantizer in of_images else choose, quantizer.scheme)
 
     calibrate(student, list(batches), observer)
 

@@ -110,11 +110,16 @@ def test_a_layer_in_float_computes_in_float_and_the_others_as_before():
     student, summary = build_quantized(capture(model), config)
     x = torch.randn(8, 3, 8, 8)
     calibrate(student, [x])
-    (pooled,) = activation_quantizers(student).values()
+    features, pooled = (quantizer.range for quantizer in activation_quantizers(student).values())
+    weight = model.fc.weight.detach()
     with torch.no_grad():
-        features = F.relu(model.bn(model.conv(x))).mean((2, 3))
-        features = gdfq_ext.fake_quantize(features, pooled.range[0], pooled.range[1], 4)
-        expected = F.linear(features, gdfq_ext.fake_quantize_weight(model.fc.weight.detach(), 3), model.fc.bias)
+        y = F.relu(model.bn(model.conv(x)))  # the bias as it is
+        y = gdfq_ext.fake_quantize(y, *features, 4, scheme="affine").mean((2, 3))
+        y = gdfq_ext.fake_quantize(y, *pooled, 4, scheme="affine")
+        unit = gdfq_ext.quantizer_grid(*pooled, 4, "affine").step
+        unit = unit * gdfq_ext.quantizer_grid(weight.amin(1), weight.amax(1), 3, "affine").step
+        bias = (model.fc.bias / unit).round() * unit
+        expected = F.linear(y, gdfq_ext.fake_quantize_weight(weight, 3, scheme="affine"), bias)
         torch.testing.assert_close(student(x), expected, rtol=1e-4, atol=1e-5)
     reasons = {(entry.name, entry.op): entry.reason for entry in summary.stayed_float}
     assert "quantizer.layers" in reasons["conv", "weight of conv2d"]
@@ -128,12 +133,16 @@ def test_the_summary_shows_all_bits():
     assert "5 layers at 2/4/8 bits" in text
 
 
-def test_weights_are_quantized_to_the_bits_of_their_layer():
-    _, student, _ = quantized({"conv1": 2, "conv2": 8})
+@pytest.mark.parametrize(
+    ("target", "schemes"),
+    [("paper", ["eq6"] * 5), ("onnx", ["affine", "symmetric", "affine", "affine", "affine"])],  # symmetric at 8 bits
+)
+def test_weights_are_quantized_to_the_bits_of_their_layer(target, schemes):
+    _, student, _ = quantized({"conv1": 2, "conv2": 8}, **{"quantizer.target": target})
     weights = [student.get_parameter(layer.weight).detach() for layer in quantized_layers(student)]
     (quantizer,) = {layer.quantizer for layer in quantized_layers(student)}
-    for weight, result, bits in zip(weights, quantizer(weights), (2, 8, 4, 4, 4), strict=True):
-        assert torch.equal(result, gdfq_ext.fake_quantize_weight(weight, bits))
+    for weight, result, bits, scheme in zip(weights, quantizer(weights), (2, 8, 4, 4, 4), schemes, strict=True):
+        assert torch.equal(result, gdfq_ext.fake_quantize_weight(weight, bits, scheme=scheme))
 
 
 def test_a_stored_model_knows_the_bits_of_its_layers(tmp_path):

@@ -37,30 +37,35 @@ def test_a_clipped_weights_range_is_the_clip_value(rule):
     clip(student, BATCHES, rule)
     for name, weight in before.items():
         rows = weight.reshape(1, -1) if rule == "kl" else weight.flatten(1)
-        lower, upper = RULES[rule](rows, None, 3)
+        lower, upper = RULES[rule](rows, None, 3, "affine")
         expected = weight.flatten(1).clamp(lower[:, None], upper[:, None])
         assert torch.equal(student.get_parameter(name).detach().flatten(1), expected)
     assert student.get_parameter("conv2.weight").max() < 4.0
 
 
-def test_mse_clipping_of_weights_brings_them_nearer_to_float():
-    student = new_student(Residual, weight_bits=3)
-    weights = {
-        layer.weight: student.get_parameter(layer.weight).detach().clone() for layer in quantized_layers(student)
-    }
+@pytest.mark.parametrize("target", ["onnx", "int4-symmetric", "paper"])
+def test_mse_clipping_of_weights_brings_them_nearer_to_float(target):
+    student = new_student(Residual, weight_bits=3, target=target)
+    layers = quantized_layers(student)
+    weights = {layer: student.get_parameter(layer.weight).detach().clone() for layer in layers}
     clip(student, BATCHES, "mse")
-    for name, weight in weights.items():
-        plain = (gdfq_ext.fake_quantize_weight(weight, 3) - weight).square().flatten(1).sum(1)
-        clipped = (gdfq_ext.fake_quantize_weight(student.get_parameter(name).detach(), 3) - weight).square()
-        assert (clipped.flatten(1).sum(1) <= plain * (1 + 1e-5)).all()
-        if name != "depthwise.weight":  # whose nine weights a channel are better left alone
+    for layer, weight in weights.items():
+        now = student.get_parameter(layer.weight).detach()
+        plain, clipped = (
+            (gdfq_ext.fake_quantize_weight(value, 3, scheme=layer.scheme) - weight).square().flatten(1).sum(1)
+            for value in (weight, now)
+        )
+        assert (clipped <= plain * (1 + 1e-5)).all(), layer.weight
+        if layer.weight != "depthwise.weight":  # whose nine weights a channel are better left alone
             assert clipped.sum() < plain.sum()
 
 
 def float_activations(student) -> torch.Tensor:
-    """What the quantizer behind `Plain`'s ReLU gets: weights quantized, the image not."""
+    """What the quantizer behind `Plain`'s ReLU gets: weights quantized, the image and the biases not."""
     images = torch.cat(BATCHES)
-    x = F.conv2d(images, gdfq_ext.fake_quantize_weight(student.get_parameter("conv.weight").detach(), 4), padding=1)
+    (layer, _) = quantized_layers(student)
+    weight = gdfq_ext.fake_quantize_weight(student.get_parameter("conv.weight").detach(), 4, scheme=layer.scheme)
+    x = F.conv2d(images, weight, padding=1)
     parts = [getattr(student.bn, name).detach() for name in ("running_mean", "running_var", "weight", "bias")]
     return F.relu(F.batch_norm(x, *parts))
 
@@ -94,11 +99,12 @@ def test_histograms_hold_every_activation_of_all_batches():
 
 def test_histograms_are_those_of_activations_that_nothing_has_quantized():
     student = new_student(activation_bits=2, input_bits=2)
-    _, pooled = activation_quantizers(student).values()
+    _, *quantizers = activation_quantizers(student).values()
     with torch.no_grad():
-        low, high, _ = histograms(student)[pooled]
-        expected = float_activations(student).mean((2, 3))
-    torch.testing.assert_close(torch.stack([low, high]), torch.stack(expected.aminmax()))
+        found, activations = histograms(student), float_activations(student)
+    for quantizer, expected in zip(quantizers, (activations, activations.mean((2, 3))), strict=True):
+        low, high, _ = found[quantizer]
+        torch.testing.assert_close(torch.stack([low, high]), torch.stack(expected.aminmax()))
 
 
 @pytest.mark.parametrize("rule", RULES)
