@@ -27,9 +27,9 @@ import gdfq
 from benchmarks.deploy import BITS, CALIBRATED_ON, NETWORKS, images, network
 from gdfq.calibrate import calibrate
 from gdfq.demo import test_set
-from gdfq.export.deploy import Quantized, export
-from gdfq.export.levels import LayerCheck, Simulation, compare, computed_levels, cut, layers_before
-from gdfq.export.runtime import interleaved_time, session
+from gdfq.deploy.export import Quantized, export
+from gdfq.deploy.levels import LayerCheck, Simulation, compare, computed_levels, cut, layers_before
+from gdfq.deploy.runtime import interleaved_time, session
 from gdfq.graph import Pixels, build_quantized, capture
 from gdfq.provenance import installed, provenance
 from gdfq.run.files import write_text
