@@ -80,10 +80,14 @@ def settle(model: nn.Module, size: int) -> None:
     model.train()(x)
     for module, momentum in zip(batch_norms, momenta, strict=True):
         module.momentum = momentum
-    logits = model.eval()(x)
+    read: list[Tensor] = []
     last = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
-    if last.bias is not None:
-        last.bias -= logits.mean(0)
+    hook = last.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    model.eval()(x)
+    hook.remove()
+    mean = read[0].transpose(0, 1).flatten(1).mean(1)  # the last layer becomes orthogonal to it
+    rows = last.weight.flatten(1)
+    last.weight.copy_((rows - torch.outer(rows @ mean, mean) / mean.square().sum()).view_as(last.weight))
 
 
 def row(name: str, model: nn.Module, bits: tuple[int, int], count: int, threads: int) -> dict[str, Any]:

@@ -130,21 +130,22 @@ def test_the_cut_model_runs_in_the_same_operators():
 
 
 @pytest.mark.parametrize(
-    ("value", "ours", "theirs", "boundary"),
+    ("value", "reach", "ours", "theirs", "boundary"),
     [
-        (2.5 + 15 * EPSILON / 2, 3, 2, True),
-        (2.5 - 15 * EPSILON / 2, 2, 3, True),
-        (2.5 + 15 * EPSILON * 2, 3, 2, False),
-        (2.5, 3, 1, False),  # two levels apart
-        (3.4, 3, 4, False),
+        (2.5 + 15 * EPSILON / 2, 15, 3, 2, True),
+        (2.5 - 15 * EPSILON / 2, 15, 2, 3, True),
+        (2.5 + 15 * EPSILON * 2, 15, 3, 2, False),
+        (2.5 + 15 * EPSILON * 2, 60, 3, 2, True),  # where the channel reaches beyond the range
+        (2.5, 15, 3, 1, False),  # two levels apart
+        (3.4, 15, 3, 4, False),
     ],
 )
-def test_what_counts_as_a_boundary(value, ours, theirs, boundary):
+def test_what_counts_as_a_boundary(value, reach, ours, theirs, boundary):
     class Sees:
         codes: ClassVar = {"first": QuantizedTensor("codes", Grid(0.1, 0, 0, 15))}
 
         def values(self, images, where):
-            return {name: torch.tensor([value]).double() for name in where}
+            return {name: (torch.tensor([value]).double(), torch.tensor([reach])) for name in where}
 
     levels, computed = ({"first": torch.tensor([code], dtype=torch.uint8)} for code in (ours, theirs))
     (check,) = compare(Sees(), images(1), levels, computed, {"first": "conv1"}).values()
