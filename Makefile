@@ -57,7 +57,7 @@ docs: $(DOCUMENTATION)
 .venv/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(INSTALL) torch "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
-	$(INSTALL_PACKAGE) .
+	$(INSTALL_PACKAGE) ".[export]"
 	touch $@
 
 .venv/.development: .venv/.runtime

@@ -40,6 +40,7 @@ NETWORKS = {  # and the size of their images
 }  # fmt: skip
 SETTLED_ON = 64  # images
 CALIBRATED_ON = 32
+USED_ON = 64  # where it is counted which codes are used
 AT_ONCE = 2 * 1024**2  # pixels
 
 
@@ -105,7 +106,7 @@ def row(name: str, model: nn.Module, bits: tuple[int, int], count: int, threads:
         quantized = Quantized(student, config, pixels, images(0, count, channels, size), model)
         exported = export(quantized, Path(folder) / "file.onnx", threads=threads)
     with torch.inference_mode():
-        levels, _ = Simulation(student, exported.written.codes).levels(next(images(0, 8, channels, size)))
+        levels, _ = Simulation(student, exported.written.codes).levels(next(images(0, USED_ON, channels, size)))
         classes = {int(k) for x in images(0, min(count, 200), channels, size) for k in student(x).argmax(1)}
     used = {
         name: len(levels[name].unique()) / (code.grid.highest - code.grid.lowest + 1)

@@ -1,20 +1,16 @@
 """`gdfq export`."""
 
 import json
-from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import Tensor
 
 from gdfq.cli.app import app, leave
 from gdfq.cli.options import DataArgsOption, DataKindOption, DataOption, JsonOption, numbers
 from gdfq.config import ModelConfig
 from gdfq.errors import GdfqError
-
-REAL_IMAGES = 2000
 
 
 class Input(StrEnum):
@@ -64,7 +60,7 @@ def export(
     Example: gdfq export runs/resnet20 --input uint8
     """
     from gdfq import inputs
-    from gdfq.deploy.export import NotTheSame, Quantized
+    from gdfq.deploy.export import NotTheSame, Quantized, images_of
     from gdfq.deploy.export import export as write
     from gdfq.deploy.writer import Normalization
     from gdfq.run import folder as run_folder
@@ -87,7 +83,7 @@ def export(
             normalization=normalization,
             integer_only=integer_only,
             verified=verify,
-            real_images=None if dataset is None else _batches(dataset),
+            real_images=None if dataset is None else images_of(dataset),
             classes=None if dataset is None else dataset.classes,
             threads=threads,
             opset=opset,
@@ -114,15 +110,3 @@ def _normalization(mean: Any, std: Any, channels: int) -> Any:
     if min(found[1]) <= 0:
         raise GdfqError("--pixel-std: a standard deviation is above 0")
     return Normalization(*found)
-
-
-def _batches(dataset: Any) -> Iterator[Tensor]:
-    import torch
-
-    from gdfq.memory import images_at_once
-
-    count = min(REAL_IMAGES, len(dataset))
-    at_once = images_at_once(*dataset.preparation.shape[1:])
-    chosen = torch.linspace(0, len(dataset) - 1, count).long().tolist()  # of all classes, where they are in order
-    for start in range(0, count, at_once):
-        yield torch.stack([dataset.image(index) for index in chosen[start : start + at_once]])

@@ -1,4 +1,5 @@
-"""`python -m gdfq.demo`: the shipped ResNet-20 to W4A4 by three data-free methods, compared on real test images."""
+"""`python -m gdfq.demo`: the shipped ResNet-20 to W4A4 by three data-free methods, compared on real test images; the
+best of them as an ONNX file in integers."""
 
 import argparse
 import json
@@ -13,7 +14,11 @@ from rich.table import Table
 
 import gdfq
 import gdfq_ext
+from gdfq.data import LabeledImages
 from gdfq.demo import CLASSES, teacher, test_set
+from gdfq.deploy import Normalization
+from gdfq.deploy.export import Quantized, images_of
+from gdfq.deploy.runtime import Missing
 from gdfq.images.generator import images_per_class
 from gdfq.run import folder as run_folder
 from gdfq.run.files import write_text
@@ -49,11 +54,12 @@ def run(out: Path, seeds: list[int], overrides: dict) -> list[dict]:
     for seed in seeds:
         rows += _one_seed(out, seed, overrides, lambda model: gdfq.evaluate(model, images).top1)
     _show(float_top1, rows)
+    _export(out, seeds[0], images)
     versions = json.loads((out / f"gdfq-seed{seeds[0]}" / run_folder.VERSIONS).read_text())
     table = {"versions": versions, "float_top1": float_top1, "rows": rows}
     write_text(out / "table.json", json.dumps(table, indent=2) + "\n")
     print(f"\nwritten to {out}: table.json, images.png (generated images by class), and per seed the run of GDFQ with")
-    print(f"its log, settings, report and the quantized model ({run_folder.MODEL})")
+    print(f"its log, settings, report, the quantized model ({run_folder.MODEL}) and the file in integers (model.onnx)")
     return rows
 
 
@@ -74,6 +80,22 @@ def _one_seed(out: Path, seed: int, overrides: dict, top1: Callable) -> list[dic
         row = {"method": method, "seed": seed, "top1": top1(result.model), "agreement": report.data_free.top1}
         rows.append({**row, "kl": report.data_free.kl, "seconds": report.seconds})
     return rows
+
+
+def _export(out: Path, seed: int, images: LabeledImages) -> None:
+    """The first result of GDFQ as a file in integers, verified on what its generator makes and on real images."""
+    folder = out / f"gdfq-seed{seed}"
+    try:
+        quantized = Quantized.of_run(folder, teacher())
+        normalization = Normalization(images.preparation.mean, images.preparation.std)
+        exported = gdfq.export(
+            quantized, folder / "model.onnx", input="uint8", normalization=normalization, overwrite=True,
+            real_images=images_of(images), classes=images.classes,
+        )  # fmt: skip
+    except Missing as error:
+        print(f"\nno ONNX file: {error}")
+        return
+    print(f"\n{exported}")
 
 
 def _show(float_top1: float, rows: list[dict]) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gdfq.deploy.runtime import imported
 from gdfq.errors import GdfqError
 
 if TYPE_CHECKING:
@@ -16,22 +17,13 @@ FIRST_OPSET = 21
 _DIGITS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def import_onnx() -> Any:
-    """The package `onnx`; raises `GdfqError` where it is not installed."""
-    try:
-        import onnx
-    except ModuleNotFoundError:
-        raise GdfqError("writing ONNX needs `pip install gdfq[export]`") from None
-    return onnx
-
-
 class Builder:
     """Collects an ONNX graph whose node order is that of the calls."""
 
     def __init__(self, opset: int) -> None:
         if opset < FIRST_OPSET:
             raise GdfqError(f"ONNX files are written for opset {FIRST_OPSET} and later, which have integers of 4 bits")
-        self.onnx = import_onnx()
+        self.onnx = imported("onnx")
         self.opset = opset
         self.nodes: list[onnx.NodeProto] = []
         self._constants: dict[tuple, onnx.TensorProto] = {}

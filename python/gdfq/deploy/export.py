@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from gdfq.api import Result
 from gdfq.config import Config, QuantizerConfig
+from gdfq.data import LabeledImages
 from gdfq.deploy.verify import Verification, verify
 from gdfq.deploy.writer import Normalization, Written, write
 from gdfq.errors import GdfqError
@@ -26,6 +27,7 @@ from gdfq.run.files import load_tensors, write_atomically, write_text
 from gdfq.target import target_of
 
 IMAGES = 512  # that the whole file is verified on
+REAL_IMAGES = 2000
 
 
 class NotTheSame(GdfqError):  # noqa: N818 - it is what was found
@@ -98,6 +100,14 @@ def _images_of_run(
     source = SOURCES[config.images.source](build_teacher(captured), captured, config, device, False)
     source.generator.load_state_dict(load_tensors(saved)[0])
     yield from (source.images(size)[0] for size in sizes)
+
+
+def images_of(dataset: LabeledImages, count: int = REAL_IMAGES) -> Iterator[Tensor]:
+    """Batches `(N, C, H, W)` of real images to verify a file on, spread over a data set."""
+    at_once = images_at_once(*dataset.preparation.shape[1:])
+    chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+    for start in range(0, len(chosen), at_once):
+        yield torch.stack([dataset.image(index) for index in chosen[start : start + at_once]])
 
 
 @dataclass

@@ -37,17 +37,21 @@ _FLOAT = 1  # onnx.TensorProto.FLOAT
 _ROUNDS = (5, 200)
 
 
+class Missing(GdfqError):  # noqa: N818 - it is what the message says
+    """A package that only files need is not installed."""
+
+
 def imported(package: str) -> ModuleType:
     """`onnx` or `onnxruntime`.
 
     Raises:
-        GdfqError: it is not installed, or does not import.
+        Missing: it is not installed, or does not import.
     """
     try:
         return importlib.import_module(package)
     except ImportError as error:
         what = "not installed" if error.name == package else f"installed, but does not import ({error})"
-        raise GdfqError(f"{package} is {what}: this needs `pip install gdfq[export]`") from error
+        raise Missing(f"{package} is {what}: this needs `pip install gdfq[export]`") from error
 
 
 def session(

@@ -487,7 +487,7 @@ def test_nan_in_a_weight_is_named():
 def test_without_onnx_it_says_what_to_install(monkeypatch):
     student = student_of(Plain)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(GdfqError, match=r"writing ONNX needs `pip install gdfq\[export\]`"):
+    with pytest.raises(GdfqError, match=r"this needs `pip install gdfq\[export\]`"):
         write(student, SHAPE)
 
 
