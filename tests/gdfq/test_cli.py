@@ -67,6 +67,34 @@ def test_quantize_evaluate_and_resume(gdfq, weights, images, tmp_path):
     assert {**again, "seconds": 0} == {**report, "seconds": 0}
 
 
+def test_export_verifies_and_the_file_is_as_good_as_the_model(gdfq, weights, images, tmp_path):
+    data = ["--data", images, "--data-arg", "resize=8", "--data-arg", "crop=8"]
+    source = ["--model", f"{MODELS}:Plain", "--weights", weights, "--method", "minmax"]
+    assert gdfq("quantize", *source, "--out", tmp_path / "run", *SHORT, *data)[0] == 0
+    code, out, _ = gdfq("export", tmp_path / "run", "--input", "uint8", "--images", 32, "--integer-only")
+    assert code == 0
+    for words in ("0 wrong", "synthetic images 32 of 32 equal", "real images 15 of 15 equal", "1 of 1 convolutions"):
+        assert words in out
+    file = tmp_path / "run" / "model.onnx"
+    assert json.loads(file.with_suffix(".json").read_text())["verification"]["failed"] == []
+    pixels = ["--data", images, "--data-arg", "resize=8", "--data-arg", "crop=8"]
+    figures = [json.loads(gdfq("evaluate", *of, "--json")[1]) for of in ([file, *pixels], [tmp_path / "run"])]
+    assert figures[0]["top1"] == figures[1]["top1"]
+    code, _, err = gdfq("export", tmp_path / "run")
+    assert (code, "there already" in err, "Traceback" in err) == (2, True, False)
+
+
+def test_targets_are_listed_with_what_each_means(gdfq):
+    code, out, _ = gdfq("targets", "--json")
+    assert code == 0
+    known = json.loads(out)
+    assert known["int4-symmetric"]["weight_scheme"] == "symmetric"
+    assert known["paper"]["quantized"] == ["relu_outputs"]
+    _, out, _ = gdfq("targets")
+    for words in ("onnx: ", "int4-symmetric: ", "paper: ", "rounds_bias", "whether biases are multiples"):
+        assert words in out
+
+
 SIZES = """
 import sys
 sys.path.insert(0, {tests!r})

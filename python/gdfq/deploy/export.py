@@ -206,10 +206,13 @@ def export(
         nonlocal verification
         file.write_bytes(written.model.SerializeToString())
         if verified:
-            verification = verify(
-                student, written, file, quantized.images, real_images=real_images,
-                float_model=quantized.float_model, threads=threads,
-            )  # fmt: skip
+            try:
+                verification = verify(
+                    student, written, file, quantized.images, real_images=real_images,
+                    float_model=quantized.float_model, threads=threads,
+                )  # fmt: skip
+            except GdfqError as error:
+                raise GdfqError(str(error).replace(str(file), str(path))) from error
             verification.file = path.name
             if verification.failed:
                 layers = some(verification.failed)

@@ -1,4 +1,4 @@
-"""From a result, or the folder of a run, to a file: what is there afterwards, and what is not where something failed."""
+"""From a result, or the folder of a run, to a file: what is there afterwards, and what is not where that failed."""
 
 import json
 
@@ -74,6 +74,9 @@ def test_what_cannot_be_written_leaves_nothing(result, model, tmp_path, monkeypa
     with pytest.raises(GdfqError, match=r"conv2 \(Conv\): its weight is not quantized"):
         gdfq.export(some_float, tmp_path / "f.onnx", integer_only=True)
     assert files() == ["q.onnx"]
+
+    with pytest.raises(GdfqError, match=rf"{tmp_path}/r.onnx has opset 99"):
+        gdfq.export(result, tmp_path / "r.onnx", opset=99)
 
     def full(self, *_):
         raise OSError(28, "No space left on device")
