@@ -118,7 +118,8 @@ def row(name: str) -> str:
         layers = str(len(summaries["onnx"].weights))
         activations = " / ".join(str(len(summaries[target].activations)) for target in TARGETS)
         floats = Counter(f"`{entry.op}`" for entry in summaries["onnx"].stayed_float)
-        result = "works; float: " + ", ".join(f"{op} {count}" for op, count in sorted(floats.items()))
+        counts = ", ".join(f"{op} {count}" for op, count in sorted(floats.items()))
+        result = f"works; float: {counts}" if floats else "works"
     except GdfqError as error:
         result = "no: " + re.split(": | at ", str(error))[0]
     if name in NOTES:

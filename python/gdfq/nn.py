@@ -313,7 +313,7 @@ class BiasFakeQuantize(nn.Module):
             factor = (running_var + self.eps).rsqrt() * (1.0 if gamma is None else gamma)
             shift = beta + ((0.0 if bias is None else bias) - running_mean) * factor
             difference = self._rounded(shift, weight, factor.abs()) - shift
-        return beta + difference
+        return beta + difference.to(beta.dtype)
 
     def _rounded(self, values: Tensor, weight: Tensor, factor: Tensor | float) -> Tensor:
         weights, index, activation = self.of
@@ -321,7 +321,8 @@ class BiasFakeQuantize(nn.Module):
             return values
         unit = activation.grid().step * weights.grid(index, weight).step * factor
         levels = values / unit
-        return torch.where(levels.isfinite(), levels.round() * unit, values)  # of a dead channel the unit is nothing
+        rounded = torch.where(levels.isfinite(), levels.round() * unit, values)  # of a dead channel the unit is nothing
+        return rounded.to(values.dtype)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"

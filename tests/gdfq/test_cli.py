@@ -50,8 +50,9 @@ def test_quantize_evaluate_and_resume(gdfq, weights, images, tmp_path):
     assert first.endswith(f"files in {tmp_path / 'run'}")
     assert second.startswith("gdfq: method 'gdfq': Q trained on images of a generator that learns along with it; ")
     assert second.endswith("images from 'generator', 3 epochs of 2 iterations of 8 images")
-    for words in ("gdfq, W4A4, target 'onnx'", "2 layers at 4 bits", "stayed float", "top-1", "held-out"):
+    for words in ("gdfq, W4A4, target 'onnx'", "2 layers at 4 bits", "3 at 4/8 bits", "top-1", "held-out"):
         assert words in out
+    assert "stayed float" not in out
     report = json.loads((tmp_path / "run" / run_folder.REPORT).read_text())
 
     code, out, _ = gdfq("evaluate", tmp_path / "run", "--json")

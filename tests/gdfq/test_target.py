@@ -206,6 +206,41 @@ def test_int4_holds_no_more_than_four_bits():
             Config.load("cifar", {"quantizer.target": "int4-symmetric", **settings})
 
 
+@pytest.mark.parametrize("gamma", [0.0, 1e-42, 1e-38, 1e-30])
+@pytest.mark.parametrize("weight", [1.0, 1e-41, 0.0])
+def test_a_dead_channel_has_its_bias(gamma, weight):
+    """The unit of its bias is nothing, or nearly."""
+
+    def make():
+        model = Plain()
+        with torch.no_grad():
+            model.conv.weight[0] *= weight
+        return model
+
+    student, _ = student_of(make)
+    with torch.no_grad():
+        student.bn.weight[0], student.bn.bias[0] = gamma, 0.37
+    x = torch.randn(8, 3, 8, 8)
+    calibrate(student, [x])
+    (node,) = (node for node in student.graph.nodes if batch_norm_of(student, node))
+    _, highest = quantizer_of(student, node).range
+    (quantizer,) = (module for name, module in student.named_modules() if name == "bias_quantizers.conv")
+    bn = student.bn
+    beta = quantizer(student.conv.weight, None, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    assert beta[0].item() == pytest.approx(0.37, rel=1e-3)
+    assert student(x).isfinite().all()
+    assert highest.isfinite()
+
+
+def test_a_model_of_another_type_stays_of_that_type():
+    student, _ = student_of(Residual)
+    x = torch.randn(4, 3, 8, 8)
+    expected = student(x)
+    logits = student.bfloat16()(x.bfloat16())
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), expected, rtol=0.3, atol=0.3)
+
+
 def test_the_gradient_passes_through_rounded_biases():
     student, _ = student_of(Residual)
     student(torch.randn(4, 3, 8, 8)).square().mean().backward()

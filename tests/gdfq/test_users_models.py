@@ -41,10 +41,11 @@ class TakenNames(nn.Module):
         super().__init__()
         self.weight_quantizers = nn.Conv2d(3, 8, 3)
         self.batch_norms = nn.ModuleList([nn.BatchNorm2d(8)])
+        self.bias_quantizers = nn.Conv2d(8, 8, 1)
         self.activation_quantizers = nn.Linear(8, 10)
 
     def forward(self, x):
-        x = self.batch_norms[0](self.weight_quantizers(x)).relu()
+        x = self.bias_quantizers(self.batch_norms[0](self.weight_quantizers(x)).relu())
         return self.activation_quantizers(x.mean((2, 3)))
 
 
@@ -52,7 +53,7 @@ class TakenNames(nn.Module):
 def test_a_model_may_have_any_names(tmp_path, method):
     model = randomize_batch_norm(TakenNames())
     result = quantized(model, tmp_path / "run", method=method)
-    assert len(result.report.summary.weights) == 2
+    assert len(result.report.summary.weights) == 3
     assert model.state_dict().keys() <= result.model.state_dict().keys()
     x = torch.randn(4, 3, 8, 8)
     loaded = gdfq.load_quantized(tmp_path / "run/model.safetensors", model)
