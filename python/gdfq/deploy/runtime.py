@@ -6,7 +6,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -155,7 +155,7 @@ class Operators:
     @property
     def layers(self) -> Place:
         """Convolutions and linear layers together."""
-        found = [self.places[kind] for kind in ("convolutions", "linear layers") if kind in self.places]
+        found = [self.places[kind] for kind in LAYERS if kind in self.places]
         floats = tuple(name for place in found for name in place.floats)
         return Place(sum(place.integer for place in found), sum(place.total for place in found), floats)
 
@@ -165,8 +165,12 @@ class Operators:
         return {name: count for name, count in self.counts.items() if name in INTEGER_OPERATORS}
 
 
-def operators(model: "ModelProto | str | Path") -> Operators:
+def operators(model: "ModelProto | str | Path", layers: Collection[str] | None = None) -> Operators:
     """Optimize a model as onnxruntime does to run it, and see what became of its places.
+
+    Args:
+        model: it, or the file that it is in.
+        layers: nodes that are convolutions and linear layers; None: all of such operators.
 
     Nodes are told by their names, which onnxruntime keeps: no two of `model` may have the same.
 
@@ -184,7 +188,8 @@ def operators(model: "ModelProto | str | Path") -> Operators:
     values = values_of(model)
     for node in model.graph.node:
         kind = next((kind for kind, of_kind in KINDS.items() if node.op_type in of_kind), None)
-        if kind and _is_place(node, values):
+        is_other = layers is not None and kind in LAYERS and node.name not in layers
+        if kind and not is_other and _is_place(node, values):
             names.setdefault(kind, []).append(node.name)
     places = {}
     for kind in KINDS:

@@ -1,5 +1,6 @@
 """Whether a file does what the simulation does, in integers, and what that is worth: size and time."""
 
+import contextlib
 import copy
 import io
 import json
@@ -193,7 +194,7 @@ def verify(
     batches = [batch.detach().cpu().float() for batch in images]
     if not batches or not len(batches[0]):
         raise GdfqError("there are no images to verify the file on")
-    result.operators = operators(path)
+    result.operators = operators(path, {layer.node for layer in written.layers})
     _check_levels(result, student, written, file, torch.cat(batches)[:LEVELS_OF])
     simulation = IntegerSimulation(student).run if rounds_biases(student) else student
     result.argmax["synthetic"] = _argmax(simulation, file, batches)
@@ -286,7 +287,7 @@ def _compare_with_float(
 
 def write_float(model: nn.Module, image: Tensor, path: Path) -> None:
     """`torch.onnx.export` of the float model, for any batch, by the exporter that needs no other package."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # where it fails, it prints the graph
         warnings.simplefilter("ignore")
         torch.onnx.export(
             copy.deepcopy(model).cpu().eval(), (image,), path, dynamo=False, input_names=["images"],

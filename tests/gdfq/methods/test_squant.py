@@ -26,9 +26,8 @@ def levels_of(weight, grid):
 def slow(weight, grid):
     """One channel, one kernel, one element after the other."""
     rows = []
-    for channel, step, zero in zip(
-        weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2), *grid[:2], strict=True
-    ):
+    kernels = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
+    for channel, step, zero in zip(kernels, *grid[:2], strict=True):
         low, high = grid.lowest - zero.item(), grid.highest - zero.item()
         x = (channel / step).tolist()
         level = [[min(max(float(torch.tensor(v).round()), low), high) for v in kernel] for kernel in x]
@@ -50,8 +49,8 @@ def slow(weight, grid):
                 level[i][j] -= sign
         e = sum(total(i) for i in range(len(x)))
         sign = math.copysign(1, e)
-        kernels = [i for i in range(len(x)) if total(i) * sign > 0 and candidates(i, sign)]
-        for i in sorted(kernels, key=lambda i: -abs(total(i)))[: math.floor(abs(e) + 0.5)]:
+        able = [i for i in range(len(x)) if total(i) * sign > 0 and candidates(i, sign)]
+        for i in sorted(able, key=lambda i: -abs(total(i)))[: math.floor(abs(e) + 0.5)]:
             level[i][candidates(i, sign)[0]] -= sign
         rows.append(level)
     return torch.tensor(rows).view(weight.shape)
