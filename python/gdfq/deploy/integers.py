@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, activation_name, average_pool_inputs, sum_inputs
+from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, activation_name, average_pool_inputs, op_of, sum_inputs
 from gdfq.graph.query import batch_norm_of, quantized_layers, quantizer_behind, quantizer_of, unrounded
 from gdfq.nn import FakeQuantize, per_channel
 
@@ -77,6 +77,12 @@ class Sum(Unrounded):
         return (self.codes[1].double() * (self.steps[1] / step) + first).float()  # one rounding: a multiply-add
 
 
+def _pads(pool: fx.Node) -> bool:
+    """Whether an average pool counts places outside of its input."""
+    padding = pool.args[3] if op_of(pool).startswith("avg_pool") and len(pool.args) > 3 else 0
+    return any(padding) if isinstance(padding, list | tuple) else padding != 0
+
+
 class IntegerSimulation(fx.Interpreter):
     """Runs Q in integers, on the CPU: `run(images)` gives the logits.
 
@@ -117,7 +123,7 @@ class IntegerSimulation(fx.Interpreter):
             if len(inputs) == 2 and not n.kwargs:
                 return Sum(tuple(codes), tuple(steps))
             result = super().run_node(n)
-            if len(inputs) == 1 and result.numel() == result.shape[0] * result.shape[1]:
+            if len(inputs) == 1 and result[0, 0].numel() == 1 and not _pads(n):
                 count = codes[0][0, 0].numel()
                 return Scaled(codes[0].double().flatten(2).sum(2).view_as(result), steps[0] / count)
             return result

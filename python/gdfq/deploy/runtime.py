@@ -33,6 +33,7 @@ INTEGER_OPERATORS = (  # a FusedConv is none: a convolution in float, with what 
     "QLinearReduceMean", "QLinearConcat",
 )  # fmt: skip
 _MARKS = re.compile(r"^fused |(_token_\d+)+$|_nchwc$")  # what optimization adds to a node's name
+LAYERS = ("convolutions", "linear layers")
 _FLOAT = 1  # onnx.TensorProto.FLOAT
 _ROUNDS = (5, 200)
 

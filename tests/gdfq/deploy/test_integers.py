@@ -1,0 +1,53 @@
+"""Q in integers against onnxruntime, which computes the same file: no level anywhere in the network is another."""
+
+import pytest
+import torch
+from small_models import Plain, Residual, TwoHeads, randomize_batch_norm
+from torch import nn
+from torch.nn import functional as F
+
+from gdfq.calibrate import calibrate
+from gdfq.config import Config
+from gdfq.deploy import write
+from gdfq.deploy.integers import IntegerSimulation
+from gdfq.deploy.runtime import session
+from gdfq.graph import build_quantized, capture
+
+
+class Pools(nn.Module):
+    """Average pools that see all of a map, a part, and what is beyond its border; a sum; layers without a BN."""
+
+    in_size = (8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.other = nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Conv2d(16, 8, 1, bias=False)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu6(self.bn(self.conv(x)))
+        x = F.relu(x + self.other(x))
+        x = torch.cat([F.avg_pool2d(x, 2), F.max_pool2d(x, 2)], 1)
+        x = F.relu(self.last(x))
+        x = F.avg_pool2d(x, 4)
+        x = F.avg_pool2d(x, 3, stride=1, padding=1)
+        return self.fc(x.flatten(1))
+
+
+@pytest.mark.parametrize("make", [Plain, Residual, TwoHeads, Pools])
+@pytest.mark.parametrize(
+    ("bits", "target"), [(4, "onnx"), (8, "onnx"), (4, "int4-symmetric"), (4, {"activation_scheme": "symmetric"})]
+)
+def test_it_computes_what_onnxruntime_does(make, bits, target):
+    torch.manual_seed(0)
+    settings = {"quantizer.weight_bits": bits, "quantizer.activation_bits": bits, "quantizer.target": target}
+    model = randomize_batch_norm(make())
+    student, _ = build_quantized(capture(model), Config.load("cifar", settings).quantizer)
+    calibrate(student, [torch.randn(8, 3, 8, 8) for _ in range(4)])
+    images = 1.5 * torch.randn(64, 3, 8, 8)
+    (logits,) = session(write(student, (3, 8, 8)).model).run(None, {"images": images.numpy()})
+    found = IntegerSimulation(student).run(images)
+    torch.testing.assert_close(found, torch.from_numpy(logits), rtol=1e-5, atol=1e-5)
