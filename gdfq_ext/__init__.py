@@ -21,7 +21,7 @@ from .ops import (
     fake_quantize_weights,
     observe_range,
 )
-from .quantizer import Grid, Scheme, quantizer_grid
+from .quantizer import Grid, Scheme, code_bounds, quantizer_grid
 
 __all__ = [
     "BackendReport",
@@ -33,6 +33,7 @@ __all__ = [
     "batch_norm_act_moments",
     "bns_loss",
     "build_info",
+    "code_bounds",
     "conditional_batch_norm_act",
     "count_changed_codes",
     "distillation_loss",

@@ -127,6 +127,11 @@ def quantizer_grid(lower: Tensor, upper: Tensor, bits: int, scheme: Scheme = "eq
     return quantizer(lower.detach().float(), upper.detach().float(), bits, SCHEMES[scheme]).grid()
 
 
+def code_bounds(bits: int, scheme: Scheme = "eq6") -> tuple[int, int]:
+    """The lowest and the highest code of `quantizer_grid`."""
+    return (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if scheme == "symmetric" else (0, 2**bits - 1)
+
+
 def clamp(level: Tensor, of: Quantizer) -> Tensor:
     """To the first and the last level, in the memory of `level`."""
     return level.clamp_(of.low, of.high)

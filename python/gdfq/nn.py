@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import gdfq_ext
 from gdfq.observers import LearnedStep, MovingAverage, Observer
-from gdfq_ext import Grid, Scheme, quantizer_grid
+from gdfq_ext import Grid, Scheme, code_bounds, quantizer_grid
 
 
 class WeightFakeQuantize(nn.Module):
@@ -113,7 +113,7 @@ class StoredQuantizer(nn.Module):
         super().__init__()
         self.bits = bits
         self.straight_through = straight_through
-        _, _, self.lowest, self.highest = quantizer_grid(step, step, bits, scheme)
+        self.lowest, self.highest = code_bounds(bits, scheme)
         self.register_buffer("step", step.detach().clone().float())
         self.register_buffer("zero_point", zero_point.detach().clone().float())
         self.register_buffer("rounding", None if rounding is None else rounding.detach().clone().to(torch.int8))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import gdfq_ext
 from gdfq.clip_values import Rule
-from gdfq_ext import Grid, Scheme, quantizer_grid
+from gdfq_ext import Grid, Scheme, code_bounds, quantizer_grid
 
 BINS = 2048  # on either side of zero
 
@@ -142,8 +142,7 @@ class LearnedStep(Observer):
         self.moving_average.reset()
 
     def grid(self, bits: int) -> Grid:
-        _, _, lowest, highest = quantizer_grid(self.zero_point, self.zero_point, bits, self.scheme)
-        return Grid(self.step.detach(), self.zero_point, lowest, highest)
+        return Grid(self.step.detach(), self.zero_point, *code_bounds(bits, self.scheme))
 
     def quantize(self, x: Tensor, range: Tensor, bits: int) -> Tensor:
         """`x` quantized, with gradients to it and to the step. `range` takes what the step makes of it."""
