@@ -1,5 +1,6 @@
 """What a target makes of the quantizer: where it stands, which levels it has, what a bias is a multiple of."""
 
+import functools
 import itertools
 
 import pytest
@@ -41,9 +42,14 @@ class Dense(nn.Module):
         return self.fc(F.avg_pool2d(x, 4).flatten(1))
 
 
+@functools.cache
+def captured(make):
+    return capture(randomize_batch_norm(make()))
+
+
 def student_of(make=Residual, target="onnx", **changes):
     config = Config.load("cifar", {"quantizer.target": target, **changes}).quantizer
-    student, summary = build_quantized(capture(randomize_batch_norm(make())), config)
+    student, summary = build_quantized(captured(make), config)
     calibrate(student, [torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))])
     return student, summary
 

@@ -1,5 +1,7 @@
 """Q in integers against onnxruntime, which computes the same file: no level anywhere in the network is another."""
 
+import functools
+
 import pytest
 import torch
 from small_models import Plain, Residual, TwoHeads, randomize_batch_norm
@@ -37,6 +39,11 @@ class Pools(nn.Module):
         return self.fc(x.flatten(1))
 
 
+@functools.cache
+def captured(make):
+    return capture(randomize_batch_norm(make()))
+
+
 @pytest.mark.parametrize("make", [Plain, Residual, TwoHeads, Pools])
 @pytest.mark.parametrize(
     ("bits", "target"), [(4, "onnx"), (8, "onnx"), (4, "int4-symmetric"), (4, {"activation_scheme": "symmetric"})]
@@ -44,8 +51,7 @@ class Pools(nn.Module):
 def test_it_computes_what_onnxruntime_does(make, bits, target):
     torch.manual_seed(0)
     settings = {"quantizer.weight_bits": bits, "quantizer.activation_bits": bits, "quantizer.target": target}
-    model = randomize_batch_norm(make())
-    student, _ = build_quantized(capture(model), Config.load("cifar", settings).quantizer)
+    student, _ = build_quantized(captured(make), Config.load("cifar", settings).quantizer)
     calibrate(student, [torch.randn(8, 3, 8, 8) for _ in range(4)])
     images = 1.5 * torch.randn(64, 3, 8, 8)
     (logits,) = session(write(student, (3, 8, 8)).model).run(None, {"images": images.numpy()})
