@@ -54,12 +54,13 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--pixels", nargs="+", default=list(PIXELS), choices=list(PIXELS), metavar="KIND")
     parser.add_argument("--out", type=Path, required=True, help="write the result as JSON")
     args = parser.parse_args()
     result = provenance(torch.get_num_threads())
     rows: list[dict] = []
     for seed in args.seeds:
-        for name in PIXELS:
+        for name in args.pixels:
             rows.append(measured(name, seed))
             print(f"{name}, seed {seed}: float {rows[-1]['float']:.2f}, W4A4 {rows[-1]['quantized']:.2f}", flush=True)
             write_text(args.out, json.dumps(result | {"rows": rows}, indent=1) + "\n")
