@@ -7,23 +7,51 @@ from torch.nn import functional as F
 from benchmarks.ops.operations import SeparateQuantizer
 from gdfq.images.networks import ConditionalBatchNorm, UpsampledConvolution
 from gdfq.nn import BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize
+from gdfq_ext import Scheme
+
+
+class SteppedQuantizer(torch.autograd.Function):
+    """`affine` or `symmetric`, one tensor operation per operation sign, with the identity gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, lower: Tensor, upper: Tensor, bits: int, symmetric: bool) -> Tensor:
+        if symmetric:
+            high = 2 ** (bits - 1) - 1
+            step = torch.clamp(torch.maximum(-lower, upper), min=5e-9) / high
+            y = torch.clamp(torch.round(x / step), -high, high) * step
+        else:
+            below, above = -torch.clamp(lower, max=0), torch.clamp(upper, min=0)
+            step = torch.clamp(below + above, min=1e-8) / (2**bits - 1)
+            zero_point = torch.round(below / step)
+            y = (torch.clamp(torch.round(x / step) + zero_point, 0, 2**bits - 1) - zero_point) * step
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient, None, None, None, None
+
+
+def separate_quantizer(x: Tensor, lower: Tensor, upper: Tensor, bits: int, scheme: Scheme) -> Tensor:
+    if scheme == "eq6":
+        return SeparateQuantizer.apply(x, lower, upper, bits, False)
+    return SteppedQuantizer.apply(x, lower, upper, bits, scheme == "symmetric")
 
 
 class SeparateWeightQuantizer(nn.Module):
     """Layer by layer, per output channel."""
 
-    def __init__(self, bits: list[int]) -> None:
+    def __init__(self, bits: list[int], schemes: list[Scheme]) -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.schemes = bits, schemes
 
     def forward(self, weights: list[Tensor]) -> list[Tensor]:
-        return [self.quantize(weight, bits) for weight, bits in zip(weights, self.bits, strict=True)]
+        return list(map(self.quantize, weights, self.bits, self.schemes))
 
-    def quantize(self, weight: Tensor, bits: int) -> Tensor:
+    def quantize(self, weight: Tensor, bits: int, scheme: Scheme) -> Tensor:
         rows = weight.detach().reshape(len(weight), -1)
         shape = [-1] + [1] * (weight.dim() - 1)
         lower, upper = rows.min(1).values.view(shape), rows.max(1).values.view(shape)
-        return SeparateQuantizer.apply(weight, lower, upper, bits, False)
+        return separate_quantizer(weight, lower, upper, bits, scheme)
 
 
 class SeparateActivationQuantizer(nn.Module):
@@ -31,7 +59,7 @@ class SeparateActivationQuantizer(nn.Module):
 
     def __init__(self, quantizer: FakeQuantize, observe: bool) -> None:
         super().__init__()
-        self.bits = quantizer.bits
+        self.bits, self.scheme = quantizer.bits, quantizer.scheme
         self.register_buffer("range", quantizer.range.clone())
         self.observed = [0.0, 0.0] if observe else None
 
@@ -39,7 +67,7 @@ class SeparateActivationQuantizer(nn.Module):
         if self.observed is not None:
             lower, upper = x.detach().min().item(), x.detach().max().item()
             self.observed = [0.9 * self.observed[0] + 0.1 * lower, 0.9 * self.observed[1] + 0.1 * upper]
-        return SeparateQuantizer.apply(x.float(), self.range[0], self.range[1], self.bits, False).to(x.dtype)
+        return separate_quantizer(x.float(), self.range[0], self.range[1], self.bits, self.scheme).to(x.dtype)
 
 
 class BatchNormActThenQuantizer(nn.Module):
@@ -55,10 +83,11 @@ class BatchNormActThenQuantizer(nn.Module):
 
 
 def with_separate_quantizers(student: nn.Module, observe: bool) -> nn.Module:
-    """Q with its quantizing modules exchanged in place; its parameters stay the same objects."""
+    """Q with its quantizing modules exchanged in place; its parameters stay the same objects. What rounds biases is of
+    PyTorch's own operations already."""
     for name, child in list(student.named_children()):
         if isinstance(child, WeightFakeQuantize):
-            setattr(student, name, SeparateWeightQuantizer(child.bits))
+            setattr(student, name, SeparateWeightQuantizer(child.bits, child.schemes))
         elif isinstance(child, FakeQuantize):
             setattr(student, name, SeparateActivationQuantizer(child, observe))
         elif isinstance(child, BatchNormActFakeQuantize):

@@ -50,9 +50,12 @@ def test_a_run_with_its_processes(tmp_path, capsys):
     assert "released" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("preset", ["cifar", "imagenet"])
-def test_two_iterations_agree_in_losses_and_gradients(preset):
-    task = replace(TINY, preset=preset)
+@pytest.mark.parametrize(
+    ("preset", "bits"),
+    [("cifar", 4), ("imagenet", 4), ("cifar", 8), ("paper-cifar", 4)],  # 8: symmetric weights; paper: Eq. 6
+)
+def test_two_iterations_agree_in_losses_and_gradients(preset, bits):
+    task = replace(TINY, preset=preset, bits=bits)
     variants = [Variant(), step_providers.RELEASED, Variant(observe_ranges=True)]
     subjects = [Gdfq(task), *(PlainPyTorch(task, variant) for variant in variants)]
     for _ in range(2):
