@@ -5,7 +5,7 @@ few land beside the level that an integer runtime has; behind many layers of 8 b
 sums are exact, and what is rounded is what onnxruntime rounds:
 
     layer, BN folded in   round((sum + bias) * (step_x * step_w / step_y))
-    sum of two            round(a * step_a / step_y + b * step_b / step_y)
+    sum of two            round(a * (step_a / step_y) + b * (step_b / step_y) + what of it is the same for all codes)
     global average pool   round(sum * (step_x / (step_y * count)))
 
 each operation in float32. Whatever else there is, is computed as Q does.
@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, activation_name, average_pool_inputs, op_of, sum_inputs
 from gdfq.graph.query import batch_norm_of, quantized_layers, quantizer_behind, quantizer_of, unrounded
 from gdfq.nn import FakeQuantize, per_channel
+from gdfq_ext import Grid
 
 _EXACT = 2**24  # integers up to which float32 has all of
 
@@ -34,18 +35,18 @@ class Unrounded:
         """In float32, without the activation."""
         raise NotImplementedError
 
-    def in_steps(self, step: Tensor) -> Tensor:
-        """In float32, in steps of the quantizer."""
+    def code(self, step: Tensor, zero_point: Tensor) -> Tensor:
+        """Rounded to the quantizer's step, with its zero point, and not clamped."""
         raise NotImplementedError
 
     def quantized(self, quantizer: FakeQuantize) -> Tensor:
         """On the quantizer's grid, in float32."""
         step, zero_point, lowest, highest = quantizer.grid()
-        x = self.in_steps(step)
+        level = self.code(step, zero_point).clamp(lowest, highest) - zero_point
         if self.act != "none":
             low, high = BOUNDS[self.act]
-            x = x.clamp(low, None if high is None else float(high / step))
-        return x.round().clamp(lowest - zero_point, highest - zero_point) * step
+            level = level.clamp(low, None if high is None else float((high / step).round()))
+        return level * step
 
 
 @dataclass(frozen=True)
@@ -58,23 +59,28 @@ class Scaled(Unrounded):
     def values(self) -> Tensor:
         return self.integers.float() * self.unit
 
-    def in_steps(self, step: Tensor) -> Tensor:
-        return self.integers.float() * (self.unit / step)
+    def code(self, step: Tensor, zero_point: Tensor) -> Tensor:
+        return (self.integers.float() * (self.unit / step)).round() + zero_point
 
 
 @dataclass(frozen=True)
 class Sum(Unrounded):
-    """Of codes, less their zero point, times their step."""
+    """Of values on the grids of two quantizers."""
 
-    codes: tuple[Tensor, Tensor]
-    steps: tuple[Tensor, Tensor]
+    terms: tuple[Tensor, Tensor]
+    grids: tuple[Grid, Grid]
 
     def values(self) -> Tensor:
-        return self.codes[0] * self.steps[0] + self.codes[1] * self.steps[1]
+        return self.terms[0] + self.terms[1]
 
-    def in_steps(self, step: Tensor) -> Tensor:
-        first = self.codes[0] * (self.steps[0] / step)
-        return (self.codes[1].double() * (self.steps[1] / step) + first).float()  # one rounding: a multiply-add
+    def code(self, step: Tensor, zero_point: Tensor) -> Tensor:
+        ratios = [grid.step / step for grid in self.grids]
+        first, second = (ratio * grid.zero_point for ratio, grid in zip(ratios, self.grids, strict=True))
+        sum_ = zero_point - (first + second)
+        for term, grid, ratio in zip(self.terms, self.grids, ratios, strict=True):
+            code = (term / grid.step).round() + grid.zero_point
+            sum_ = (code.double() * ratio + sum_).float()  # one rounding: a multiply-add
+        return sum_.round()
 
 
 def _pads(pool: fx.Node) -> bool:
@@ -118,14 +124,13 @@ class IntegerSimulation(fx.Interpreter):
         inputs = sum_inputs(n) or average_pool_inputs(n)
         quantizers = [self._quantizer(value) for value in inputs]
         if inputs and None not in quantizers and self._is_rounded(n):
-            codes = [(self.env[value] / q.grid().step).round() for value, q in zip(inputs, quantizers, strict=True)]
-            steps = [q.grid().step for q in quantizers]
+            values, grids = [self.env[value] for value in inputs], [quantizer.grid() for quantizer in quantizers]
             if len(inputs) == 2 and not n.kwargs:
-                return Sum(tuple(codes), tuple(steps))
+                return Sum(tuple(values), tuple(grids))
             result = super().run_node(n)
             if len(inputs) == 1 and result[0, 0].numel() == 1 and not _pads(n):
-                count = codes[0][0, 0].numel()
-                return Scaled(codes[0].double().flatten(2).sum(2).view_as(result), steps[0] / count)
+                levels = (values[0] / grids[0].step).round().double().flatten(2)
+                return Scaled(levels.sum(2).view_as(result), grids[0].step / levels.shape[2])
             return result
         return super().run_node(n)
 
