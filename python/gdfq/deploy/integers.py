@@ -75,12 +75,16 @@ class Sum(Unrounded):
 
     def code(self, step: Tensor, zero_point: Tensor) -> Tensor:
         ratios = [grid.step / step for grid in self.grids]
-        first, second = (ratio * grid.zero_point for ratio, grid in zip(ratios, self.grids, strict=True))
-        sum_ = zero_point - (first + second)
+        offsets = [grid.zero_point for grid in self.grids]
+        sum_ = zero_point - _multiply_add(offsets[0], ratios[0], offsets[1] * ratios[1])
         for term, grid, ratio in zip(self.terms, self.grids, ratios, strict=True):
-            code = (term / grid.step).round() + grid.zero_point
-            sum_ = (code.double() * ratio + sum_).float()  # one rounding: a multiply-add
+            sum_ = _multiply_add((term / grid.step).round() + grid.zero_point, ratio, sum_)
         return sum_.round()
+
+
+def _multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c in float32, rounded once, as processors have it."""
+    return (a.double() * b + c).float()
 
 
 def _pads(pool: fx.Node) -> bool:
