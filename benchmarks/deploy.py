@@ -27,9 +27,10 @@ from gdfq.calibrate import calibrate
 from gdfq.demo import teacher, test_set
 from gdfq.deploy.export import Quantized, export
 from gdfq.deploy.levels import Simulation
+from gdfq.deploy.runtime import KINDS
 from gdfq.graph import Pixels, build_quantized, capture
 from gdfq.models import load_model
-from gdfq.provenance import versions
+from gdfq.provenance import provenance
 from gdfq.run.files import write_text
 
 BITS = ((4, 4), (4, 8), (8, 8))
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    facts = provenance(arguments.threads)
     rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
     for name in arguments.networks:
         model = network(name)
@@ -135,8 +137,31 @@ def main() -> None:
             except gdfq.GdfqError as error:
                 found = {"network": name, "bits": "W{}A{}".format(*bits.split(":")), "error": str(error)}
             rows = [other for other in rows if (other["network"], other["bits"]) != (name, found["bits"])] + [found]
-            write_text(arguments.out, json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")
+            found["gdfq_commit"] = facts["gdfq_commit"]
+            write_text(arguments.out, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
             print(line(found), flush=True)
+    print(table([found for found in rows if "error" not in found]))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "| | in integers | codes | class, in integers | in float32 | size | speed |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for found in rows:
+        verification = found["verification"]
+        places = verification["operators"]["places"]
+        integers = ", ".join(f"{places[k]['integer']} of {places[k]['total']}" if k in places else "-" for k in KINDS)
+        checks = verification["layers"].values()
+        wrong, boundary, codes = (sum(check[kind] for check in checks) for kind in ("wrong", "boundary", "codes"))
+        exact, float32 = (f"{of['equal']} of {of['images']}" for of in verification["argmax"].values())
+        ratio = verification["float_bytes"] / verification["bytes"]
+        faster = verification["float_time"]["median"] / verification["time"]["median"]
+        name = f"{found['network']}, {found['bits']}" + ("" if found["counts"] else " (*)")
+        levels = f"{wrong} / {boundary} of {codes / 1e6:.0f} M"
+        lines.append(f"| {name} | {integers} | {levels} | {exact} | {float32} | 1/{ratio:.1f} | {faster:.2f} |")
+    return "\n".join(lines)
 
 
 def line(found: dict[str, Any]) -> str:
