@@ -329,6 +329,8 @@ def _to_normal_form(module: fx.GraphModule) -> None:
         elif node.target is aten.copy.default:  # what `y[...] = x` becomes; it has no derivative
             destination, source = node.args[:2]
             node.target, node.args = aten.expand_as.default, (source, destination)
+        elif node.target is aten._unsafe_view.default:  # a view of what nobody else has
+            node.target = aten.view.default
         elif node.target in _LEFT_OUT:
             graph.erase_node(node)
         elif node.target is aten.convolution.default and not node.args[6]:

@@ -21,7 +21,7 @@ WEIGHTED = {**CONVOLUTIONS, aten.linear.default: "linear"}
 # on the same grid as what went in. Zero is a point of every grid (the zero point of Eq. 6 is an integer), so padding
 # with zeros is one of them. `tests/gdfq/graph/test_operators.py` finds out which operators do that.
 _MOVES = """
-    _unsafe_view alias as_strided atleast_1d atleast_2d atleast_3d broadcast_to chunk detach diagonal dsplit expand
+    alias as_strided atleast_1d atleast_2d atleast_3d broadcast_to chunk detach diagonal dsplit expand
     expand_as flatten hsplit lift_fresh linalg_diagonal mH mT matrix_H movedim narrow numpy_T permute positive ravel
     real reshape reshape_as resolve_conj resolve_neg select slice split split_with_sizes squeeze t tensor_split
     transpose unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as vsplit
