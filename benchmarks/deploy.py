@@ -115,7 +115,18 @@ def row(name: str, model: nn.Module, bits: tuple[int, int], count: int, threads:
     }
     found |= {"least_share_of_codes_used": min(used.values()), "least_used": min(used, key=used.get)}
     found |= {"classes_seen": len(classes), "counts": min(used.values()) >= 0.5 and len(classes) >= 5}
-    return found | exported.to_dict() | {"seconds": time.monotonic() - start}
+    return found | _in_short(exported.to_dict()) | {"seconds": time.monotonic() - start}
+
+
+def _in_short(exported: dict[str, Any]) -> dict[str, Any]:
+    """What was found, of the layers those alone where something differs."""
+    checks = exported["verification"]["layers"]
+    exported["verification"]["codes"] = sum(check["codes"] for check in checks.values())
+    exported["verification"]["layers"] = {
+        name: check for name, check in checks.items() if check["wrong"] or check["boundary"]
+    }
+    del exported["file"]
+    return exported
 
 
 def main() -> None:
@@ -154,12 +165,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         places = verification["operators"]["places"]
         integers = ", ".join(f"{places[k]['integer']} of {places[k]['total']}" if k in places else "-" for k in KINDS)
         checks = verification["layers"].values()
-        wrong, boundary, codes = (sum(check[kind] for check in checks) for kind in ("wrong", "boundary", "codes"))
+        wrong, boundary = (sum(check[kind] for check in checks) for kind in ("wrong", "boundary"))
         exact, float32 = (f"{of['equal']} of {of['images']}" for of in verification["argmax"].values())
         ratio = verification["float_bytes"] / verification["bytes"]
         faster = verification["float_time"]["median"] / verification["time"]["median"]
         name = f"{found['network']}, {found['bits']}" + ("" if found["counts"] else " (*)")
-        levels = f"{wrong} / {boundary} of {codes / 1e6:.0f} M"
+        levels = f"{wrong} / {boundary} of {verification['codes'] / 1e6:.0f} M"
         lines.append(f"| {name} | {integers} | {levels} | {exact} | {float32} | 1/{ratio:.1f} | {faster:.2f} |")
     return "\n".join(lines)
 
