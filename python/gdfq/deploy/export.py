@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,7 +96,7 @@ def _images_of_run(
         yield from (quantized.pixels.scaled(torch.randn(size, *shape, generator=random)) for size in sizes)
         return
     channels, *size = shape
-    captured = capture(network, tuple(size), channels)
+    captured = replace(capture(network, tuple(size), channels), pixels=quantized.pixels)
     source = SOURCES[config.images.source](build_teacher(captured), captured, config, device, False)
     source.generator.load_state_dict(load_tensors(saved)[0])
     yield from (source.images(size)[0] for size in sizes)
