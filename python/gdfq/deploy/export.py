@@ -19,6 +19,7 @@ from gdfq.errors import GdfqError
 from gdfq.graph import Pixels, build_teacher, capture
 from gdfq.graph.nodes import some
 from gdfq.graph.sizes import ImageSizes
+from gdfq.graph.summary import by_reason
 from gdfq.memory import images_at_once
 from gdfq.precision import products_in_tf32
 from gdfq.registry import SOURCES
@@ -131,11 +132,8 @@ class Exported:
         return {"file": str(self.path), "stays_float": floats, "verification": verified}
 
     def __str__(self) -> str:
-        by_reason: dict[str, list[str]] = {}
-        for entry in self.written.floats:
-            by_reason.setdefault(f"{entry.op}: {entry.reason}", []).append(entry.name)
         lines = [f"written      {self.path}, {self.path.stat().st_size / 1e6:.3g} MB"]
-        lines += [f"stays float  {len(names)} x {reason} ({some(names)})" for reason, names in by_reason.items()]
+        lines += [f"stays float  {text}" for text in by_reason(self.written.floats)]
         return "\n".join([*lines, *([str(self.verification)] if self.verification else ["not verified"])])
 
 

@@ -12,13 +12,13 @@ each operation in float32. Whatever else there is, is computed as Q does.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, activation_name, average_pool_inputs, op_of, sum_inputs
-from gdfq.graph.query import batch_norm_of, quantized_layers, quantizer_behind, quantizer_of, unrounded
+from gdfq.graph.query import QuantizedLayer, batch_norm_of, quantized_layers, quantizer_behind, quantizer_of, unrounded
 from gdfq.nn import FakeQuantize, per_channel
 from gdfq_ext import Grid
 
@@ -93,6 +93,16 @@ def _pads(pool: fx.Node) -> bool:
     return any(padding) if isinstance(padding, list | tuple) else padding != 0
 
 
+class _Prepared(NamedTuple):
+    """What no image changes of a layer: steps of its input and of its weight's channels, the weight in these steps, and
+    its bias as it is before it is rounded."""
+
+    step_x: Tensor
+    step_w: Tensor
+    carriers: Tensor
+    bias: Tensor | None
+
+
 class IntegerSimulation(fx.Interpreter):
     """Runs Q in integers, on the CPU: `run(images)` gives the logits.
 
@@ -103,8 +113,11 @@ class IntegerSimulation(fx.Interpreter):
     def __init__(self, student: fx.GraphModule) -> None:
         super().__init__(student)
         self.student = student
-        self.layers = {layer.node: layer for layer in quantized_layers(student)}
-        self.layers = {node: layer for node, layer in self.layers.items() if self._quantizer(node.args[0]) is not None}
+        self.layers = {
+            layer.node: self._prepared(layer)
+            for layer in quantized_layers(student)
+            if self._quantizer(layer.node.args[0]) is not None
+        }
         self.folded = {
             user
             for node in self.layers
@@ -150,20 +163,24 @@ class IntegerSimulation(fx.Interpreter):
             for user in node.users
         )
 
+    def _prepared(self, layer: QuantizedLayer) -> "_Prepared":
+        weight = self.student.get_parameter(layer.weight).detach()
+        step = layer.quantizer.grid(layer.index, weight).step
+        carriers = (layer.quantizer.quantized(layer.index, weight) / per_channel(step, weight)).round()
+        bias = unrounded(self.student, layer.node.args[2]) if layer.bias else None
+        bias = None if bias is None else self.fetch_attr(bias.target)
+        return _Prepared(self._quantizer(layer.node.args[0]).grid().step, step, carriers, bias)
+
     def _layer(self, node: fx.Node) -> Any:
-        layer = self.layers[node]
+        step_x, step_w, carriers, _ = self.layers[node]
         (x, weight, *others), _ = self.fetch_args_kwargs_from_env(node)
         bias, *how = others or [None]
-        step_x = self._quantizer(node.args[0]).grid().step
-        step_w = layer.quantizer.grid(layer.index, self.student.get_parameter(layer.weight)).step
-        codes, carriers = (x / step_x).round(), (weight / per_channel(step_w, weight)).round()
+        codes = (x / step_x).round()
 
         def products(codes: Tensor) -> Tensor:
             return node.target(codes, carriers, None, *how).double()
 
-        size = int(carriers[0].abs().sum().item() if len(carriers) else 0)
-        largest = max((int(row.abs().sum()) for row in carriers), default=size) * int(codes.abs().max())
-        if largest < _EXACT:
+        if carriers.abs().flatten(1).sum(1).max() * codes.abs().max() < _EXACT:
             sums = products(codes)
         else:
             high = (codes / 16).floor()
@@ -178,15 +195,12 @@ class IntegerSimulation(fx.Interpreter):
         return result if self._is_rounded(node) else result.values()
 
     def _batch_norm(self, node: fx.Node) -> Any:
-        layer = self.layers[node.args[0]]
+        step_x, step_w, _, bias = self.layers[node.args[0]]
         module = batch_norm_of(self.student, node)
         sums, mean, variance, gamma, beta = (None if arg is None else self.env[arg] for arg in node.args)
-        of_layer = unrounded(self.student, layer.node.args[2]) if layer.bias else None
-        mean = mean.double() if of_layer is None else mean.double() - self.fetch_attr(of_layer.target).double()
+        mean = mean.double() if bias is None else mean.double() - bias.double()
         factor = (variance.double() + module.eps).rsqrt() * (1.0 if gamma is None else gamma.double())
         shift = (0.0 if beta is None else beta.double()) - mean * factor
-        step_x = self._quantizer(layer.node.args[0]).grid().step
-        step_w = layer.quantizer.grid(layer.index, self.student.get_parameter(layer.weight)).step
         unit = step_x * (step_w.double() * factor.abs()).float()
         shape = (-1, *[1] * (sums.dim() - 2))
         integers = sums * factor.sign().view(shape) + (shift / unit).round().view(shape)

@@ -1,6 +1,5 @@
 """Q in PyTorch's own operators, for processes that have no `gdfq`."""
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from gdfq.calibrate import check_ranges
 from gdfq.errors import GdfqError
 from gdfq.graph.leaving import Leaving
 from gdfq.graph.nodes import aten, op_of
+from gdfq.graph.query import QuantizedWeight, quantized_weight
 from gdfq.graph.sizes import ImageSizes
 from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, FakeQuantize, WeightFakeQuantize
 from gdfq_ext import Grid
@@ -102,12 +102,12 @@ class _Standard(fx.Interpreter):
     def _value(self, node: fx.Node) -> Any:
         """What stands for `node` in the new graph."""
         if node not in self.copies and isinstance(self.env[node], Tensor):
-            quantizer, index = self._weight_quantizer(node)
-            if quantizer is None:
+            quantized = quantized_weight(self.module, node)
+            if quantized is None:
                 name = node.target if node.op == "get_attr" else node.name
                 self.copies[node] = self._stored(name, self.env[node])
             else:
-                self.copies[node] = self._weight(node, quantizer, index)
+                self.copies[node] = self._weight(node, quantized)
         return self.copies[node] if node in self.copies else self.env[node]
 
     def _activation(self, node: fx.Node, quantizer: FakeQuantize, x: fx.Node) -> fx.Node:
@@ -121,16 +121,10 @@ class _Standard(fx.Interpreter):
         result = self.new.call_function(F.batch_norm, (*tensors, False, 0.0, module.eps))
         return result if module.act == "none" else self.new.call_function(_ACTIVATIONS[module.act], (result,))
 
-    def _weight_quantizer(self, node: fx.Node) -> tuple[WeightFakeQuantize | None, int]:
-        """What gives `node`, where that is a quantized weight, and which of its weights it is."""
-        call = node.args[0] if node.target is operator.getitem else None
-        module = self.module.get_submodule(call.target) if call is not None and call.op == "call_module" else None
-        return (module, node.args[1]) if isinstance(module, WeightFakeQuantize) else (None, 0)
-
-    def _weight(self, node: fx.Node, quantizer: WeightFakeQuantize, index: int) -> fx.Node:
-        source = node.args[0].args[0][index]
+    def _weight(self, node: fx.Node, quantized: QuantizedWeight) -> fx.Node:
+        source = quantized.weight
         name = source.target if source.op == "get_attr" else node.name
-        grid = quantizer.grid(index, self.env[source])
+        grid = quantized.quantizer.grid(quantized.index, self.env[source])
         _check_zero(name, grid)
         scale = self._stored(f"{name}_scale", grid.step)
         zero_point = self._stored(f"{name}_zero_point", grid.zero_point.to(torch.int32))

@@ -20,14 +20,13 @@ from gdfq.deploy.trial import try_batches
 from gdfq.deploy.values import Clamped, Computed, Moved, Value, quantized
 from gdfq.errors import GdfqError
 from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, WEIGHTED, is_image, name_of, op_of, preserves_values
-from gdfq.graph.query import rounds_biases
+from gdfq.graph.query import quantized_weight, rounds_biases
 from gdfq.graph.summary import FloatEntry
 from gdfq.models import check_finite
 from gdfq.nn import (
     BatchNormAct,
     BatchNormActFakeQuantize,
     FakeQuantize,
-    WeightFakeQuantize,
     per_channel,
 )
 
@@ -276,13 +275,12 @@ class _Writer:
         return self.layers[-1]
 
     def _weight(self, node: fx.Node) -> Weight:
-        call, index = node.args if node.target is operator.getitem else (None, 0)
-        module = self.student.get_submodule(call.target) if call is not None and call.op == "call_module" else None
-        if not isinstance(module, WeightFakeQuantize):
+        found = quantized_weight(self.student, node)
+        if found is None:
             return Weight(values=self._tensor(node).cpu().numpy(), stays_float="its weight is not quantized")
-        weight = self._tensor(call.args[0][index])
-        step, zero_point, *_ = module.grid(index, weight)
-        carriers = module.codes(index, weight) - per_channel(zero_point, weight)
+        weight = self._tensor(found.weight)
+        step, zero_point, *_ = found.quantizer.grid(found.index, weight)
+        carriers = found.quantizer.codes(found.index, weight) - per_channel(zero_point, weight)
         largest = carriers.abs().max().item() if carriers.numel() else 0
         if largest > 127:
             reason = f"codes of its weight, less their zero point, reach {largest:.0f}, which int8 does not hold"

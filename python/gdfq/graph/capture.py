@@ -43,7 +43,7 @@ class CapturedModel:
         module: the graph; its parameters and buffers have the names of the user's model, and are a copy.
         image_shape: `(channels, height, width)`.
         num_classes: length of the logits.
-        sizes: for which images the graph is right; to be called ahead of it, see `refuse_other_sizes`.
+        sizes: for which images the graph is right; to be called ahead of it, see `gdfq.graph.added`.
         pixels: what its images are like; None where nobody has asked.
     """
 

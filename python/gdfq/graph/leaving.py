@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gdfq.errors import GdfqError
 
@@ -39,15 +39,3 @@ class Leaving(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Leaving":
         return Leaving()
-
-
-def speak_when_leaving(module: fx.GraphModule) -> None:
-    """Call `Leaving` ahead of everything else."""
-    name = "leaving"
-    while hasattr(module, name):
-        name += "_"
-    module.add_module(name, Leaving())
-    image = next(node for node in module.graph.nodes if node.op == "placeholder")
-    with module.graph.inserting_after(image):
-        module.graph.call_module(name, (image,))
-    module.recompile()

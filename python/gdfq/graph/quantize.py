@@ -9,8 +9,9 @@ from torch import Tensor, fx, nn
 
 from gdfq.config import LayerBits, QuantizerConfig
 from gdfq.errors import GdfqError
+from gdfq.graph.added import call_ahead, free_name
 from gdfq.graph.capture import CapturedModel
-from gdfq.graph.leaving import speak_when_leaving
+from gdfq.graph.leaving import Leaving
 from gdfq.graph.nodes import (
     INPUTS,
     WEIGHTED,
@@ -23,8 +24,7 @@ from gdfq.graph.nodes import (
     preserves_values,
 )
 from gdfq.graph.pixels import reach_of
-from gdfq.graph.query import batch_norm_of, quantizer_behind
-from gdfq.graph.sizes import refuse_other_sizes
+from gdfq.graph.query import batch_norm_of, quantized_weight, quantizer_behind
 from gdfq.graph.summary import ActivationEntry, FloatEntry, Summary, WeightEntry
 from gdfq.nn import BatchNormAct, BatchNormActFakeQuantize, BiasFakeQuantize, FakeQuantize, WeightFakeQuantize
 from gdfq.observers import LearnedStep
@@ -57,8 +57,8 @@ def build_quantized(captured: CapturedModel, config: QuantizerConfig) -> tuple[f
         GdfqError: a pattern of `quantizer.layers` fits no layer.
     """
     student, summary = _Rewriter(captured, config).run()
-    refuse_other_sizes(student, captured.sizes)
-    speak_when_leaving(student)
+    call_ahead(student, "image_sizes", captured.sizes)
+    call_ahead(student, "leaving", Leaving())
     return student, summary
 
 
@@ -75,7 +75,7 @@ class _Rewriter:
         self.of_layer = _bits_by_layer(self.graph, self.target, config)
         self.pixels = captured.pixels
         # Under names that the model has not taken itself.
-        self.added = {name: _free_name(module, name) for name in _ADDED}
+        self.added = {name: free_name(module, name) for name in _ADDED}
         for name in self.added.values():
             module.add_module(name, nn.ModuleDict())
 
@@ -266,27 +266,23 @@ class _Rewriter:
     def _round_biases(self) -> None:
         """Of layers whose weight and input are quantized: their own, or what the BN behind them makes of it."""
         for node in [node for node in self.graph.nodes if node.target in WEIGHTED]:
-            call, index = node.args[1].args if node.args[1].target is operator.getitem else (None, 0)
+            quantized = quantized_weight(self.module, node.args[1])
             activation = quantizer_behind(self.module, node.args[0])
-            if call is None or activation is None:
+            if quantized is None or activation is None:
                 continue
-            weight, bias = call.args[0][index], node.args[2] if len(node.args) > 2 else None
+            bias = node.args[2] if len(node.args) > 2 else None
             batch_norm = next(iter(node.users)) if len(node.users) == 1 else None
             of_batch_norm = batch_norm_of(self.module, batch_norm)
             if of_batch_norm is None and bias is None:
                 continue
             eps = 0.0 if of_batch_norm is None else of_batch_norm.eps
-            rounded = BiasFakeQuantize(self.module.get_submodule(call.target), index, activation, eps)
+            rounded = BiasFakeQuantize(quantized.quantizer, quantized.index, activation, eps)
             statistics = () if of_batch_norm is None else batch_norm.args[1:]
             reader, position = (node, 2) if of_batch_norm is None else (batch_norm, 4)
             with self.graph.inserting_before(reader):
-                result = self._call("bias_quantizers", name_of(node), rounded, (weight, bias, *statistics))
+                result = self._call("bias_quantizers", name_of(node), rounded, (quantized.weight, bias, *statistics))
             result.meta = {"of_image": False}
             reader.update_arg(position, result)
-
-
-def _free_name(module: nn.Module, name: str) -> str:
-    return name if not hasattr(module, name) else _free_name(module, f"{name}_")
 
 
 def _bits_by_layer(graph: fx.Graph, target: Target, config: QuantizerConfig) -> dict[fx.Node, LayerBits]:

@@ -1,6 +1,8 @@
 """Questions to the graph of a quantized model: which layer has which weight, bias and quantizer."""
 
+import operator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import fx, nn
 
@@ -42,15 +44,28 @@ def quantized_layers(student: fx.GraphModule) -> list[QuantizedLayer]:
     graph computes, or stays float."""
     layers = []
     for node in student.graph.nodes:
-        if node.target not in WEIGHTED or node.args[1].op == "get_attr":
-            continue
-        call, index = node.args[1].args  # the item that the call of a weight quantizer gives for this layer
-        quantizer = called_by(student, call)
-        if isinstance(quantizer, WeightFakeQuantize) and call.args[0][index].op == "get_attr":
-            weight, bias = call.args[0][index], unrounded(student, node.args[2] if len(node.args) > 2 else None)
+        found = quantized_weight(student, node.args[1]) if node.target in WEIGHTED else None
+        if found is not None and found.weight.op == "get_attr":
+            bias = unrounded(student, node.args[2] if len(node.args) > 2 else None)
             groups = node.args[6] if len(node.args) > 6 else 1
-            layers.append(QuantizedLayer(node, weight.target, bias and str(bias.target), groups, quantizer, index))
+            name = bias and str(bias.target)
+            layers.append(QuantizedLayer(node, found.weight.target, name, groups, found.quantizer, found.index))
     return layers
+
+
+class QuantizedWeight(NamedTuple):
+    """What quantizes a weight, together with others; which of them it is; and the node of the weight itself."""
+
+    quantizer: WeightFakeQuantize
+    index: int
+    weight: fx.Node
+
+
+def quantized_weight(student: fx.GraphModule, value: fx.Node) -> QuantizedWeight | None:
+    """Of what a layer of Q's graph reads as its weight: how it came about; None where it is not quantized."""
+    call, index = value.args if value.target is operator.getitem else (None, 0)
+    quantizer = called_by(student, call)
+    return QuantizedWeight(quantizer, index, call.args[0][index]) if isinstance(quantizer, WeightFakeQuantize) else None
 
 
 def unrounded(student: fx.GraphModule, bias: fx.Node | None) -> fx.Node | None:

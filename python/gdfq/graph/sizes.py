@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from gdfq.errors import GdfqError
@@ -97,15 +97,3 @@ def sizes_of(program: ExportedProgram, shape: tuple[int, int, int]) -> ImageSize
 def fixed(shape: tuple[int, int, int]) -> tuple[str, str]:
     """The conditions under which no other size is right."""
     return f"h == {shape[1]}", f"w == {shape[2]}"
-
-
-def refuse_other_sizes(module: fx.GraphModule, sizes: ImageSizes) -> None:
-    """Call `sizes` ahead of everything else."""
-    name = "image_sizes"
-    while hasattr(module, name):
-        name += "_"
-    module.add_module(name, sizes)
-    image = next(node for node in module.graph.nodes if node.op == "placeholder")
-    with module.graph.inserting_after(image):
-        module.graph.call_module(name, (image,))
-    module.recompile()

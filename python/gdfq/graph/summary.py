@@ -39,6 +39,14 @@ class FloatEntry:
     reason: str
 
 
+def by_reason(entries: list[FloatEntry]) -> list[str]:
+    """A line for each reason: how often, and where."""
+    names: dict[str, list[str]] = {}
+    for entry in entries:
+        names.setdefault(f"{entry.op}: {entry.reason}", []).append(entry.name)
+    return [f"{len(where)} x {reason} ({some(where)})" for reason, where in names.items()]
+
+
 @dataclass
 class Summary:
     """What was quantized and what stayed float, and why. `str()` is for people, `to_dict()` for machines.
@@ -62,10 +70,7 @@ class Summary:
             f"activations  {len(self.activations)} at {_bits(self.activations)} bits, per tensor"
             + (f" ({fused} in one pass with their BatchNorm)" if fused else "")
         )
-        by_reason: dict[str, list[str]] = {}
-        for entry in self.stayed_float:
-            by_reason.setdefault(f"{entry.op}: {entry.reason}", []).append(entry.name)
-        lines += [f"stayed float {len(names)} x {reason} ({some(names)})" for reason, names in by_reason.items()]
+        lines += [f"stayed float {text}" for text in by_reason(self.stayed_float)]
         if self.overruled:
             count, names = len(self.overruled), some(self.overruled)
             lines.append(f"quantized    {count} x input set to float: another layer reads it in bits ({names})")

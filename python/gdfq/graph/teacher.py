@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import gdfq_ext
+from gdfq.graph.added import call_ahead
 from gdfq.graph.capture import CapturedModel
 from gdfq.graph.nodes import batch_norm_act, name_of
-from gdfq.graph.sizes import refuse_other_sizes
 
 FAR = 10.0  # times as large or as small
 
@@ -135,7 +135,7 @@ def build_teacher(captured: CapturedModel) -> Teacher:
         if node.op != "get_attr" and math.prod(map(int, getattr(node.meta.get("val"), "shape", ())[2:])) > 1:
             features = node
     _bring_to_scale(module, statistics, first)
-    refuse_other_sizes(module, captured.sizes)
+    call_ahead(module, "image_sizes", captured.sizes)
     graph.lint()
     readings = {"statistics": tuple(statistics), "first_statistics": tuple(first), "features": features}
     return Teacher(module, readings, layers)

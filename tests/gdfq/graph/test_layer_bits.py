@@ -181,3 +181,19 @@ def test_layers_survive_the_way_to_a_file_and_back(tmp_path):
     config = Config.load("cifar", {"quantizer.layers": layers})
     (tmp_path / "config.toml").write_text(config.to_toml())
     assert Config.load(tmp_path / "config.toml") == config
+
+
+class Halves(Plain):
+    """A layer whose weight is a part of a parameter."""
+
+    def forward(self, x):
+        left, _ = self.conv.weight.split([4, 4])
+        return self.fc(F.relu(self.bn(torch.cat([F.conv2d(x, left, padding=1)] * 2, 1))).mean((2, 3)))
+
+
+def test_a_part_of_a_parameter_stays_float_where_that_is_set():
+    captured = capture(randomize_batch_norm(Halves()))
+    layers = {"conv2d*": {"weights": "float", "activations": 8}}
+    student, summary = build_quantized(captured, Config.load("cifar", {"quantizer.layers": layers}).quantizer)
+    assert [entry.name for entry in summary.weights] == ["fc"]
+    assert [layer.weight for layer in quantized_layers(student)] == ["fc.weight"]
