@@ -17,9 +17,11 @@ from .ops import (
     conditional_batch_norm_act,
     count_changed_codes,
     fake_quantize,
+    fake_quantize_learned,
     fake_quantize_weight,
     fake_quantize_weights,
     observe_range,
+    round_learned,
 )
 from .quantizer import Grid, Scheme, code_bounds, quantizer_grid
 
@@ -38,11 +40,13 @@ __all__ = [
     "count_changed_codes",
     "distillation_loss",
     "fake_quantize",
+    "fake_quantize_learned",
     "fake_quantize_weight",
     "fake_quantize_weights",
     "observe_range",
     "quantizer_grid",
     "reference",
+    "round_learned",
 ]
 
 _loaded = _load_library(Path(__file__).parent)

@@ -74,9 +74,13 @@ def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} is on {tensor.device}, the input on {like.device}; move both to one device")
 
 
+def check_float32(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"{name} is {tensor.dtype}; allowed is float32")
+
+
 def check_state(state: Tensor) -> None:
-    if state.dtype != torch.float32:
-        raise TypeError(f"state is {state.dtype}; allowed is float32")
+    check_float32("state", state)
     if state.shape != (3,) or not state.is_contiguous():
         raise ValueError(f"state has shape {tuple(state.shape)}; allowed is a contiguous (3,)")
 
@@ -100,6 +104,16 @@ def range(lower: Tensor, upper: Tensor, count: int, x: Tensor) -> tuple[Tensor, 
                 "allowed are finite numbers, lower <= upper"
             )
     return lower, upper
+
+
+def check_step(step: Tensor, count: int, x: Tensor) -> Tensor:
+    step = float_parameter("step", step, count, x)
+    if _CHECK_VALUES:
+        wrong = ~(torch.isfinite(step) & (step > 0))
+        if wrong.any():
+            index = int(wrong.nonzero()[0])
+            raise ValueError(f"step[{index}] is {step[index].item()}; allowed is a finite number above 0")
+    return step
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

@@ -36,6 +36,9 @@ An inverted, a NaN and an infinite range give NaN: of eq6 by `!(u >= l)` and the
 step is NaN then. The clamp passes NaN. With low = -2^(k-1) and high = 2^(k-1) - 1 for eq6, an element is "inside" when
 !(level < low) && !(level > high): NaN is inside and keeps its gradient.
 
+A learned quantizer is given its step and zero_point: low = lowest - zero_point and high = highest - zero_point with the
+codes of its scheme, level, q and y as affine and symmetric have them, and NaN for a step that is not above 0.
+
 Frozen batch normalization, per channel c (dimension 1), in float32, each operation rounded on its own (no FMA):
 
     inv_std = 1.0f / sqrtf(running_var + (float)eps)       scale_c = weight * inv_std      (inv_std without a weight)
@@ -72,6 +75,25 @@ SCHEMAS = {
     # and layout; learning_rate: one element; kappas: (K,), K from 1 to 16.
     "count_changed_codes": "(Tensor[] weights, Tensor[] directions, int[] bits, int[] schemes, Tensor learning_rate, "
     "Tensor kappas) -> Tensor",
+    # y: x where choice < threshold (0..256), elsewhere the learned quantizer's. step, zero_point: (1,) float32. choice:
+    # uint8, of x's shape and layout; without it every element is quantized.
+    "fake_quantize_learned": "(Tensor x, Tensor step, Tensor zero_point, Tensor? choice, int lowest, int highest, "
+    "int threshold, float step_gradient_scale) -> Tensor",
+    # (grad_x, grad_step). grad_x: grad_y where x was kept or the level is inside, else +0. grad_step: (1,) float32,
+    # step_gradient_scale * the sum over what was quantized of grad_y * (level - x / step where inside, else low or
+    # high); 0 for empty x.
+    "fake_quantize_learned_backward": "(Tensor grad_y, Tensor x, Tensor step, Tensor zero_point, Tensor? choice, "
+    "int lowest, int highest, int threshold, float step_gradient_scale) -> (Tensor, Tensor)",
+    # (y, penalty). base, of integers, and v are alike in shape, (C, ...), and layout; step, zero_point: (C,);
+    # sharpness: b >= 1, one element; all float32. h = clamp(1.2 * sigmoid(v) - 0.1, 0, 1); level = clamp(base + h, low,
+    # high) with the learned quantizer's bounds; y = level * step, as step is; penalty = sum 1 - |2 h - 1|^b, ().
+    "round_learned": "(Tensor base, Tensor v, Tensor step, Tensor zero_point, Tensor sharpness, int lowest, "
+    "int highest) -> (Tensor, Tensor)",
+    # (grad_v, grad_step). grad_v = 1.2 * sigmoid(v) * (1 - sigmoid(v)) where h was not clamped, else 0, times
+    # (grad_y * step where base + h is inside, else 0) - grad_penalty * 2 b |2 h - 1|^(b - 1) sign(2 h - 1).
+    # grad_step: (C,), sum grad_y * level.
+    "round_learned_backward": "(Tensor grad_y, Tensor grad_penalty, Tensor base, Tensor v, Tensor step, "
+    "Tensor zero_point, Tensor sharpness, int lowest, int highest) -> (Tensor, Tensor)",
     # state, (3,) float32, updated in place: [raw average of min, raw average of max, accumulated weight];
     # average = m * average + (1 - m) * new, weight = m * weight + (1 - m), with (float)m and (float)(1.0 - m), no FMA.
     # Returns the new (2,) float32 [state[0] / state[2], state[1] / state[2]]. NaN in x makes both averages NaN.
@@ -169,6 +191,26 @@ def _(weights, bits, schemes):
 @_fake("count_changed_codes")
 def _(weights, directions, bits, schemes, learning_rate, kappas):
     return kappas.new_empty((len(weights), kappas.numel()), dtype=torch.int64)
+
+
+@_fake("fake_quantize_learned")
+def _(x, step, zero_point, choice, lowest, highest, threshold, step_gradient_scale):
+    return empty_dense_like(x)
+
+
+@_fake("fake_quantize_learned_backward")
+def _(grad_y, x, step, zero_point, choice, lowest, highest, threshold, step_gradient_scale):
+    return empty_dense_like(x), torch.empty_like(step)
+
+
+@_fake("round_learned")
+def _(base, v, step, zero_point, sharpness, lowest, highest):
+    return empty_dense_like(base), base.new_empty(())
+
+
+@_fake("round_learned_backward")
+def _(grad_y, grad_penalty, base, v, step, zero_point, sharpness, lowest, highest):
+    return empty_dense_like(base), torch.empty_like(step)
 
 
 @_fake("observe_range")

@@ -62,6 +62,42 @@ def _clipped_backward(ctx, grad_y: Tensor, _grad_mask):
 _register("fake_quantize_clipped", _clipped_setup, _clipped_backward)
 
 
+# Learned quantizers: what they were called with is saved, everything else is recomputed.
+
+
+def _learned_setup(ctx, inputs, output):
+    x, step, zero_point, choice, *ctx.settings = inputs
+    ctx.save_for_backward(x, step, zero_point, choice)
+
+
+@_once
+def _learned_backward(ctx, grad_y: Tensor):
+    x, *rest = ctx.saved_tensors
+    grad_y = grad_y.contiguous(memory_format=dense_format(x))
+    grads = _ops.fake_quantize_learned_backward(grad_y, x, *rest, *ctx.settings)
+    return *grads, None, None, None, None, None, None
+
+
+_register("fake_quantize_learned", _learned_setup, _learned_backward)
+
+
+def _round_setup(ctx, inputs, output):
+    *tensors, lowest, highest = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.bounds = (lowest, highest)
+
+
+@_once
+def _round_backward(ctx, grad_y: Tensor, grad_penalty: Tensor):
+    base, *rest = ctx.saved_tensors
+    grad_y = grad_y.contiguous(memory_format=dense_format(base))
+    grad_v, grad_step = _ops.round_learned_backward(grad_y, grad_penalty, base, *rest, *ctx.bounds)
+    return None, grad_v, grad_step, None, None, None, None
+
+
+_register("round_learned", _round_setup, _round_backward)
+
+
 # Frozen batch normalization: x is saved, everything else is recomputed.
 
 

@@ -84,7 +84,7 @@ class Symmetric(Stepped):
         return Grid(self.step, torch.zeros_like(self.step), -self.highest, self.highest)
 
 
-Quantizer = Eq6 | Affine | Symmetric
+Quantizer = Eq6 | Stepped
 _BY_SCHEME: dict[int, type[Eq6] | type[Affine] | type[Symmetric]] = {
     SCHEMES["eq6"]: Eq6,
     SCHEMES["affine"]: Affine,
@@ -92,7 +92,7 @@ _BY_SCHEME: dict[int, type[Eq6] | type[Affine] | type[Symmetric]] = {
 }
 
 
-def quantizer(lower: Tensor, upper: Tensor, bits: int, scheme: int) -> Quantizer:
+def quantizer(lower: Tensor, upper: Tensor, bits: int, scheme: int) -> Eq6 | Affine | Symmetric:
     """For a range in float32, shaped to broadcast against what is quantized."""
     return _BY_SCHEME[scheme](lower, upper, bits)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._schemas import SCHEMAS, dense_format, empty_dense_like, library
-from .quantizer import Quantizer, clamp, inside, quantizer
+from .quantizer import Quantizer, Stepped, clamp, inside, quantizer
 
 
 def fake_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int, scheme: int, axis: int) -> Tensor:
@@ -50,6 +50,50 @@ def count_changed_codes(
             changed = [(_code(weight - size * direction, of) != code).sum() for size in sizes]
             row.copy_(torch.stack(changed))
     return counts
+
+
+def fake_quantize_learned(
+    x: Tensor, step: Tensor, zero_point: Tensor, choice: Tensor | None, lowest: int, highest: int, threshold: int,
+    step_gradient_scale: float,
+) -> Tensor:  # fmt: skip
+    of = _learned(step, zero_point, lowest, highest, ())
+    y = of.dequantize(_code(x.float(), of)).to(x.dtype)
+    return _like(torch.where(_kept(x, choice, threshold), x, y), x)
+
+
+def fake_quantize_learned_backward(
+    grad_y: Tensor, x: Tensor, step: Tensor, zero_point: Tensor, choice: Tensor | None, lowest: int, highest: int,
+    threshold: int, step_gradient_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    of = _learned(step, zero_point, lowest, highest, ())
+    quotient = x.float() / of.step
+    level = quotient.round()
+    passes, kept = inside(level, of), _kept(x, choice, threshold)
+    slope = torch.where(passes, level - quotient, clamp(level, of))
+    grad_step = torch.where(kept, 0, grad_y.float() * slope).sum().mul(step_gradient_scale)
+    return _like(torch.where(passes | kept, grad_y, 0), x), grad_step.reshape(1)
+
+
+def round_learned(
+    base: Tensor, v: Tensor, step: Tensor, zero_point: Tensor, sharpness: Tensor, lowest: int, highest: int
+) -> tuple[Tensor, Tensor]:
+    of = _learned(step, zero_point, lowest, highest, (-1, *[1] * (base.dim() - 1)))
+    h, _ = _soft_rounding(v)
+    penalty = (1 - (2 * h - 1).abs().pow(sharpness)).sum()
+    return _like(of.dequantize(clamp(base + h, of)), base), penalty
+
+
+def round_learned_backward(
+    grad_y: Tensor, grad_penalty: Tensor, base: Tensor, v: Tensor, step: Tensor, zero_point: Tensor, sharpness: Tensor,
+    lowest: int, highest: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    of = _learned(step, zero_point, lowest, highest, (-1, *[1] * (base.dim() - 1)))
+    h, slope = _soft_rounding(v)
+    level, centered = base + h, 2 * h - 1
+    of_y = torch.where(inside(level, of), grad_y * of.step, 0)
+    of_penalty = grad_penalty * (-2 * sharpness) * centered.abs().pow(sharpness - 1) * centered.sign()
+    grad_step = (grad_y * clamp(level, of)).unsqueeze(-1).flatten(1).sum(1)
+    return _like((of_y + of_penalty) * slope, base), grad_step
 
 
 def channel_range(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,6 +264,25 @@ def _quantizer(x: Tensor, lower: Tensor, upper: Tensor, bits: int, scheme: int, 
     """With its coefficients shaped to broadcast against `x`."""
     shape = [] if axis < 0 else [-1 if dim == axis else 1 for dim in range(x.dim())]
     return quantizer(lower.reshape(shape), upper.reshape(shape), bits, scheme)
+
+
+def _learned(step: Tensor, zero_point: Tensor, lowest: int, highest: int, shape: tuple[int, ...]) -> Stepped:
+    """With its coefficients in the shape given."""
+    step, zero_point = torch.where(step > 0, step, torch.nan).reshape(shape), zero_point.reshape(shape)
+    return Stepped(step, lowest - zero_point, highest - zero_point)
+
+
+def _kept(x: Tensor, choice: Tensor | None, threshold: int) -> Tensor:
+    """Where `x` is not quantized."""
+    return torch.zeros_like(x, dtype=torch.bool) if choice is None else choice.int() < threshold
+
+
+def _soft_rounding(v: Tensor) -> tuple[Tensor, Tensor]:
+    """h of `round_learned` and its derivative; NaN counts as not clamped."""
+    sigmoid = v.sigmoid()
+    stretched = 1.2 * sigmoid - 0.1
+    clamped = (stretched <= 0) | (stretched >= 1)
+    return stretched.clamp(0, 1), torch.where(clamped, 0, 1.2 * sigmoid * (1 - sigmoid))
 
 
 def _code(x: Tensor, of: Quantizer) -> Tensor:

@@ -52,6 +52,32 @@ def count_changed_codes(i):
         yield tensors(), tensors(), [4, 3, 2], [2, 1, 0], torch.tensor(0.01), torch.tensor(kappas)
 
 
+def fake_quantize_learned(i):
+    step, zero_point = torch.tensor([0.2], requires_grad=True), torch.tensor([3.0])
+    for shape, with_choice, bounds in [((2, 3, 5, 4), True, (0, 15)), ((17,), False, (-7, 7)), ((0, 3), True, (0, 3))]:
+        x = i.x(*shape)
+        choice = torch.randint_like(x, 256).byte() if with_choice else None
+        yield x.requires_grad_(), step, zero_point, choice, *bounds, 100, 0.5
+
+
+def fake_quantize_learned_backward(i):
+    for arguments in fake_quantize_learned(i):
+        yield i.x(*arguments[0].shape), *copies(arguments)
+
+
+def round_learned(i):
+    for shape, sharpness, bounds in [((4, 3, 3, 2), 20.0, (0, 15)), ((7, 2), 1.0, (-1, 1)), ((5,), 2.0, (0, 255))]:
+        channels = shape[0]
+        step, zero_point = i.channel(channels).requires_grad_(), (i.channel(channels) * bounds[1]).round()
+        base, v = (i.x(*shape) * 3).floor(), i.x(*shape).requires_grad_()
+        yield base, v, step, zero_point, torch.tensor([sharpness]), *bounds
+
+
+def round_learned_backward(i):
+    for arguments in round_learned(i):
+        yield i.x(*arguments[0].shape), i.channel(1)[0], *copies(arguments)
+
+
 def observe_range(i):
     yield i.x(2, 3, 5, 4), torch.rand(3), 0.9
     yield i.x(0, 3), torch.rand(3), 0.9
@@ -136,6 +162,10 @@ CASES = {
     "fake_quantize_clipped_backward": fake_quantize_clipped_backward,
     "fake_quantize_weights": fake_quantize_weights,
     "count_changed_codes": count_changed_codes,
+    "fake_quantize_learned": fake_quantize_learned,
+    "fake_quantize_learned_backward": fake_quantize_learned_backward,
+    "round_learned": round_learned,
+    "round_learned_backward": round_learned_backward,
     "observe_range": observe_range,
     "batch_norm_act_fake_quantize": batch_norm_act_fake_quantize,
     "batch_norm_act_fake_quantize_backward": batch_norm_act_fake_quantize_backward,
@@ -147,7 +177,7 @@ CASES = {
     "conditional_batch_norm_act_backward": conditional_batch_norm_act_backward,
 }
 PLAIN = DTYPES[0], LAYOUTS[0]
-FLOAT32_ONLY = {"bns_loss", "count_changed_codes", "distillation_loss"}
+FLOAT32_ONLY = {"bns_loss", "count_changed_codes", "distillation_loss", "round_learned", "round_learned_backward"}
 COMBINATIONS = [
     (name, dtype, layout)
     for name in CASES

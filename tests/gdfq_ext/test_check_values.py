@@ -33,6 +33,16 @@ def test_a_label_out_of_range_is_named():
         gdfq_ext.conditional_batch_norm_act(torch.randn(2, 5), *tables, labels, *running)
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.usefixtures("check_values")
+def test_a_broken_step_is_named(value):
+    step, ones = torch.tensor([1.0, value]), torch.ones(2)
+    with pytest.raises(ValueError, match=r"step\[1\] is .*; allowed is a finite number above 0"):
+        gdfq_ext.round_learned(ones, ones, step, ones, torch.tensor(2.0), 4)
+    with pytest.raises(ValueError, match=r"step\[0\]"):
+        gdfq_ext.fake_quantize_learned(ones, step[1], torch.tensor(0), 4)
+
+
 def test_without_it_a_broken_range_gives_nan():
     assert gdfq_ext.fake_quantize(torch.randn(3), torch.tensor(1.0), torch.tensor(-1.0), 4).isnan().all()
 
