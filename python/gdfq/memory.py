@@ -10,7 +10,10 @@ import torch
 from gdfq.errors import GdfqError
 
 # Settings that a run may go on with changed: its state has the same shapes, whatever they are.
-MAY_CHANGE = ("schedule.batch_size", "run.held_out_images", "run.precision", "zeroq.images", "calibration.count")
+MAY_CHANGE = (
+    "schedule.batch_size", "run.held_out_images", "run.precision", "zeroq.images", "inversion.batch_size",
+    "calibration.count",
+)  # fmt: skip
 _WORDS = (
     "out of memory", "allocate memory", "not enough memory", "bad_alloc", "bad alloc", "alloc_failed",
     "memoryallocation", "valid cudnn algorithm", "could not create a memory", "insufficient memory",

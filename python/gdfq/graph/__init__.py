@@ -6,6 +6,7 @@ from gdfq.graph.quantize import build_quantized
 from gdfq.graph.query import QuantizedLayer, quantized_layers, quantizer_of
 from gdfq.graph.scale import infer, pixels_of
 from gdfq.graph.summary import Summary, size_in_bytes
+from gdfq.graph.swing import swinging
 from gdfq.graph.teacher import BatchNormStatistics, Teacher, build_teacher
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "size_in_bytes",
     "stated_channels",
     "stated_size",
+    "swinging",
     "unwrapped",
 ]

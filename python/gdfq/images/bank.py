@@ -1,4 +1,4 @@
-"""A bank of images that were made once, or are made when they are first asked for."""
+"""A bank of images that are made once, part by part, when they are first asked for."""
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -16,10 +16,14 @@ class Bank(ImageSource):
 
     Args:
         teacher, shape, config, device: see `ImageSource`.
-        make: `make(seed)` gives the images `(N, *shape)` of a bank. Those that are held out are another bank's.
+        make: `make(part)` gives the images `(n, *shape)` of a part, the same ones every time. Parts count from 0.
+        parts: that the bank has. The next one is held out.
+
+    Attributes:
+        bank: all images that are not held out, `(N, *shape)` float32, behind the transforms.
     """
 
-    held_out_setting = "zeroq.images"
+    held_out_setting = "inversion.batch_size"
 
     def __init__(
         self,
@@ -28,25 +32,31 @@ class Bank(ImageSource):
         config: Config,
         device: torch.device,
         make: Callable[[int], Tensor],
+        parts: int = 1,
     ) -> None:
         super().__init__(teacher, shape, config, device)
         self.make = make
+        self.parts = parts
 
     @cached_property
     def bank(self) -> Tensor:
-        return self.transform(self.make(self.config.run.seed))
+        return torch.cat([self._part(number) for number in range(self.parts)])
 
     @cached_property
-    def other_bank(self) -> Tensor:
-        return self.transform(self.make(self.config.run.seed + 1))
+    def held_out_part(self) -> Tensor:
+        return self._part(self.parts)
+
+    def _part(self, number: int) -> Tensor:
+        """In one layout, whether it was made or read."""
+        return self.transform(self.make(number).contiguous(memory_format=torch.channels_last))
 
     def images(self, count: int) -> tuple[Tensor, None]:
         chosen = torch.randint(len(self.bank), (count,), generator=self.random.generator, device=self.device)
         return self.bank.index_select(0, chosen), None
 
     def calibration(self) -> Iterator[Tensor]:
-        """The whole bank as one batch."""
-        yield self.bank
+        """The whole bank, a part at a time."""
+        yield from self.bank.tensor_split(self.parts)
 
     def held_out(self) -> Iterator[Tensor]:
-        yield self.other_bank
+        yield self.held_out_part

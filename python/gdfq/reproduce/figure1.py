@@ -23,8 +23,8 @@ from tqdm import trange
 from gdfq.config import Config
 from gdfq.graph import Teacher, build_teacher, capture
 from gdfq.images.generator import GeneratorImages
-from gdfq.images.inversion import ZeroqConfig, invert
 from gdfq.images.noise import gaussian_images
+from gdfq.images.zeroq import ZeroqConfig, invert
 from gdfq.provenance import versions
 from gdfq.reproduce.scale import check_scale, scaled
 from gdfq.run.files import write_text
