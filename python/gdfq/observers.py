@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import gdfq_ext
 from gdfq.clip_values import Rule
+from gdfq.random_state import RandomState, random_bytes
 from gdfq_ext import Grid, Scheme, code_bounds, quantizer_grid
 
 BINS = 2048  # on either side of zero
@@ -116,15 +117,18 @@ class LearnedStep(Observer):
 
     Args:
         scheme: what a range is made into levels by, see `gdfq_ext.fake_quantize`.
+        keep: the share of elements that is not quantized (QDrop), in steps of 1/256.
+        random: what these are drawn from; None: all are quantized.
 
     Attributes:
         step: `()` float32, NaN until `end_pass`.
         zero_point: `()` float32, an integer.
     """
 
-    def __init__(self, scheme: Scheme = "eq6") -> None:
+    def __init__(self, scheme: Scheme = "eq6", keep: float = 0.0, random: RandomState | None = None) -> None:
         super().__init__()
         self.scheme: Scheme = scheme
+        self.keep, self.random = keep, random
         self.moving_average = MovingAverage()
         self.step = nn.Parameter(torch.tensor(torch.nan))
         self.register_buffer("zero_point", torch.tensor(0.0))
@@ -147,11 +151,11 @@ class LearnedStep(Observer):
     def quantize(self, x: Tensor, range: Tensor, bits: int) -> Tensor:
         """`x` quantized, with gradients to it and to the step. `range` takes what the step makes of it."""
         _, zero_point, lowest, highest = self.grid(bits)
-        low, high = lowest - zero_point, highest - zero_point
-        scale = 1 / math.sqrt(x.numel() * (2**bits - 1))
-        step = self.step * scale + (self.step - self.step * scale).detach()
-        level = (x.float() / step).clamp(low, high)
-        rounded = level + (level.round() - level).detach()
         with torch.no_grad():
-            range.copy_(torch.stack([low, high]) * self.step)
-        return (rounded * step).to(x.dtype)
+            range.copy_(torch.stack([lowest - zero_point, highest - zero_point]) * self.step)
+        choice = None if self.random is None else random_bytes(x, self.random)
+        scale = 1 / math.sqrt(max(x.numel(), 1) * (2**bits - 1))
+        return gdfq_ext.fake_quantize_learned(
+            x, self.step, self.zero_point, bits,
+            scheme=self.scheme, choice=choice, keep=self.keep, step_gradient_scale=scale,
+        )  # fmt: skip

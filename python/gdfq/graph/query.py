@@ -38,6 +38,11 @@ class QuantizedLayer:
     def scheme(self) -> Scheme:
         return self.quantizer.schemes[self.index]
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether its quantizer has a step and a rounding of its own (see `WeightFakeQuantize.store`)."""
+        return str(self.index) in self.quantizer.stored
+
 
 def quantized_layers(student: fx.GraphModule) -> list[QuantizedLayer]:
     """The layers of Q, from `build_quantized`, in the order of the forward pass; those are left out whose weight the

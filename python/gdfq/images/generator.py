@@ -10,12 +10,13 @@ from gdfq.batch import Batch, labels_of
 from gdfq.config import Config
 from gdfq.graph import CapturedModel, Teacher
 from gdfq.images.networks import Generator
-from gdfq.images.source import ImageSource, RandomState
+from gdfq.images.source import ImageSource
 from gdfq.memory import images_at_once
 from gdfq.nn import to_channels_last
 from gdfq.objective import Averages, Outputs, generator_objective
 from gdfq.optim.rates import load_optimizer_state, rate, set_rates, with_initial_rates
 from gdfq.precision import autocast
+from gdfq.random_state import RandomState
 from gdfq.registry import SOURCES
 
 Latents = tuple[Tensor, ...]

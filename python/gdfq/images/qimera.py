@@ -9,7 +9,7 @@ from gdfq.config import Config, Section
 from gdfq.graph import CapturedModel, Teacher
 from gdfq.images.generator import GeneratorImages, Latents, seeded
 from gdfq.images.networks import Generator
-from gdfq.images.source import RandomState
+from gdfq.random_state import RandomState
 from gdfq.registry import SECTIONS, SOURCES
 
 

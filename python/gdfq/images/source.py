@@ -10,24 +10,7 @@ from gdfq.batch import Batch
 from gdfq.config import Config
 from gdfq.graph import Teacher
 from gdfq.images.transforms import build_transform
-
-
-class RandomState:
-    """A random state of its own, on a device, that can be saved.
-
-    Args:
-        seed: of the state.
-        device: where it lives, and what is drawn from it.
-    """
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.device = device
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def restore(self, state: Tensor) -> None:
-        """Go on from `state` with a new generator: one whose capture as a CUDA graph failed cannot be used again."""
-        self.generator = torch.Generator(self.device)
-        self.generator.set_state(state)
+from gdfq.random_state import RandomState
 
 
 class ImageSource:

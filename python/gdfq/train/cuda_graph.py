@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from gdfq.images.source import RandomState
+from gdfq.random_state import RandomState
 
 # Iterations of a kind before its capture: gradients, optimizer state and the libraries' workspaces come into being in
 # them, and libraries choose their algorithms.

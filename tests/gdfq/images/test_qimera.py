@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from gdfq.config import Config, GeneratorConfig
 from gdfq.graph import build_teacher, capture
 from gdfq.images.qimera import SuperposedGenerator, qimera
-from gdfq.images.source import RandomState
+from gdfq.random_state import RandomState
 
 CPU = torch.device("cpu")
 

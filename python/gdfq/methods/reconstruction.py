@@ -1,0 +1,243 @@
+"""Block reconstruction on images that are made of the network: see `gdfq.train.reconstruct`.
+
+First the bank of images, activation ranges from it and the rounding to begin with; then the blocks, one after the other.
+A run is saved after every block, and goes on with the next one.
+"""
+
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from gdfq.calibrate import calibrate
+from gdfq.clip_values import RULES
+from gdfq.config import Section
+from gdfq.errors import GdfqError
+from gdfq.graph.blocks import Block, find_blocks
+from gdfq.memory import explained, images_at_once
+from gdfq.methods.method import Method, Outcome, Task
+from gdfq.methods.squant import rounding
+from gdfq.methods.training import identity, source_of
+from gdfq.nn import FakeQuantize, per_channel, to_channels_last
+from gdfq.observers import Histogram
+from gdfq.random_state import RandomState
+from gdfq.registry import SECTIONS
+from gdfq.run import folder as run_folder
+from gdfq.run.checkpoint import load_checkpoint, save_checkpoint
+from gdfq.run.monitor import Monitor, disk_errors, stop_requests
+from gdfq.run.training_run import Stopped
+from gdfq.train.activations import Activations, Store
+from gdfq.train.reconstruct import BlockTrainer
+from gdfq_ext import Grid
+
+AT_ONCE = 64  # images in a pass without gradients
+
+
+class ReconstructionConfig(Section):
+    """Block reconstruction: how long, how fast, and with what chances."""
+
+    iterations: int = Field(400, ge=1, description="of each block")
+    batch_size: int = Field(32, ge=1)
+    begin: Literal["squant", "nearest"] = Field("squant", description="the rounding that is learned begins there")
+    rounding_learning_rate: float = Field(1e-2, gt=0, description="of Adam")
+    step_learning_rate: float = Field(4e-3, gt=0, description="of Adam, as a share of each activation's first step")
+    ranges: Literal["minmax", "mse"] = Field(
+        "minmax", description="of activations, to begin with: all values, or those with the least squared error"
+    )
+    keep: float = Field(
+        0.5, ge=0, le=1, description="the chance with which an activation stays as it is in training (QDrop)"
+    )
+    penalty_weight: float = Field(1.0, ge=0, description="of what roundings pay for being neither up nor down")
+    warmup: float = Field(0.2, ge=0, lt=1, description="share of the iterations before they do")
+    memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="for the activations of all images at a block's two ends; what is more goes to a file; default: an "
+        "eighth of the machine's, or a quarter of the GPU's",
+    )
+
+
+class Reconstruction:
+    """Q's blocks, and how far their training is.
+
+    Args:
+        task: whose student is trained in place.
+        images: the bank, `(N, C, H, W)`.
+    """
+
+    def __init__(self, task: Task, images: Tensor) -> None:
+        self.task, self.images = task, images
+        self.settings: ReconstructionConfig = task.config.reconstruction
+        self.student = task.student
+        self.blocks = find_blocks(task.student)
+        self.identity = identity(task.captured, task.config)
+        self.done = 0
+        self.seconds = 0.0
+        self.iterations = "eager"
+
+    def resume(self) -> bool:
+        """Go on behind the last block that was finished; false where there is none yet."""
+        path = self.task.folder and self.task.folder / run_folder.CHECKPOINT
+        if not path or not path.exists():
+            return False
+        state = load_checkpoint(path, self.identity)
+        self.student.load_state_dict(state["student"])
+        self.student.to(self.task.device)
+        self.done, self.seconds = state["blocks"], state["seconds"]
+        return True
+
+    def run(self) -> None:
+        """Train the blocks that are left.
+
+        Raises:
+            Stopped: within a block, which is begun anew when the run goes on.
+            GdfqError: activations became NaN or infinite, or a file cannot be written.
+        """
+        task, count = self.task, self.settings.iterations
+        monitor = Monitor(task.folder, len(self.blocks) * count, self.done * count, task.progress)
+        with Store(self._budget(), task.folder) as store, stop_requests() as stop, disk_errors(task.folder), monitor:
+            start = time.monotonic() - self.seconds
+
+            def after_iteration() -> None:
+                monitor.advance()
+                if stop.is_set():
+                    raise Stopped(self._how_to_go_on())
+
+            given = exact = store.keep(len(self.images), iter(self.images.split(self._at_once)))
+            for number, block in enumerate(self.blocks):
+                with explained(f"reconstructing the block of '{block.name}'", self._sizes(), task.folder):
+                    wanted = store.keep(len(exact), self._through(block.exact(), exact))
+                    self._check_budget(block, given, wanted)
+                    if number >= self.done:
+                        self._train(block, number, given, exact, wanted, after_iteration)
+                    given, exact = store.keep(len(given), self._through(block.quantized(), given)), wanted
+                if number >= self.done:
+                    self.done, self.seconds = number + 1, time.monotonic() - start
+                    error = {"reconstruction/error": _relative_error(given, wanted, self._at_once, block)}
+                    monitor.write(self.done * count, number, block.name, self.iterations, error)
+                    self._save()
+            self.seconds = time.monotonic() - start
+
+    def _train(
+        self,
+        block: Block,
+        number: int,
+        given: Activations,
+        exact: Activations,
+        wanted: Activations,
+        after_iteration: Callable[[], None],
+    ) -> None:
+        seed = random.Random(f"{self.task.config.run.seed} {number}").getrandbits(63)
+        state = RandomState(
+            seed, self.task.device
+        )  # its own, so that a run that goes on does as one that never stopped
+        trainer = BlockTrainer(block, self.task.config, given, exact, wanted, state, BEGINNINGS[self.settings.begin])
+        trainer.run(after_iteration)
+        self.iterations = trainer.runner.description
+
+    @torch.no_grad()
+    def _through(self, module: nn.Module, activations: Activations) -> Iterator[Tensor]:
+        for batch in activations.batches(self._at_once, self.task.device):
+            yield module(batch)
+
+    @property
+    def _at_once(self) -> int:
+        return min(images_at_once(*self.task.captured.image_shape[1:]), AT_ONCE)
+
+    def _save(self) -> None:
+        if self.task.folder is not None:
+            state = {"student": self.student.state_dict(), "blocks": self.done, "seconds": self.seconds}
+            save_checkpoint(self.task.folder / run_folder.CHECKPOINT, state, self.identity)
+
+    def _how_to_go_on(self) -> str:
+        where = f"stopped in block {self.done + 1} of {len(self.blocks)}"
+        if self.task.folder is None:
+            return f"{where}; nothing was saved, since the run has no folder"
+        return f"{where}; those before it are saved. To go on: gdfq quantize --resume {self.task.folder}"
+
+    def _budget(self) -> int:
+        """Bytes for activations."""
+        if self.settings.memory_gib is not None:
+            return int(self.settings.memory_gib * 2**30)
+        if self.task.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.task.device)[1] // 4
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+
+    def _check_budget(self, block: Block, given: Activations, wanted: Activations) -> None:
+        needed = 4 * self.settings.batch_size * (2 * given.rows[0].numel() + wanted.rows[0].numel())
+        if needed > self._budget():
+            raise GdfqError(
+                f"setting 'reconstruction.memory_gib' = {self.settings.memory_gib} holds no batch of "
+                f"{self.settings.batch_size} images at the block of '{block.name}', which takes {needed / 2**30:.3f}: "
+                "raise it, or lower reconstruction.batch_size"
+            )
+
+    def _sizes(self) -> dict[str, Any]:
+        return {"reconstruction.batch_size": self.settings.batch_size, "images": len(self.images)}
+
+
+def reconstruct(task: Task) -> Outcome:
+    start = time.monotonic()
+    source = source_of(task, "inverted")
+    to_channels_last(task.student)
+    run = Reconstruction(task, source.bank)
+    if not (task.resume and run.resume()):
+        observer = _least_squared_error if run.settings.ranges == "mse" else None
+        calibrate(task.student, source.calibration(), observer)
+    made = time.monotonic() - start
+    with frozen(task.student):
+        run.run()
+    return Outcome(source.held_out(), made + run.seconds, selected="trained", iterations=run.iterations)
+
+
+def nearest(weight: Tensor, grid: Grid) -> Tensor:
+    """The rounding to the nearest, added to floor(weight / step)."""
+    in_steps = weight / per_channel(grid.step, weight)
+    return in_steps.round() - in_steps.floor()
+
+
+BEGINNINGS = {"squant": rounding, "nearest": nearest}
+
+
+def _least_squared_error(quantizer: FakeQuantize) -> Histogram:
+    return Histogram(RULES["mse"], quantizer.scheme)
+
+
+def _relative_error(given: Activations, wanted: Activations, at_once: int, block: Block) -> float:
+    """Of Q's block, squared, to the square of what P's gives."""
+    device = torch.device("cpu")
+    error = square = 0.0
+    for q, p in zip(given.batches(at_once, device), wanted.batches(at_once, device), strict=True):
+        error += (q - p).square().sum().item()
+        square += p.square().sum().item()
+    if not math.isfinite(error):
+        raise GdfqError(
+            f"what the block of '{block.name}' gives became NaN or infinite: lower "
+            "reconstruction.rounding_learning_rate or reconstruction.step_learning_rate, and check the model's weights"
+        )
+    return error / max(square, 1e-30)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside the block no parameter takes a gradient."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
+
+
+SECTIONS["reconstruction"] = ReconstructionConfig
+RECONSTRUCTION = Method(
+    "reconstruction", "roundings and steps trained block by block, on images optimized to fit the network", reconstruct
+)

@@ -1,0 +1,195 @@
+"""Block reconstruction: what it trains, that it helps, and runs that stop, go on, or were told nonsense."""
+
+import json
+
+import pytest
+import torch
+from small_models import Plain, Residual, randomize_batch_norm
+from torch import nn
+
+import gdfq
+from gdfq.calibrate import calibrate
+from gdfq.config import Config
+from gdfq.graph import build_quantized, build_teacher, capture, quantized_layers
+from gdfq.methods import Task
+from gdfq.methods.reconstruction import Reconstruction, frozen, nearest
+from gdfq.nn import activation_quantizers, per_channel
+from gdfq.run import folder as run_folder
+from gdfq.train.reconstruct import LearnedRounding
+from gdfq_ext import quantizer_grid
+
+SHORT = {
+    "method": "reconstruction", "reconstruction.iterations": 8, "reconstruction.batch_size": 8,
+    "inversion.images": 32, "inversion.batch_size": 16, "inversion.iterations": 4,
+}  # fmt: skip
+
+
+def task_of(model, settings=None, folder=None):
+    torch.manual_seed(0)
+    captured = capture(randomize_batch_norm(model()), 8)
+    config = Config.load("cifar", SHORT | (settings or {}))
+    student, _ = build_quantized(captured, config.quantizer)
+    images = torch.randn(48, *captured.image_shape)
+    calibrate(student, [images])
+    device = torch.device("cpu")
+    return Task(captured, build_teacher(captured), student, config, device, folder, False, False, None, None), images
+
+
+def run(task, images):
+    reconstruction = Reconstruction(task, images)
+    with frozen(task.student):
+        reconstruction.run()
+    return reconstruction
+
+
+def error(task, images):
+    with torch.no_grad():
+        return (task.student(images) - task.teacher(images)).square().mean().item()
+
+
+@pytest.mark.parametrize("scheme", ["affine", "symmetric", "eq6"])
+def test_a_rounding_begins_as_it_was_given_and_soft(scheme):
+    weight = torch.randn(6, 5, 3, 3)
+    rows = weight.flatten(1)
+    grid = quantizer_grid(rows.amin(1), rows.amax(1), 4, scheme)
+    given = torch.randint(0, 2, weight.shape).float()
+    learned = LearnedRounding(weight, grid, given, 4, scheme, torch.tensor(2.0))
+    assert torch.equal(learned.rounding(), given)
+    in_steps = weight / per_channel(grid.step, weight)
+    fraction, code = in_steps % 1, in_steps.floor() + per_channel(grid.zero_point, weight)
+    inside = (code >= grid.lowest) & (code < grid.highest) & ((fraction - 0.5).abs() < 0.49)
+    on_its_side = inside & ((fraction >= 0.5) == (given >= 0.5))
+    assert on_its_side.float().mean() > 0.3
+    soft = learned(weight)
+    torch.testing.assert_close(soft[on_its_side], weight[on_its_side], rtol=1e-4, atol=1e-5)
+    on_the_other = inside & ~on_its_side
+    mirrored = (in_steps.floor() + 1 - fraction) * per_channel(grid.step, weight)
+    torch.testing.assert_close(soft[on_the_other], mirrored[on_the_other], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["onnx", "int4-symmetric", "paper"])
+def test_it_lowers_the_error_on_images_that_it_has_not_seen(target):
+    settings = {"quantizer.target": target, "quantizer.weight_bits": 3, "quantizer.activation_bits": 4}
+    task, images = task_of(Residual, settings | {"reconstruction.iterations": 100})
+    others = torch.randn(256, *task.captured.image_shape)
+    before = error(task, others)
+    parameters = {name: value.clone() for name, value in task.student.named_parameters()}
+    run(task, images)
+    assert error(task, others) < 0.6 * before
+    assert all(torch.equal(value, parameters[name]) for name, value in task.student.named_parameters())
+    assert all(layer.is_stored for layer in quantized_layers(task.student))
+    for layer in quantized_layers(task.student):
+        codes = layer.quantizer.codes(layer.index, task.student.get_parameter(layer.weight))
+        lowest, highest = (-3, 3) if target == "int4-symmetric" else (0, 7)
+        assert codes.amin() >= lowest
+        assert codes.amax() <= highest
+    assert all(quantizer.range.isfinite().all() for quantizer in activation_quantizers(task.student).values())
+
+
+def test_roundings_are_up_or_down_of_the_weight_and_some_have_turned():
+    task, images = task_of(Residual, {"reconstruction.iterations": 100, "reconstruction.begin": "nearest"})
+    run(task, images)
+    turned = count = 0
+    for layer in quantized_layers(task.student):
+        weight = task.student.get_parameter(layer.weight).detach()
+        quantizer = layer.quantizer.stored[str(layer.index)]
+        assert set(quantizer.rounding.unique().tolist()) <= {0, 1}
+        turned += (quantizer.rounding != nearest(weight, quantizer.grid)).sum().item()
+        count += weight.numel()
+    assert 0.01 < turned / count < 0.5
+
+
+def test_learned_steps_stay_on_the_quantizers():
+    task, images = task_of(Residual)
+    before = {name: q.range.clone() for name, q in activation_quantizers(task.student).items()}
+    observers = {name: q.observer for name, q in activation_quantizers(task.student).items()}
+    run(task, images)
+    for name, quantizer in activation_quantizers(task.student).items():
+        assert quantizer.observer is observers[name]
+        of_image = name.endswith(".x")
+        assert torch.equal(quantizer.range, before[name]) == of_image, name
+
+
+def test_a_run_that_stopped_in_any_block_ends_as_one_that_did_not(tmp_path):
+    whole, images = task_of(Residual)
+    run(whole, images)
+    for stop_in in range(5):
+        folder = tmp_path / str(stop_in)
+        folder.mkdir()
+        task, images = task_of(Residual, folder=folder)
+        reconstruction = Reconstruction(task, images)
+        train = reconstruction._train
+
+        def killed(block, number, *args, stop_in=stop_in, train=train):
+            if number == stop_in:
+                raise KeyboardInterrupt
+            train(block, number, *args)
+
+        reconstruction._train = killed
+        with pytest.raises(KeyboardInterrupt), frozen(task.student):
+            reconstruction.run()
+        task, images = task_of(Residual, folder=folder)
+        again = Reconstruction(task, images)
+        assert again.resume() == (stop_in > 0)
+        assert again.done == stop_in
+        with frozen(task.student):
+            again.run()
+        state = whole.student.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in task.student.state_dict().items())
+
+
+def test_from_files_it_is_the_same():
+    in_memory, images = task_of(Residual)
+    run(in_memory, images)
+    in_files, images = task_of(Residual, {"reconstruction.memory_gib": 1e-4})
+    run(in_files, images)
+    state = in_memory.student.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in in_files.student.state_dict().items())
+
+
+def test_memory_for_no_batch():
+    task, images = task_of(Residual, {"reconstruction.memory_gib": 1e-6})
+    with pytest.raises(gdfq.GdfqError, match=r"memory_gib' = 1e-06 holds no batch of 8 images at the block of 'conv1'"):
+        run(task, images)
+
+
+def test_bits_that_leave_nothing_to_train():
+    task, images = task_of(Residual, {"quantizer.layers": {"*": "float"}, "quantizer.target": "paper"})
+    before = error(task, images)
+    run(task, images)
+    assert not quantized_layers(task.student)
+    assert error(task, images) <= before
+
+
+class OneLayer(nn.Module):
+    in_size = (8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        self.fc = nn.Linear(3 * 64, 5)
+
+    def forward(self, x):
+        return self.fc(self.bn(x).flatten(1))
+
+
+@pytest.mark.parametrize("model", [Plain, OneLayer])
+def test_a_model_of_one_block_or_two(model):
+    task, images = task_of(model)
+    before = error(task, images)
+    run(task, images)
+    assert error(task, images) < before
+
+
+def test_a_whole_run_its_log_and_its_files(tmp_path):
+    torch.manual_seed(0)
+    model = randomize_batch_norm(Residual())
+    config = Config.load("cifar", SHORT)
+    result = gdfq.quantize(model, config, run_dir=tmp_path / "run", progress=False)
+    assert result.report.selected == "trained"
+    log = [json.loads(line) for line in (tmp_path / "run" / run_folder.LOG).read_text().splitlines()]
+    assert [entry["iteration"] for entry in log] == [8, 16, 24, 32, 40]
+    assert all(0 < entry["reconstruction/error"] < 1 for entry in log)
+    again = gdfq.load_quantized(tmp_path / "run" / run_folder.MODEL, model)
+    x = torch.randn(4, 3, 8, 8)
+    assert torch.equal(again(x), result.model(x))
