@@ -16,8 +16,10 @@
 #include "../kernels/count_changed_codes.h"
 #include "../kernels/distillation_loss.h"
 #include "../kernels/fake_quantize.h"
+#include "../kernels/fake_quantize_learned.h"
 #include "../kernels/fake_quantize_weight.h"
 #include "../kernels/observe_range.h"
+#include "../kernels/round_learned.h"
 #include "tensors.h"
 
 namespace gdfq::binding {
@@ -183,6 +185,107 @@ Tensor count_changed_codes(const std::vector<Tensor>& weights, const std::vector
                       parameter("kappas", kappas, count, kappas), static_cast<int>(count),
                       static_cast<std::int64_t*>(counts.mutable_data_ptr()), where.device());
   return counts;
+}
+
+inline LearnedSteps checked_steps(const Tensor& step, const Tensor& zero_point, std::int64_t lowest,
+                                  std::int64_t highest, std::int64_t count, const Tensor& x) {
+  return {parameter("step", step, count, x), parameter("zero_point", zero_point, count, x), static_cast<float>(lowest),
+          static_cast<float>(highest)};
+}
+
+// x with a learned quantizer and the choice of what stays as it is.
+struct LearnedInput : Input {
+  LearnedInput(const Tensor& x, const Tensor& step, const Tensor& zero_point, const std::optional<Tensor>& given,
+               std::int64_t lowest, std::int64_t highest, std::int64_t threshold)
+      : Input("x", x), learned(checked_steps(step, zero_point, lowest, highest, 1, x)), dense_choice(given) {
+    if (!given.has_value()) return;
+    STD_TORCH_CHECK(given->scalar_type() == ScalarType::Byte && given->numel() == x.numel(),
+                    "choice must be uint8, one for each element of x");
+    check_device("choice", *given, x);
+    dense_choice = in_format(*given, format);
+    choice = {static_cast<const std::uint8_t*>(dense_choice->const_data_ptr()), static_cast<int>(threshold)};
+  }
+
+  LearnedSteps learned;
+  std::optional<Tensor> dense_choice;  // keeps a copy alive
+  Choice choice{};
+};
+
+template <class Where>
+Tensor fake_quantize_learned(const Tensor& x, const Tensor& step, const Tensor& zero_point,
+                             const std::optional<Tensor>& choice, std::int64_t lowest, std::int64_t highest,
+                             std::int64_t threshold, double /*step_gradient_scale*/) {
+  const LearnedInput input(x, step, zero_point, choice, lowest, highest, threshold);
+  Tensor y = input.empty_like();
+  Where where(x);
+  fake_quantize_learned(input.data(), y.mutable_data_ptr(), input.type, x.numel(), input.learned, input.choice,
+                        where.device());
+  return y;
+}
+
+template <class Where>
+std::tuple<Tensor, Tensor> fake_quantize_learned_backward(const Tensor& grad_y, const Tensor& x, const Tensor& step,
+                                                          const Tensor& zero_point, const std::optional<Tensor>& choice,
+                                                          std::int64_t lowest, std::int64_t highest,
+                                                          std::int64_t threshold, double step_gradient_scale) {
+  const LearnedInput input(x, step, zero_point, choice, lowest, highest, threshold);
+  const Tensor gradient = gradient_like(grad_y, input);
+  Tensor grad_x = input.empty_like();
+  Tensor grad_step = empty_floats(step, 1);
+  Where where(x);
+  fake_quantize_learned_backward(gradient.const_data_ptr(), input.data(), grad_x.mutable_data_ptr(), floats(grad_step),
+                                 input.type, x.numel(), input.learned, input.choice, step_gradient_scale,
+                                 where.device());
+  return {grad_x, grad_step};
+}
+
+// What AdaRound makes a weight of, in the layout of base.
+struct SoftInput : Input {
+  SoftInput(const Tensor& base, const Tensor& v, const Tensor& step, const Tensor& zero_point, const Tensor& sharpness,
+            std::int64_t lowest, std::int64_t highest)
+      : Input("base", base), v(in_format(v, format)) {
+    STD_TORCH_CHECK(base.dim() >= 1, "base has no dimensions; it needs its output channels first");
+    STD_TORCH_CHECK(type == ElementType::kFloat32 && v.scalar_type() == ScalarType::Float && v.numel() == base.numel(),
+                    "base and v must be float32 and of the same shape");
+    check_device("v", v, base);
+    const std::int64_t channels = base.size(0);
+    weight = {static_cast<const float*>(data()),
+              static_cast<const float*>(this->v.const_data_ptr()),
+              channels,
+              channels == 0 ? 0 : base.numel() / channels,
+              checked_steps(step, zero_point, lowest, highest, channels, base),
+              parameter("sharpness", sharpness, 1, base)};
+  }
+
+  Tensor v;
+  SoftWeight weight;
+};
+
+template <class Where>
+std::tuple<Tensor, Tensor> round_learned(const Tensor& base, const Tensor& v, const Tensor& step,
+                                         const Tensor& zero_point, const Tensor& sharpness, std::int64_t lowest,
+                                         std::int64_t highest) {
+  const SoftInput input(base, v, step, zero_point, sharpness, lowest, highest);
+  Tensor y = input.empty_like();
+  Tensor penalty = empty_scalar(base);
+  Where where(base);
+  round_learned(input.weight, floats(y), floats(penalty), where.device());
+  return {y, penalty};
+}
+
+template <class Where>
+std::tuple<Tensor, Tensor> round_learned_backward(const Tensor& grad_y, const Tensor& grad_penalty, const Tensor& base,
+                                                  const Tensor& v, const Tensor& step, const Tensor& zero_point,
+                                                  const Tensor& sharpness, std::int64_t lowest, std::int64_t highest) {
+  const SoftInput input(base, v, step, zero_point, sharpness, lowest, highest);
+  const Tensor gradient = gradient_like(grad_y, input);
+  Tensor grad_v = input.empty_like();
+  Tensor grad_step = empty_floats(step, input.weight.channels);
+  Where where(base);
+  round_learned_backward(static_cast<const float*>(gradient.const_data_ptr()),
+                         parameter("grad_penalty", grad_penalty, 1, base), input.weight, floats(grad_v),
+                         floats(grad_step), where.device());
+  return {grad_v, grad_step};
 }
 
 template <class Where>
@@ -395,6 +498,10 @@ void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("fake_quantize_clipped_backward", TORCH_BOX(&fake_quantize_clipped_backward<Where>));
   library.impl("fake_quantize_weights", TORCH_BOX(&fake_quantize_weights<Where>));
   library.impl("count_changed_codes", TORCH_BOX(&count_changed_codes<Where>));
+  library.impl("fake_quantize_learned", TORCH_BOX(&fake_quantize_learned<Where>));
+  library.impl("fake_quantize_learned_backward", TORCH_BOX(&fake_quantize_learned_backward<Where>));
+  library.impl("round_learned", TORCH_BOX(&round_learned<Where>));
+  library.impl("round_learned_backward", TORCH_BOX(&round_learned_backward<Where>));
   library.impl("observe_range", TORCH_BOX(&observe_range<Where>));
   library.impl("batch_norm_act_fake_quantize", TORCH_BOX(&batch_norm_act_fake_quantize<Where>));
   library.impl("batch_norm_act_fake_quantize_backward", TORCH_BOX(&batch_norm_act_fake_quantize_backward<Where>));

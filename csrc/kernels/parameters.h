@@ -22,6 +22,19 @@ struct Ranges {
   }
 };
 
+// Quantizers whose steps are learned, one or one per channel, and their codes.
+struct LearnedSteps {
+  const float* step;
+  const float* zero_point;
+  float lowest;
+  float highest;
+
+  GDFQ_HD StepQuantizer quantizer(std::int64_t c = 0) const {
+    return {step[c] > 0.0f ? step[c] : NAN, fp32::subtract(lowest, zero_point[c]),
+            fp32::subtract(highest, zero_point[c])};
+  }
+};
+
 struct FrozenBatchNorm {
   const float* running_mean;
   const float* running_var;

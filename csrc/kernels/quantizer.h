@@ -173,8 +173,10 @@ GDFQ_HD float round_to_level(float x, const Eq6Quantizer& quantizer) {
   return fp32::round_half_even(fp32::subtract(fp32::multiply(quantizer.scale, x), quantizer.zero));
 }
 
+GDFQ_HD float in_steps(float x, const StepQuantizer& quantizer) { return fp32::divide(x, quantizer.step); }
+
 GDFQ_HD float round_to_level(float x, const StepQuantizer& quantizer) {
-  return fp32::round_half_even(fp32::divide(x, quantizer.step));
+  return fp32::round_half_even(in_steps(x, quantizer));
 }
 
 template <class AnyQuantizer>

@@ -188,6 +188,9 @@ COMBINATIONS = [
 
 # Results that are sums over many elements, whose order of addition is free. All others must be equal bit for bit.
 SUMS = {
+    "fake_quantize_learned_backward": (1,),
+    "round_learned": (1,),
+    "round_learned_backward": (1,),
     "batch_norm_act_fake_quantize_backward": (1, 2),
     "batch_norm_act_moments": (1, 2),
     "bns_loss": (0,),
@@ -195,8 +198,14 @@ SUMS = {
     "conditional_batch_norm_act": (0, 1, 2, 3, 4),
     "conditional_batch_norm_act_backward": (0, 1, 2),
 }
-# grad_x of the moments adds three terms per element; kernels may gather the constants first.
-CLOSE = {"batch_norm_act_moments_backward": (0,), "bns_loss": (1,)}
+# grad_x of the moments adds three terms per element; kernels may gather the constants first. Soft weights are made of
+# exponentials, which every library rounds in its own way.
+CLOSE = {
+    "batch_norm_act_moments_backward": (0,),
+    "bns_loss": (1,),
+    "round_learned": (0,),
+    "round_learned_backward": (0,),
+}
 
 
 def copies(arguments):

@@ -62,6 +62,40 @@ def test_native_counts_the_codes_that_the_reference_counts(schemes, threads):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", LARGE)
+@pytest.mark.parametrize("threshold", [None, 77])
+def test_native_learned_quantizer_agrees_over_threads(shape, dtype, layout, threshold, threads):
+    i = Inputs(dtype, layout)
+    x, grad = i.x(*shape), i.x(*shape)
+    choice = None if threshold is None else torch.randint_like(x, 256).byte()
+    for step, zero_point, bounds in [(0.2, 3.0, (0, 15)), (0.01, 0.0, (-127, 127)), (1e-40, 1.0, (0, 3))]:
+        settings = torch.tensor([step]), torch.tensor([zero_point]), choice, *bounds, threshold or 0
+        small = (grad / x.numel() ** 0.5 / max(map(abs, bounds))).to(dtype)  # sums of order one
+        compare(OPS, "fake_quantize_learned_backward", (small, x, *settings, 0.3))
+        special = x.clone()
+        special[0, 0].view(-1)[:1], special[-1, -1].view(-1)[-1:] = torch.nan, torch.inf
+        compare(OPS, "fake_quantize_learned", (special, *settings, 0.3))
+        compare(OPS, "fake_quantize_learned_backward", (small, special, *settings, 0.3))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(64, 37, 3, 3), (3, 20_001), (300, 1, 3, 3), (5,)])
+@pytest.mark.parametrize("sharpness", [1.0, 2.0, 20.0])
+def test_native_soft_weights_agree_over_threads(shape, sharpness, layout, threads):
+    i = Inputs(torch.float32, layout)
+    base, v, grad = (i.x(*shape) * 4).floor(), i.x(*shape) * 3, i.x(*shape)
+    for channel, value in enumerate((200.0, -200.0, 0.0)):
+        v[channel, *[0] * (v.dim() - 1)] = value
+    step, zero_point = i.channel(shape[0]), (i.channel(shape[0]) * 9).round()
+    grad_penalty = torch.tensor(-0.3)
+    for bounds in [(0, 15), (-1, 1)]:
+        arguments = base, v, step, zero_point, torch.tensor([sharpness]), *bounds
+        compare(OPS, "round_learned", arguments)
+        compare(OPS, "round_learned_backward", (grad / base[0].numel() ** 0.5, grad_penalty, *arguments))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "act"), [*zip(LARGE, (1, 2, 0, 1), strict=True), (LARGE[1], 0), (LARGE[1], 1)])
 def test_native_batch_norm_agrees_over_threads(shape, dtype, layout, act, threads):
     i = Inputs(dtype, layout)
