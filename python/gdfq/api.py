@@ -32,6 +32,7 @@ from gdfq.images.networks import Generator
 from gdfq.images.real import check_labeled
 from gdfq.memory import images_at_once
 from gdfq.methods import Data, Method, Outcome, Task
+from gdfq.methods.method import source_name
 from gdfq.models import check_finite
 from gdfq.precision import products_in_tf32
 from gdfq.progress import draws_bars, plan, say
@@ -99,6 +100,7 @@ def quantize(
     config = config or Config.load(default_preset(model))
     method = METHODS[config.method]
     _check_real_images(method, calibrate_on, train_on)
+    _check_bank(method, config, calibrate_on)
     device = device_named(config.run.device)
     check_finite(model)
     with memory.explained("the model alone", {"model.image_size": config.model.image_size or stated_size(model)}):
@@ -230,9 +232,9 @@ def _images(method: Method, config: Config, calibrate_on: Any) -> str | None:
     """Which ones Q is trained or calibrated on, in words, where the method alone does not say it."""
     if method.data is Data.LABELED or calibrate_on is not None:
         return "the images that were given"
-    if method.data is Data.IMAGES:
-        return f"images made as calibration.images = '{config.calibration.images}' says"
-    return f"images from '{config.images.source}'" if method.trains else None
+    if not method.takes_bank:
+        return None
+    return f"images of {config.images.file}" if config.images.file else f"images from '{source_name(config)}'"
 
 
 def _sizes(config: Config, captured: CapturedModel) -> dict[str, Any]:
@@ -271,6 +273,22 @@ def _check_real_images(method: Method, calibrate_on: Any, train_on: Any) -> None
         if given is not None and method.data is not taken:
             takers = ", ".join(other.name for other in METHODS.values() if other.data is taken)
             raise GdfqError(f"{name} is for the methods {takers}, but the method is '{method.name}': leave it out")
+
+
+def _check_bank(method: Method, config: Config, calibrate_on: Any) -> None:
+    if config.images.file is None:
+        return
+    if not method.takes_bank:
+        takers = ", ".join(name for name, other in METHODS.items() if other.takes_bank)
+        raise GdfqError(
+            f"setting 'images.file' (`--images`) is for the methods {takers}, but the method is '{method.name}': leave "
+            "it out"
+        )
+    if calibrate_on is not None:
+        raise GdfqError(
+            "both a bank, by the setting 'images.file' (`--images`), and `calibrate_on` (`--calibration-data`) are "
+            "given: leave one out"
+        )
 
 
 def _check_classes(captured: CapturedModel, config: Config) -> None:

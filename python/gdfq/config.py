@@ -134,9 +134,14 @@ class QuantizerConfig(Section):
 class ImagesConfig(Section):
     """What Q is trained on, where the method makes images."""
 
-    source: str = Field(
-        "generator",
-        description="generator: GDFQ's; qimera: with superposed labels; zeroq: optimized; gaussian: noise",
+    source: str | None = Field(
+        None,
+        description="generator: GDFQ's; qimera: with superposed labels; inverted: a bank, optimized; zeroq: ZeroQ's; "
+        "gaussian: noise; default: generator, or of methods that take a bank, inverted",
+    )
+    file: str | None = Field(
+        None,
+        description="a bank that an earlier run has made, images.safetensors in its folder: taken, and none is made",
     )
     transforms: dict[str, dict[str, Any]] = Field(
         {}, description="what images go through, by name and with its settings, as low_pass = {cutoff = 80.0}"
@@ -223,15 +228,15 @@ class ScheduleConfig(Section):
 class CalibrationConfig(Section):
     """Images that the baselines calibrate on where no real ones are given."""
 
-    images: Literal["gaussian", "zeroq", "generator"] = Field(
+    images: str = Field(
         "gaussian",
-        description="gaussian: noise; zeroq: optimized as the section zeroq says; generator: of a generator that was "
-        "trained for schedule.warmup_epochs",
+        description="a source, as images.source has them; of one with a generator, that was trained for "
+        "schedule.warmup_epochs",
     )
     count: int | None = Field(
         None,
         ge=1,
-        description="how many images, real ones too (ZeroQ's: zeroq.images); default: schedule.range_batches of "
+        description="how many images, real ones too (of a bank: all); default: schedule.range_batches of "
         "schedule.batch_size",
     )
 
@@ -254,7 +259,7 @@ class RunConfig(Section):
     log_every: int = Field(20, ge=1, description="iterations between two entries of the log")
     checkpoint_every: int = Field(200, ge=1, description="iterations between two checkpoints")
     held_out_images: int = Field(
-        512, ge=2, description="synthetic images behind the data-free figures (of ZeroQ's: zeroq.images)"
+        512, ge=2, description="synthetic images behind the data-free figures (of a bank: a part)"
     )
 
 

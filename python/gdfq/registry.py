@@ -17,14 +17,14 @@ class Registry(dict[str, Value]):
         super().__init__()
         self.settings = settings
 
-    def unknown(self, value: str | dict[str, Any]) -> list[str]:
+    def unknown(self, value: str | dict[str, Any] | None) -> list[str]:
         """The names in a setting's value that stand for nothing."""
-        return [name for name in ([value] if isinstance(value, str) else value) if name not in self]
+        return [name for name in ([value] if isinstance(value, str) else value or ()) if name not in self]
 
 
 METHODS: Registry[Any] = Registry("method")  # gdfq.methods
 TARGETS: Registry[Any] = Registry()  # gdfq.target, which reads its setting
-SOURCES: Registry[Any] = Registry("images.source")  # gdfq.images
+SOURCES: Registry[Any] = Registry("images.source", "calibration.images")  # gdfq.images
 TRANSFORMS: Registry[Any] = Registry("images.transforms")  # gdfq.images.transforms
 OPTIMIZERS: Registry[Any] = Registry("student.optimizer")  # gdfq.optim
 TERMS: Registry[Any] = Registry("generator.terms", "student.terms")  # gdfq.objective

@@ -61,6 +61,12 @@ def quantize(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value, any setting of the preset; may be repeated")
     ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="a bank of images that an earlier run has made, images.safetensors in its folder, instead of new ones"
+        ),
+    ] = None,
     data: DataOption = None,
     data_kind: DataKindOption = None,
     data_arg: DataArgsOption = None,
@@ -91,6 +97,7 @@ def quantize(
         "model.image_size": image_size,
         "model.input_mean": numbers(input_mean),
         "model.input_std": numbers(input_std),
+        "images.file": images and str(images.absolute()),
         "run.device": device,
         "run.seed": seed,
     }

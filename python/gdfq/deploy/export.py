@@ -21,6 +21,7 @@ from gdfq.graph.nodes import some
 from gdfq.graph.sizes import ImageSizes
 from gdfq.graph.summary import by_reason
 from gdfq.memory import images_at_once
+from gdfq.methods.method import source_name
 from gdfq.precision import products_in_tf32
 from gdfq.registry import SOURCES
 from gdfq.run import folder as run_folder
@@ -98,7 +99,7 @@ def _images_of_run(
         return
     channels, *size = shape
     captured = replace(capture(network, tuple(size), channels), pixels=quantized.pixels)
-    source = SOURCES[config.images.source](build_teacher(captured), captured, config, device, False)
+    source = SOURCES[source_name(config)](build_teacher(captured), captured, config, device, False)
     source.generator.load_state_dict(load_tensors(saved)[0])
     yield from (source.images(size)[0] for size in sizes)
 

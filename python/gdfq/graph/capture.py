@@ -7,6 +7,8 @@ rewritings of it.
 """
 
 import copy
+import functools
+import hashlib
 import itertools
 import operator
 import traceback
@@ -52,6 +54,15 @@ class CapturedModel:
     num_classes: int
     sizes: ImageSizes
     pixels: Pixels | None = None
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all parameters and buffers: which network it is."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def capture(

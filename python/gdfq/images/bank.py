@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ class Bank(ImageSource):
         teacher, shape, config, device: see `ImageSource`.
         make: `make(part)` gives the images `(n, *shape)` of a part, the same ones every time. Parts count from 0.
         parts: that the bank has. The next one is held out.
+        settings: by which they are made, JSON values.
 
     Attributes:
         bank: all images that are not held out, `(N, *shape)` float32, behind the transforms.
@@ -33,10 +35,12 @@ class Bank(ImageSource):
         device: torch.device,
         make: Callable[[int], Tensor],
         parts: int = 1,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(teacher, shape, config, device)
         self.make = make
         self.parts = parts
+        self.settings = settings or {}
 
     @cached_property
     def bank(self) -> Tensor:
@@ -48,7 +52,8 @@ class Bank(ImageSource):
 
     def _part(self, number: int) -> Tensor:
         """In one layout, whether it was made or read."""
-        return self.transform(self.make(number).contiguous(memory_format=torch.channels_last))
+        images = self.make(number).to(self.device)
+        return self.transform(images.contiguous(memory_format=torch.channels_last))
 
     def images(self, count: int) -> tuple[Tensor, None]:
         chosen = torch.randint(len(self.bank), (count,), generator=self.random.generator, device=self.device)

@@ -39,7 +39,7 @@ def inverted(
         with explained("inverting images", {"inversion.batch_size": own.batch_size}):
             return invert(teacher, shape, own, count, seed, device, progress, captured.pixels)
 
-    return Bank(teacher, shape, config, device, make, parts)
+    return Bank(teacher, shape, config, device, make, parts, {"inversion": own.model_dump(mode="json")})
 
 
 @torch.enable_grad()  # images may be made when a calibration asks for them, which itself needs no gradients

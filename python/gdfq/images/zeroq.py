@@ -31,7 +31,7 @@ def zeroq(
         with explained("making ZeroQ's images", {"zeroq.images": own.images}):
             return invert(teacher, shape, own, config.run.seed + part, device, progress, captured.pixels)
 
-    bank = Bank(teacher, shape, config, device, make)
+    bank = Bank(teacher, shape, config, device, make, settings={"zeroq": own.model_dump(mode="json")})
     bank.held_out_setting = "zeroq.images"
     return bank
 

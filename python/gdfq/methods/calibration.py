@@ -10,7 +10,7 @@ from gdfq.config import Config
 from gdfq.images import ImageSource
 from gdfq.images.real import calibration_batches
 from gdfq.methods.method import Data, Method, Outcome, Task
-from gdfq.methods.training import source_of, train
+from gdfq.methods.training import images_of, source_of, train
 
 
 def calibrating(
@@ -19,7 +19,7 @@ def calibrating(
     """A method that does `apply(task, batches)` with calibration images.
 
     Args:
-        source: of the images; None: the user's, or made as the setting `calibration.images` says.
+        source: of the images; None: the user's, or those that the settings choose.
     """
 
     def run(task: Task) -> Outcome:
@@ -29,7 +29,7 @@ def calibrating(
             images = source_of(task, "gaussian")
             batches = calibration_batches(task.calibrate_on, task.captured.image_shape, task.config, task.device)
         else:
-            images = _images(task, source or task.config.calibration.images)
+            images = learned(task, source_of(task, source) if source else images_of(task))
             batches = images.calibration()
         apply(task, batches)
         return Outcome(images.held_out(), time.monotonic() - start, same_source=not is_given)
@@ -37,9 +37,8 @@ def calibrating(
     return run
 
 
-def _images(task: Task, name: str) -> ImageSource:
-    """Those of a source that has learned what it learns before Q is trained."""
-    source = source_of(task, name)
+def learned(task: Task, source: ImageSource) -> ImageSource:
+    """A source that has learned what it learns before Q is trained."""
     if source.learns:
         train(task, source, warm_up_only(task.config))
     return source

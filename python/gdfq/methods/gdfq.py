@@ -5,12 +5,12 @@ from gdfq.evaluate import agreement
 from gdfq.graph import build_quantized
 from gdfq.images.generator import GeneratorImages
 from gdfq.methods.method import Method, Outcome, Task
-from gdfq.methods.training import source_of, train
+from gdfq.methods.training import images_of, train
 from gdfq.train.trainer import Trainer
 
 
 def gdfq(task: Task) -> Outcome:
-    source = source_of(task, task.config.images.source)
+    source = images_of(task)
     trainer, seconds = train(task, source, task.config)
     return Outcome(
         source.held_out(),
@@ -40,4 +40,10 @@ def _calibration_is_better(task: Task, trainer: Trainer) -> bool:
     return True
 
 
-GDFQ = Method("gdfq", "Q trained on images of a generator that learns along with it (default)", gdfq, trains=True)
+GDFQ = Method(
+    "gdfq",
+    "Q trained on images of a generator that learns along with it (default)",
+    gdfq,
+    source="generator",
+    trains=True,
+)

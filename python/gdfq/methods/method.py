@@ -83,6 +83,8 @@ class Method:
         help: what it does, half a line.
         run: does it.
         data: real data that it takes.
+        source: of its images, where `images.source` does not say another; None: neither that nor `images.file` is for
+            this method.
         trains: whether it trains Q, by the section `schedule`.
         prepare: changes the captured model before the student is built of it.
     """
@@ -91,8 +93,20 @@ class Method:
     help: str
     run: Callable[[Task], Outcome]
     data: Data = Data.NONE
+    source: str | None = None
     trains: bool = False
     prepare: Callable[[CapturedModel], CapturedModel] = lambda captured: captured
 
     def __post_init__(self) -> None:
         METHODS[self.name] = self
+
+    @property
+    def takes_bank(self) -> bool:
+        """Whether its images can be those of a file."""
+        return self.source is not None or self.data is Data.IMAGES
+
+
+def source_name(config: Config) -> str:
+    """Of the images that the method of the settings takes, where it makes them."""
+    method = METHODS[config.method]
+    return config.calibration.images if method.data is Data.IMAGES else config.images.source or method.source

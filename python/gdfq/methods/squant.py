@@ -70,6 +70,7 @@ def flips(errors: Tensor, can_flip: Tensor) -> Tensor:
 
 SQUANT = Method(
     "squant",
-    "no training; weights rounded so that errors cancel, ranges from images as zeroq's",
-    calibrating(lambda task, batches: squant(task.student, batches), "zeroq"),
+    "no training; weights rounded so that errors cancel, ranges from inverted images",
+    calibrating(lambda task, batches: squant(task.student, batches)),
+    source="inverted",
 )

@@ -52,7 +52,7 @@ def new_trainer(make=Residual, device="cpu", **changes) -> Trainer:
     captured = capture(randomize_batch_norm(make()), device=device)
     config = short_config(**changes)
     teacher, student = build_teacher(captured), build_quantized(captured, config.quantizer)[0]
-    source = SOURCES[config.images.source](teacher, captured, config, torch.device(device))
+    source = SOURCES[config.images.source or "generator"](teacher, captured, config, torch.device(device))
     return Trainer(teacher, student, source, config)
 
 
