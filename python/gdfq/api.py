@@ -1,6 +1,7 @@
 """`quantize(model, config)`: from a trained model to a quantized one and a report."""
 
 import copy
+import operator
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -239,11 +240,8 @@ def _images(method: Method, config: Config, calibrate_on: Any) -> str | None:
 
 def _sizes(config: Config, captured: CapturedModel) -> dict[str, Any]:
     """The settings that decide how much memory the run takes."""
-    sizes: dict[str, Any] = {"schedule.batch_size": config.schedule.batch_size}
-    if METHODS[config.method].trains:
-        sizes["run.held_out_images"] = config.run.held_out_images
-    else:
-        sizes["calibration.count"] = config.calibration_images
+    values = {"calibration.count": config.calibration_images}  # where it is not set
+    sizes = {name: values.get(name, operator.attrgetter(name)(config)) for name in METHODS[config.method].sizes}
     height, width = captured.image_shape[1:]
     return sizes | {"model.image_size": f"{height} x {width}", "run.precision": config.run.precision}
 

@@ -6,7 +6,7 @@ real images twice. The data-free figures, of which nothing is chosen, are those 
 """
 
 from gdfq.images.real import RealImages
-from gdfq.methods.method import Data, Method, Outcome, Task
+from gdfq.methods.method import TRAINING_SIZES, Data, Method, Outcome, Task
 from gdfq.methods.training import train
 
 
@@ -28,4 +28,6 @@ def finetune(task: Task) -> Outcome:
     )
 
 
-FINETUNE = Method("finetune", "Q trained as gdfq does, but on real images", finetune, Data.LABELED, trains=True)
+FINETUNE = Method(
+    "finetune", "Q trained as gdfq does, but on real images", finetune, Data.LABELED, trains=True, sizes=TRAINING_SIZES
+)

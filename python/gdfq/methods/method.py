@@ -72,6 +72,9 @@ class Outcome:
     same_source: bool = True
 
 
+TRAINING_SIZES = ("schedule.batch_size", "run.held_out_images")  # of methods that train by the section `schedule`
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to quantize. Making one makes it known to the setting `method`.
@@ -86,6 +89,7 @@ class Method:
         source: of its images, where `images.source` does not say another; None: neither that nor `images.file` is for
             this method.
         trains: whether it trains Q, by the section `schedule`.
+        sizes: settings that decide how much memory it takes, the first to be lowered first.
         prepare: changes the captured model before the student is built of it.
     """
 
@@ -95,6 +99,7 @@ class Method:
     data: Data = Data.NONE
     source: str | None = None
     trains: bool = False
+    sizes: tuple[str, ...] = ("schedule.batch_size", "calibration.count")
     prepare: Callable[[CapturedModel], CapturedModel] = lambda captured: captured
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Block reconstruction on images that are made of the network: see `gdfq.train.reconstruct`.
 
-First the bank of images, activation ranges from it and the rounding to begin with; then the blocks, one after the other.
-A run is saved after every block, and goes on with the next one.
+First the bank of images, activation ranges from it and the rounding to begin with; then block after block.
+A run is saved after every one of them, and goes on with the next.
 """
 
 import math
@@ -9,7 +9,6 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -22,9 +21,10 @@ from gdfq.config import Section
 from gdfq.errors import GdfqError
 from gdfq.graph.blocks import Block, find_blocks
 from gdfq.memory import explained, images_at_once
+from gdfq.methods.calibration import learned
 from gdfq.methods.method import Method, Outcome, Task
 from gdfq.methods.squant import rounding
-from gdfq.methods.training import identity, source_of
+from gdfq.methods.training import identity, images_of
 from gdfq.nn import FakeQuantize, per_channel, to_channels_last
 from gdfq.observers import Histogram
 from gdfq.random_state import RandomState
@@ -34,6 +34,7 @@ from gdfq.run.checkpoint import load_checkpoint, save_checkpoint
 from gdfq.run.monitor import Monitor, disk_errors, stop_requests
 from gdfq.run.training_run import Stopped
 from gdfq.train.activations import Activations, Store
+from gdfq.train.finetune import FineTuner
 from gdfq.train.reconstruct import BlockTrainer
 from gdfq_ext import Grid
 
@@ -56,6 +57,9 @@ class ReconstructionConfig(Section):
     )
     penalty_weight: float = Field(1.0, ge=0, description="of what roundings pay for being neither up nor down")
     warmup: float = Field(0.2, ge=0, lt=1, description="share of the iterations before they do")
+    finetune_iterations: int = Field(
+        0, ge=0, description="of all blocks together in the end, by the section student's loss and optimizer"
+    )
     memory_gib: float | None = Field(
         None,
         gt=0,
@@ -101,7 +105,8 @@ class Reconstruction:
             GdfqError: activations became NaN or infinite, or a file cannot be written.
         """
         task, count = self.task, self.settings.iterations
-        monitor = Monitor(task.folder, len(self.blocks) * count, self.done * count, task.progress)
+        total = len(self.blocks) * count + self.settings.finetune_iterations
+        monitor = Monitor(task.folder, total, self.done * count, task.progress)
         with Store(self._budget(), task.folder) as store, stop_requests() as stop, disk_errors(task.folder), monitor:
             start = time.monotonic() - self.seconds
 
@@ -110,6 +115,7 @@ class Reconstruction:
                 if stop.is_set():
                     raise Stopped(self._how_to_go_on())
 
+            self.student.requires_grad_(False)
             given = exact = store.keep(len(self.images), iter(self.images.split(self._at_once)))
             for number, block in enumerate(self.blocks):
                 with explained(f"reconstructing the block of '{block.name}'", self._sizes(), task.folder):
@@ -123,6 +129,15 @@ class Reconstruction:
                     error = {"reconstruction/error": _relative_error(given, wanted, self._at_once, block)}
                     monitor.write(self.done * count, number, block.name, self.iterations, error)
                     self._save()
+            del given, exact, wanted
+            for parameter in self.student.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())
+            if self.settings.finetune_iterations:
+                state = self._random(len(self.blocks))
+                tuner = FineTuner(task.teacher, self.student, self.images, task.config, state)
+                with explained("fine-tuning all blocks together", self._sizes(), task.folder):
+                    tuner.run(after_iteration)
+                self.iterations = tuner.runner.description
             self.seconds = time.monotonic() - start
 
     def _train(
@@ -141,6 +156,11 @@ class Reconstruction:
         trainer = BlockTrainer(block, self.task.config, given, exact, wanted, state, BEGINNINGS[self.settings.begin])
         trainer.run(after_iteration)
         self.iterations = trainer.runner.description
+
+    def _random(self, number: int) -> RandomState:
+        """A block's own, so that a run that goes on does as one that never stopped."""
+        seed = random.Random(f"{self.task.config.run.seed} {number}").getrandbits(63)
+        return RandomState(seed, self.task.device)
 
     @torch.no_grad()
     def _through(self, module: nn.Module, activations: Activations) -> Iterator[Tensor]:
@@ -185,15 +205,14 @@ class Reconstruction:
 
 def reconstruct(task: Task) -> Outcome:
     start = time.monotonic()
-    source = source_of(task, "inverted")
+    source = learned(task, images_of(task))
     to_channels_last(task.student)
     run = Reconstruction(task, source.bank)
     if not (task.resume and run.resume()):
         observer = _least_squared_error if run.settings.ranges == "mse" else None
         calibrate(task.student, source.calibration(), observer)
     made = time.monotonic() - start
-    with frozen(task.student):
-        run.run()
+    run.run()
     return Outcome(source.held_out(), made + run.seconds, selected="trained", iterations=run.iterations)
 
 
@@ -225,19 +244,11 @@ def _relative_error(given: Activations, wanted: Activations, at_once: int, block
     return error / max(square, 1e-30)
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside the block no parameter takes a gradient."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, wanted in before:
-            parameter.requires_grad_(wanted)
-
-
 SECTIONS["reconstruction"] = ReconstructionConfig
 RECONSTRUCTION = Method(
-    "reconstruction", "roundings and steps trained block by block, on images optimized to fit the network", reconstruct
+    "reconstruction",
+    "roundings and steps trained block by block, on images optimized to fit the network",
+    reconstruct,
+    source="inverted",
+    sizes=("reconstruction.batch_size", "inversion.images", "inversion.batch_size"),
 )
