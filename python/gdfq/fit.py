@@ -34,12 +34,19 @@ class Fit:
     Attributes:
         layers: in the order of the forward pass.
         confident: share of the images, in percent, that P gives a class with a probability above one half.
+        classes: how many classes P sees in them, effectively: exp of the entropy of how often each is its first. As
+            many as P has, or as there are images, if all are alike in number; 1 if all are of one class.
+        rank: how many dimensions P's last features of them have, effectively: exp of the entropy of the shares that
+            the eigenvalues of their covariance have in its trace (Roy and Vetterli, 2007). At most the number of
+            features, and of images less one. Near 1, all images are shades of the same.
         same_source: whether they are of the source whose images Q was made with.
         problems: why figures taken on them say nothing of real images; none where they do.
     """
 
     layers: list[LayerFit]
     confident: float
+    classes: float
+    rank: float
     same_source: bool
     problems: list[str]
 
@@ -48,7 +55,7 @@ class Fit:
         source = "" if self.same_source else "; of another source than those that Q was made with"
         return (
             f"their BN statistics are {distance:.3g} from P's (noise: {of_noise:.3g}), P is sure of "
-            f"{self.confident:.0f}%{source}"
+            f"{self.confident:.0f}% and sees {self.classes:.1f} classes, in features of rank {self.rank:.1f}{source}"
         )
 
 
@@ -58,10 +65,23 @@ def fit(teacher: Teacher, batches: Iterable[Tensor], inferred: Pixels, same_sour
     batches = list(batches)
     random = torch.Generator(batches[0].device).manual_seed(0)
     noise = (inferred.scaled(torch.randn(x.shape, generator=random, device=x.device)) for x in batches)
-    distances, probabilities = _measure(teacher, batches)
+    distances, logits, features = _measure(teacher, batches)
     layers = [LayerFit(*row) for row in zip(teacher.layers, distances, _measure(teacher, noise)[0], strict=True)]
-    confident = 100 * (probabilities > 0.5).float().mean().item()
-    return Fit(layers, confident, same_source, problems(layers))
+    confident = 100 * (logits.softmax(1).amax(1) > 0.5).float().mean().item()
+    classes = effective_number(logits.argmax(1).bincount())
+    return Fit(layers, confident, classes, effective_rank(features), same_source, problems(layers))
+
+
+def effective_number(amounts: Tensor) -> float:
+    """exp of the entropy of the shares that `amounts`, none of them negative, have in their sum; 1 where it is 0."""
+    shares = amounts.double() / amounts.sum().clamp_min(1e-300)
+    return torch.special.entr(shares).sum().exp().item()
+
+
+def effective_rank(features: Tensor) -> float:
+    """Of the covariance of `features` `(N, C)`; NaN counts as 0."""
+    centered = (features - features.mean(0)).double().nan_to_num()
+    return effective_number(torch.linalg.svdvals(centered).square())
 
 
 def mean_distances(layers: list[LayerFit]) -> tuple[float, float]:
@@ -81,15 +101,16 @@ def problems(layers: list[LayerFit]) -> list[str]:
     ]
 
 
-def _measure(teacher: Teacher, batches: Iterable[Tensor]) -> tuple[list[float], Tensor]:
-    """Distances of all layers over all images together, and the probability of the class that P gives each."""
+def _measure(teacher: Teacher, batches: Iterable[Tensor]) -> tuple[list[float], Tensor, Tensor]:
+    """Distances of all layers over all images together; logits and last features of each, without their places."""
     sums: list[list[Tensor]] = []
-    probabilities = []
+    outputs = []
     count = 0
     for images in batches:
-        logits, readings = teacher.read(images, ("statistics",))
+        logits, readings = teacher.read(images, ("statistics", "features"))
         statistics = readings["statistics"]
-        probabilities.append(logits.softmax(1).amax(1))
+        features = logits if readings["features"] is None else readings["features"].flatten(2).mean(2)
+        outputs.append((logits, features))
         moments = [
             [len(images) * mean, len(images) * (var + mean.square())]
             for mean, var in zip(statistics.means, statistics.variances, strict=True)
@@ -107,4 +128,5 @@ def _measure(teacher: Teacher, batches: Iterable[Tensor]) -> tuple[list[float], 
         ratio = ((second / count - found.square()).clamp_min(0) + eps) / (var + eps)
         kl = 0.5 * ((found - mean).square() / (var + eps) + ratio - 1 - ratio.log())
         distances.append(kl.nan_to_num(nan=100).clamp(max=100).mean().item())
-    return distances, torch.cat(probabilities)
+    logits, features = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    return distances, logits, features

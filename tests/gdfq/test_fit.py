@@ -1,11 +1,14 @@
 """How far images are from what a network remembers, against torch.distributions in float64."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from small_models import Residual
 from torch import nn
 
-from gdfq.fit import fit
+from gdfq.fit import effective_number, effective_rank, fit
 from gdfq.graph import Pixels, build_teacher, capture
 
 
@@ -96,3 +99,30 @@ def test_figures_on_images_that_fit_are_trusted_and_noise_is_not():
     teacher, pixels = build_teacher(capture(model)), Pixels.around((0.0,) * 3, (images.std().item(),) * 3, "set")
     assert not fit(teacher, images.split(200), pixels).problems
     assert fit(teacher, [pixels.scaled(torch.randn(200, 3, 8, 8))], pixels).problems
+
+
+def test_variety_is_how_many_classes_and_dimensions_there_are(model):
+    teacher = build_teacher(capture(model))
+    images = 2 + 3 * torch.randn(40, 3, 8, 8)
+    found = fit(teacher, images.split(16), Pixels.standardized(3))
+    labels = model(images).argmax(1).tolist()
+    shares = [labels.count(label) / len(labels) for label in set(labels)]
+    assert found.classes == pytest.approx(math.prod(share**-share for share in shares))
+    pooled = []
+    handle = model.fc.register_forward_pre_hook(lambda module, args: pooled.append(args[0]))
+    model(images)
+    handle.remove()
+    features = pooled[0].detach().double().numpy()
+    eigenvalues = np.linalg.eigvalsh(np.cov(features.T)).clip(1e-18)
+    shares = eigenvalues / eigenvalues.sum()
+    assert found.rank == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
+    assert f"sees {found.classes:.1f} classes, in features of rank {found.rank:.1f}" in str(found)
+
+
+def test_effective_numbers_of_what_is_known():
+    assert effective_number(torch.tensor([5, 5, 0, 5, 5])) == pytest.approx(4)
+    assert effective_number(torch.tensor([0, 7])) == pytest.approx(1)
+    assert effective_rank(torch.eye(6)) == pytest.approx(5)
+    assert effective_rank(torch.randn(50, 1) @ torch.randn(1, 9)) == pytest.approx(1, abs=1e-4)
+    assert effective_rank(torch.full((8, 3), torch.nan)) == 1
+    assert effective_rank(torch.ones(8, 3)) == 1

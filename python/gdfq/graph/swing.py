@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from gdfq.graph.added import free_name
-from gdfq.graph.nodes import CONVOLUTIONS
+from gdfq.graph.nodes import CONVOLUTIONS, op_of
 from gdfq.graph.teacher import Reader
 
 
@@ -56,8 +56,10 @@ def swinging(reader: Reader, random: torch.Generator) -> Reader:
             continue
         name = free_name(module, f"swing_{node.name}")
         module.add_module(name, Swing((rows, columns), random))
-        with graph.inserting_before(node):
-            node.update_arg(0, graph.call_module(name, (node.args[0],)))
+        padding = node.args[0]  # of its own, where the layer's is not the same on all sides
+        reads = padding if op_of(padding) in ("constant_pad_nd", "pad") and len(padding.users) == 1 else node
+        with graph.inserting_before(reads):
+            reads.update_arg(0, graph.call_module(name, (reads.args[0],)))
     module.recompile()
     return Reader(module, reader.names)
 

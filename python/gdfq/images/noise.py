@@ -49,6 +49,16 @@ def gaussian_images(
         yield torch.randn(min(batch_size, count - start), *shape, generator=random, device=device)
 
 
+def pink_images(shape: tuple[int, int, int], count: int, seed: int, device: torch.device) -> Tensor:
+    """`count` images `(count, *shape)` of noise with the spectrum of natural images (Field, 1987): amplitudes as 1 / r,
+    r the frequency, and r = 1 for an image's mean; of variance 1 on average."""
+    noise = torch.randn(count, *shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+    rows, columns = (torch.fft.fftfreq(size, 1 / size, device=device) for size in shape[1:])
+    gain = (rows[:, None] ** 2 + columns**2).clamp_min(1).rsqrt()
+    gain /= gain.square().mean().sqrt()
+    return torch.fft.irfft2(torch.fft.rfft2(noise) * gain[:, : shape[2] // 2 + 1], s=shape[1:])
+
+
 def gaussian(
     teacher: Teacher, captured: CapturedModel, config: Config, device: torch.device, progress: bool = False
 ) -> GaussianImages:

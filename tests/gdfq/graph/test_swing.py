@@ -86,3 +86,24 @@ def test_other_image_sizes_and_networks_without_strides():
     x = torch.randn(2, 3, 8, 8)
     teacher = build_teacher(capture(network))
     assert torch.equal(swinging(teacher.reader(()), torch.Generator())(x)[0], teacher(x))
+
+
+def test_what_a_layer_is_padded_with_is_not_swung():
+    class Padded(nn.Module):
+        in_size = (8, 8)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, stride=2, bias=False)
+            self.bn = nn.BatchNorm2d(8)
+            self.fc = nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.fc(self.bn(self.conv(nn.functional.pad(x, (0, 1, 0, 1)))).mean((2, 3)))
+
+    swung = swinging(build_teacher(capture(Padded().eval())).reader(()), torch.Generator())
+    (swing,) = (module for module in swung.module.modules() if isinstance(module, Swing))
+    shapes = []
+    swing.register_forward_hook(lambda module, args, y: shapes.append(tuple(args[0].shape)))
+    swung(torch.randn(2, 3, 8, 8))
+    assert shapes == [(2, 3, 8, 8)]
