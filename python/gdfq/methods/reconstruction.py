@@ -48,9 +48,9 @@ class ReconstructionConfig(Section):
     batch_size: int = Field(32, ge=1)
     begin: Literal["squant", "nearest"] = Field("squant", description="the rounding that is learned begins there")
     rounding_learning_rate: float = Field(1e-2, gt=0, description="of Adam")
-    step_learning_rate: float = Field(4e-3, gt=0, description="of Adam, as a share of each activation's first step")
+    step_learning_rate: float = Field(1.2e-2, gt=0, description="of Adam, as a share of each activation's first step")
     ranges: Literal["minmax", "mse"] = Field(
-        "minmax", description="of activations, to begin with: all values, or those with the least squared error"
+        "mse", description="of activations, to begin with: all values, or those with the least squared error"
     )
     keep: float = Field(
         0.5, ge=0, le=1, description="the chance with which an activation stays as it is in training (QDrop)"

@@ -20,6 +20,7 @@ from gdfq.calibrate import calibrate
 from gdfq.config import QuantizerConfig
 from gdfq.errors import GdfqError
 from gdfq.graph import build_quantized, build_teacher, capture
+from gdfq.graph.blocks import find_blocks
 
 MANY = int(os.environ.get("GDFQ_NETWORKS", "0"))
 OTHER_SIZES = ((8, 8), (12, 9), (17, 13), (32, 24), (5, 7))
@@ -97,6 +98,14 @@ def check(folder: Path, spec: Spec) -> None:
     event(f"noise {noise:.0e}")
     assert noise < NOISE, noise
     assert max(distinct_inputs(student, x)) <= 256, "a layer reads what was not quantized"
+
+    q = p = x
+    blocks = find_blocks(student)
+    for block in blocks:
+        q, p = block.quantized()(q), block.exact()(p)
+    event(f"blocks: {len(blocks)}")
+    assert close(q, found)
+    assert close(p, teacher(x))
 
     path = folder / "model.safetensors"
     gdfq.save_quantized(path, student, EIGHT_BITS, captured.image_shape)
