@@ -24,7 +24,7 @@ MARK = "gdfq stage: "
 PARTS = ("generator", "teacher", "student", "quantizers", "statistics", "losses", "optimizers", "other")
 # The fused operations of gdfq_ext hold the BatchNorm and activation before a quantizer, and the teacher's, too.
 OWN_PART = {
-    "quantizers": re.compile(r"gdfq_ext[:_]+(batch_norm_act_)?fake_quantize|gdfq_ext[:_]+observe_range"),
+    "quantizers": re.compile(r"gdfq_ext[:_]+((batch_norm_act_)?fake_quantize|observe_range|round_learned)"),
     "statistics": re.compile(r"gdfq_ext[:_]+(batch_norm_act_moments|bns_loss)"),
     "optimizers": re.compile(r"Optimizer\."),
 }

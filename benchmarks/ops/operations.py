@@ -9,6 +9,7 @@
 Scales, zero points and ranges are prepared outside what is measured. All compute in float32 and return the type of x.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -262,6 +263,51 @@ def count_changed_codes(problem: Problem) -> Case:
     return Case(with_compile(released, ours=ours), [], size, 2 * size)
 
 
+def fake_quantize_learned(problem: Problem) -> Case:
+    """As QDrop trains activations: one half is quantized, by a step that takes a gradient."""
+    x = problem.x()
+    step = torch.full((1,), 0.25, device=problem.device, requires_grad=True)
+    zero_point, top = torch.full((1,), 7.0, device=problem.device), 2**BITS - 1
+    choice = torch.randint_like(x, 256, dtype=torch.uint8)
+
+    def released():
+        steps = x / step
+        code = (steps.round() - steps).detach() + steps + zero_point
+        quantized = (torch.clamp(code, 0, top) - zero_point) * step
+        return torch.where(choice < 128, x, quantized.to(x.dtype))
+
+    def eager():
+        quantized = torch._fake_quantize_learnable_per_tensor_affine(x.float(), step, zero_point, 0, top, 1.0)
+        return torch.where(choice < 128, x, quantized.to(x.dtype))
+
+    def ours():
+        return gdfq_ext.fake_quantize_learned(x, step, zero_point, BITS, choice=choice, step_gradient_scale=1.0)
+
+    providers, levels = with_compile(released, eager=eager, ours=ours), step.item()
+    return Case(providers, [x, step], x.nbytes, 2 * x.nbytes + x.numel(), 3 * x.nbytes + x.numel(), levels)
+
+
+def round_learned(problem: Problem) -> Case:
+    """AdaRound's weight of the largest layer of a ResNet-18, and its penalty."""
+    torch.manual_seed(0)
+    outputs, inputs, kernel = max(RESNET18_WEIGHTS, key=math.prod)
+    base, v = (torch.randn(outputs, inputs, kernel, kernel, device=problem.device) for _ in range(2))
+    base, step = (4 * base).floor(), problem.channel(outputs).requires_grad_()
+    zero_point, sharpness = torch.full((outputs,), 8.0, device=problem.device), torch.tensor(7.0, device=problem.device)
+
+    def released():
+        per_channel = [parameter.view(-1, 1, 1, 1) for parameter in (step, zero_point)]
+        h = torch.clamp(torch.sigmoid(v) * 1.2 - 0.1, 0, 1)
+        code = torch.clamp(base + h + per_channel[1], 0, 2**BITS - 1)
+        return (code - per_channel[1]) * per_channel[0], (1 - (2 * h - 1).abs().pow(sharpness)).sum()
+
+    def ours():
+        return gdfq_ext.round_learned(base, v, step, zero_point, sharpness, BITS)
+
+    leaves = [v.requires_grad_(), step]
+    return Case(with_compile(released, ours=ours), leaves, v.nbytes, 3 * v.nbytes, 4 * v.nbytes)
+
+
 def observe_range(problem: Problem) -> Case:
     """The averages start where they end: at the range of x."""
     x = problem.x().detach()
@@ -409,6 +455,8 @@ OPERATIONS = {
     "count_changed_codes": Operation(
         count_changed_codes, fixed="resnet18 20 layers", layouts=False, low_precision=False, gradient=False
     ),
+    "fake_quantize_learned": Operation(fake_quantize_learned),
+    "round_learned": Operation(round_learned, fixed="resnet18's largest layer", layouts=False, low_precision=False),
     "fake_quantize_clipped": Operation(fake_quantize_clipped),
     "fake_quantize_per_channel": Operation(fake_quantize_per_channel),
     "fake_quantize_affine": Operation(fake_quantize_affine),

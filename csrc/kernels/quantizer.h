@@ -228,7 +228,7 @@ GDFQ_HD float dequantize(float level, const FastEq6Quantizer& quantizer) {
 }
 
 struct FastStepQuantizer : StepQuantizer {
-  float unit;  // a power of two, by which x and the step are multiplied: neither overflows
+  float unit;  // a power of two, by which x and the step are multiplied: reciprocal and remainder stay normal
   float divisor;
   float reciprocal;
   float least;  // of x in units: one level beyond the last
@@ -236,7 +236,7 @@ struct FastStepQuantizer : StepQuantizer {
 };
 
 GDFQ_HD FastStepQuantizer make_fast(const StepQuantizer& quantizer) {
-  const float unit = quantizer.step > 0x1p64f ? 0x1p-64f : 1.0f;
+  const float unit = quantizer.step > 0x1p64f ? 0x1p-64f : quantizer.step < 0x1p-64f ? 0x1p64f : 1.0f;
   const float divisor = fp32::multiply(quantizer.step, unit);
   return {quantizer,
           unit,
@@ -246,15 +246,19 @@ GDFQ_HD FastStepQuantizer make_fast(const StepQuantizer& quantizer) {
           fp32::multiply(quantizer.high + 1.0f, divisor)};
 }
 
-// The same level, but for those beyond [low, high], which all become the nearest such one. The quotient may be the
-// neighbor of the correctly rounded one, but never across a half. That has been tried for all 2^23 steps, up to powers
-// of two, at every half of a level and the numbers beside it; test_quantizer.cpp tries one of 997.
-GDFQ_HD float round_to_level(float x, const FastStepQuantizer& quantizer) {
+// The same level after rounding, but for those beyond [low, high], which all become the nearest such one. The quotient
+// may be the neighbor of the correctly rounded one, but never across a half. That has been tried for all 2^23 steps, up
+// to powers of two, at every half of a level and the numbers beside it; test_quantizer.cpp tries one of 997.
+GDFQ_HD float in_steps(float x, const FastStepQuantizer& quantizer) {
   const float scaled = fp32::multiply(x, quantizer.unit);
   const float value = fp32::at_most(fp32::at_least(scaled, quantizer.least), quantizer.greatest);
   const float quotient = fp32::multiply(value, quantizer.reciprocal);
   const float remainder = fp32::multiply_add(-quotient, quantizer.divisor, value);
-  return fp32::round_half_even(fp32::multiply_add(remainder, quantizer.reciprocal, quotient));
+  return fp32::multiply_add(remainder, quantizer.reciprocal, quotient);
+}
+
+GDFQ_HD float round_to_level(float x, const FastStepQuantizer& quantizer) {
+  return fp32::round_half_even(in_steps(x, quantizer));
 }
 
 // The same for levels alone, which take no division in Eq. 6.

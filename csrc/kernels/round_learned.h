@@ -42,6 +42,7 @@ GDFQ_HD SoftGradient soft_gradient(float grad_y, float of_penalty, float base, c
   const float level = base + rounding.up;
   const float of_level = is_inside(level, quantizer) ? grad_y * quantizer.step : 0.0f;
   const float side = centered(rounding);
+  // Halfway there is no slope, and power, of 0, may be NaN.
   const float signed_power = side > 0.0f ? power : side < 0.0f ? -power : 0.0f;
   return {(of_level - of_penalty * signed_power) * rounding.slope, grad_y * clamp_level(level, quantizer)};
 }

@@ -148,7 +148,7 @@ void check_same_level(float x, const StepQuantizer& quantizer) {
 void test_levels_beside_halves() {
   for (std::uint32_t mantissa = 0; mantissa < 1u << 23; mantissa += 997) {
     const float step =
-        std::ldexp(1.0f + static_cast<float>(mantissa) * 0x1p-23f, static_cast<int>(mantissa % 160) - 34);
+        std::ldexp(1.0f + static_cast<float>(mantissa) * 0x1p-23f, static_cast<int>(mantissa % 270) - 144);
     const StepQuantizer quantizer{step, -128.0f, 127.0f};
     for (float half = -129.5f; half < 130.0f; half += 1.0f) {
       const float x = half * step;

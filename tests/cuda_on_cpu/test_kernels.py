@@ -77,6 +77,10 @@ def larger_calls(shape, dtype, layout, setting):
     yield "fake_quantize_weights", ([x, special], [4, 8], [scheme, (scheme + 1) % 3])
     yield "observe_range", (x, torch.tensor([-0.1, 0.2, 0.3]), 0.9)
     yield "observe_range", (special, torch.tensor([-0.1, 0.2, 0.3]), 0.9)
+    choice = torch.randint_like(x, 256).byte() if setting % 4 else None
+    learned = torch.tensor([0.13]), torch.tensor([3.0]), choice, 0, 15, 77 if setting % 4 else 0, 0.2
+    yield "fake_quantize_learned", (special, *learned)
+    yield "fake_quantize_learned_backward", (small, x, *learned)
     yield "batch_norm_act_fake_quantize", (special, *bn, *quantizer)
     yield "batch_norm_act_fake_quantize_backward", (small, x, *bn, *quantizer)
     yield "batch_norm_act_moments", (x, *bn, 1e-5, setting % 3)
@@ -177,6 +181,101 @@ def test_steps_of_weights_without_elements():
     weights = [torch.zeros(4, 0), torch.zeros(0, 3)]
     sizes = torch.tensor(1.0), torch.tensor([1.0, 2.0])
     compare(OPS, "count_changed_codes", (weights, weights, [4, 4], [0, 1], *sizes))
+
+
+# More blocks than a block has threads, and where vectors are single elements, more than a grid has.
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+def test_learned_steps_of_every_block(offset):
+    i = Inputs(torch.float32, torch.contiguous_format)
+    x, grad = i.x(1_100_003), i.x(1_100_003) / 1000
+    learned = torch.tensor([0.2]), torch.tensor([3.0]), torch.randint_like(x, 256).byte(), 0, 15, 128, 0.2
+    compare(Placed(OPS, offset=offset), "fake_quantize_learned", (x, *learned))
+    compare(Placed(OPS, offset=offset), "fake_quantize_learned_backward", (grad, x, *learned))
+
+
+@pytest.mark.parametrize("position", [0, 1, 4], ids=["grad_y", "x", "choice"])
+def test_one_tensor_of_learned_steps_is_misaligned(position):
+    i = Inputs(torch.float32, torch.contiguous_format)
+    x, grad = i.x(300), i.x(300)
+    learned = torch.tensor([0.2]), torch.tensor([3.0]), torch.randint_like(x, 256).byte(), 0, 15, 128, 0.2
+    offset = tuple(int(k == position) for k in range(9))
+    compare(Placed(OPS, offset=offset), "fake_quantize_learned_backward", (grad, x, *learned))
+    compare(Placed(OPS, offset=offset[1:]), "fake_quantize_learned", (x, *learned))
+
+
+# Of steps this small, or large, float32 does not hold the reciprocals.
+@pytest.mark.parametrize("step", [1e-45, 1e-40, 1e-30, 5e-20, 1.7e-3, 2.0, 1e19, 1e30, 3e38, 0.0, -1.0, torch.nan])
+def test_learned_steps_of_any_size(step):
+    step = torch.tensor([step])
+    most = torch.tensor(torch.finfo(torch.float32).max)
+    halves = (torch.arange(-20, 20) + 0.5) * step
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, most, -most, 0.0, -0.0, 1e-45, -1e-45])
+    x = torch.cat([halves, halves.nextafter(most), halves.nextafter(-most), special])
+    for choice, threshold in [(None, 0), (torch.arange(len(x)).byte(), 30)]:
+        learned = step, torch.tensor([6.0]), choice, 0, 15, threshold, 0.2
+        compare(OPS, "fake_quantize_learned", (x, *learned))
+        compare(OPS, "fake_quantize_learned_backward", (torch.ones_like(x), x, *learned))
+        finite = x[~x.isnan()]
+        learned = step, torch.tensor([6.0]), None, 0, 15, 0, 0.2
+        compare(OPS, "fake_quantize_learned_backward", (torch.ones_like(finite), finite, *learned))
+
+
+@pytest.mark.parametrize("offset", [0, 1, (0, 1), (1, 0)], ids=str)
+@pytest.mark.parametrize("sharpness", [1.0, 2.0, 20.0])
+@pytest.mark.parametrize("length", [5, 36, 1023, 1024, 1025, 1032])
+def test_soft_weights_of_short_and_long_channels(length, sharpness, offset):
+    i = Inputs(torch.float32, torch.contiguous_format)
+    base, v, grad = (i.x(19, length) * 4).floor(), i.x(19, length) * 3, i.x(19, length) / length**0.5
+    v[2, 3], v[4, 1], v[6, 0] = 200.0, -200.0, 0.0
+    step, zero_point = i.channel(19), (i.channel(19) * 9).round()
+    for bounds in [(0, 15), (-1, 1)]:
+        arguments = base, v, step, zero_point, torch.tensor([sharpness]), *bounds
+        compare(Placed(OPS, offset=offset), "round_learned", arguments)
+        compare(Placed(OPS, offset=offset), "round_learned_backward", (grad, torch.tensor(-0.3), *arguments))
+
+
+def test_penalties_of_more_channels_than_a_block_has_threads():
+    i = Inputs(torch.float32, torch.contiguous_format)
+    base, v, step = i.x(600, 3).floor(), i.x(600, 3), i.channel(600)
+    compare(OPS, "round_learned", (base, v, step, torch.zeros(600), torch.tensor([2.0]), -7, 7))
+
+
+@pytest.mark.parametrize("position", [0, 2, 3], ids=["grad_y", "base", "v"])
+def test_one_tensor_of_soft_weights_is_misaligned(position):
+    i = Inputs(torch.float32, torch.contiguous_format)
+    arguments = i.x(7, 36).floor(), i.x(7, 36), i.channel(7), i.channel(7).round(), torch.tensor([2.0]), -7, 7
+    offset = tuple(int(k == position) for k in range(9))
+    compare(Placed(OPS, offset=offset), "round_learned_backward", (i.x(7, 36), torch.tensor(0.5), *arguments))
+    compare(Placed(OPS, offset=offset[2:]), "round_learned", arguments)
+
+
+def test_soft_weights_that_are_not_finite_or_have_no_step():
+    v = torch.tensor([[torch.nan, torch.inf, -torch.inf, 0.0]] * 4)
+    steps = torch.tensor([1.0, 0.0, -1.0, torch.nan])
+    arguments = torch.ones(4, 4), v, steps, torch.zeros(4), torch.tensor([1.0]), 0, 15
+    compare(OPS, "round_learned", arguments)
+    compare(OPS, "round_learned_backward", (torch.ones(4, 4), torch.tensor(1.0), *arguments))
+
+
+def test_learned_quantizers_of_nothing():
+    one, none = torch.ones(1), torch.empty(0)
+    compare(OPS, "fake_quantize_learned", (none, one, one, None, 0, 15, 0, 1.0))
+    compare(OPS, "fake_quantize_learned_backward", (none, none, one, one, None, 0, 15, 0, 1.0))
+    for shape in [(0, 3), (4, 0)]:
+        weight, steps = torch.empty(shape), torch.ones(shape[0])
+        arguments = weight, weight, steps, steps, one, 0, 15
+        compare(OPS, "round_learned", arguments)
+        compare(OPS, "round_learned_backward", (weight, torch.tensor(1.0), *arguments))
+
+
+def test_blocks_of_learned_steps_are_joined_in_double():
+    """Their sums are numbers that float32 holds, but not one with another: 2^24 - 1, its opposite, and 4."""
+    grad = torch.zeros(2, 17, 1024)  # the vectors of a block lie in two places
+    grad[:, 0], grad[1, 0, -1] = 8192.0, 8191.0
+    grad[:, 8], grad[0, 16, 0] = -grad[:, 0], 4.0
+    beyond, one = torch.full((17 * 2048,), 10.0), torch.ones(1)
+    _, grad_step = OPS.fake_quantize_learned_backward(grad.view(-1), beyond, one, 0 * one, None, 0, 1, 0, 1.0)
+    assert grad_step.tolist() == [4.0]
 
 
 def test_shares_are_joined_in_double():
@@ -361,7 +460,12 @@ def activations(*shape, layout=torch.contiguous_format, dtype=torch.float32):
     return torch.ones(shape, dtype=dtype).contiguous(memory_format=layout)
 
 
+def soft(*shape):
+    return activations(*shape), activations(*shape), *[torch.ones(shape[0])] * 2, torch.ones(1), 0, 15
+
+
 ONES = [torch.ones(1)] * 2
+LEARNED = (*ONES, None, 0, 15, 0, 1.0)
 # The arguments of an op, and what is launched for it: kernels, blocks, threads.
 LAUNCHES = {
     # Four vectors of 16 bytes a thread, 256 threads a block.
@@ -379,6 +483,21 @@ LAUNCHES = {
     "steps": ("count_changed_codes", steps((17, 1024), (17, 1025), (0, 3)), (2, 3 + 17 + 3, 23 * 256)),
     "64 steps": ("count_changed_codes", steps(*[(8, 2)] * 64), (2, 128, 128 * 256)),
     "65 steps": ("count_changed_codes", steps(*[(8, 2)] * 65), (4, 130, 130 * 256)),
+    # Two vectors of 16 bytes of each tensor a thread, at most 2,048 blocks, and one that adds.
+    "learned": ("fake_quantize_learned", (activations(2 * 2048), *LEARNED), (1, 2, 2 * 256)),
+    "learned halves": ("fake_quantize_learned", (activations(4097, dtype=torch.float16), *LEARNED), (1, 2, 2 * 256)),
+    "learned gradient": (
+        "fake_quantize_learned_backward",
+        (activations(2 * 2048 + 1), activations(2 * 2048 + 1), *LEARNED),
+        (2, 3 + 1, 4 * 256),
+    ),
+    "short soft weights": ("round_learned", soft(17, 1024), (2, 3 + 1, 4 * 256)),
+    "long soft weights": ("round_learned", soft(17, 1025), (2, 17 + 1, 18 * 256)),
+    "gradient of soft weights": (
+        "round_learned_backward",
+        (activations(17, 1025), torch.tensor(1.0), *soft(17, 1025)),
+        (1, 17, 17 * 256),
+    ),
     # A block for each layer, 64 in a launch, and a warp that adds.
     "64 layers": ("bns_loss", (*layers(*[3] * 64), True), (2, 65, 64 * 256 + 32)),
     "65 layers": ("bns_loss", (*layers(*[3] * 65), True), (3, 66, 65 * 256 + 32)),
@@ -475,6 +594,9 @@ def test_results_repeat_bit_for_bit():
             (
                 *OPS.batch_norm_act_moments(x, *parameters, 1e-5, 1),
                 *OPS.batch_norm_act_fake_quantize_backward(grad, x, *parameters, i.lower, i.upper, 4, 0, 1e-5, 1, True),
+                *OPS.fake_quantize_learned_backward(grad, x, *LEARNED),
+                *OPS.round_learned(x, grad, *soft(8, 1)[2:]),
+                *OPS.round_learned_backward(x, torch.tensor(1.0), x, grad, *soft(8, 1)[2:]),
             )
         )
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))

@@ -55,6 +55,34 @@ def test_fake_quantize(dtype, offset, numel, shape):
         assert torch.equal(grad_x[-32:], reference.fake_quantize_clipped_backward(part, expected_mask))
 
 
+# Of fewer elements than 31 bits count, of more, and of more than 32 bits: more than all blocks take in a round.
+@pytest.mark.parametrize("numel", [BEYOND - 3, BEYOND * 3 // 2 + 3, 2 * BEYOND + 1_003], ids=["31", "32", "33"])
+@OFFSETS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fake_quantize_learned(dtype, offset, numel):
+    x, choice = zeros(numel, dtype=dtype, offset=offset), zeros(numel, dtype=torch.uint8, offset=offset)
+    width = 1 if offset else 16 // x.element_size()
+    round_of_all_blocks = 2048 * 256 * width
+    begin = numel // round_of_all_blocks * round_of_all_blocks - 64  # the last block's last, of the last whole round
+    ends = [slice(begin, begin + 64), slice(numel - 2, numel)]
+    for seed, end in enumerate(ends):
+        x[end] = random_like(x[end], seed)
+        choice[end] = torch.arange(len(choice[end])).byte() * 3
+    learned = torch.tensor([0.2]), torch.tensor([0.0])
+    emulation.take_launched()
+    y = OPS.fake_quantize_learned(x, *learned, choice, 0, 15, 90, 0.5)
+    assert emulation.take_launched() == (1, 2048, 2048 * 256)
+    grad_x, grad_step = OPS.fake_quantize_learned_backward(x, x, *learned, choice, 0, 15, 90, 0.5)
+    of_ends = []
+    for end in ends:
+        settings = *learned, choice[end], 0, 15, 90, 0.5
+        assert torch.equal(y[end], reference.fake_quantize_learned(x[end], *settings))
+        expected, of_end = reference.fake_quantize_learned_backward(x[end], x[end], *settings)
+        assert torch.equal(grad_x[end], expected)
+        of_ends.append(of_end)
+    torch.testing.assert_close(grad_step, sum(of_ends), rtol=1e-5, atol=1e-6)
+
+
 @OFFSETS
 def test_observe_range(offset):
     x = zeros(BEYOND + 2**22 + 3, offset=offset)
@@ -81,6 +109,19 @@ def test_count_changed_codes():
     counts = OPS.count_changed_codes([weight], [direction], [4], [0], *sizes)
     assert torch.equal(counts, reference.count_changed_codes(parts[:1], parts[1:], [4], [0], *sizes))
     assert counts.gt(0).all()
+
+
+def test_round_learned():
+    base, v, grad_y = (zeros(BEYOND // 1024 + 16, 1024, dtype=torch.float32) for _ in range(3))
+    parts = [tensor[-8:].copy_(random_like(tensor[-8:], seed)) for seed, tensor in enumerate((base, v, grad_y))]
+    step, zero_point, sharpness = torch.rand(len(base)) + 0.1, torch.ones(len(base)), torch.tensor([2.0])
+    y, _ = OPS.round_learned(base, v, step, zero_point, sharpness, 0, 15)
+    expected, _ = reference.round_learned(*parts[:2], step[-8:], zero_point[-8:], sharpness, 0, 15)
+    torch.testing.assert_close(y[-8:], expected)
+    one = torch.tensor(1.0)
+    gradients = OPS.round_learned_backward(grad_y, one, base, v, step, zero_point, sharpness, 0, 15)
+    expected = reference.round_learned_backward(parts[2], one, *parts[:2], step[-8:], zero_point[-8:], sharpness, 0, 15)
+    torch.testing.assert_close([gradient[-8:] for gradient in gradients], list(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_distillation_loss():

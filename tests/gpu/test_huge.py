@@ -50,6 +50,21 @@ def test_fake_quantize_of_more_elements_than_32_bits_count(huge, layout):
     assert_repeats(grad_x, reference.fake_quantize_clipped_backward(piece, small_mask))
 
 
+def test_learned_steps_of_more_elements_than_32_bits_count(huge):
+    x, piece = huge(torch.contiguous_format)
+    of_piece = torch.randint_like(piece, 256, dtype=torch.uint8)
+    choice = of_piece.expand(HUGE, -1, -1, -1).contiguous()
+    learned = torch.full((1,), 0.2, device=DEVICE), torch.full((1,), 3.0, device=DEVICE)
+    settings = 0, 15, 90, 1.0
+    y = OPS.fake_quantize_learned(x, *learned, choice, *settings)
+    assert_repeats(y, reference.fake_quantize_learned(piece, *learned, of_piece, *settings))
+    del y
+    grad_x, grad_step = OPS.fake_quantize_learned_backward(x, x, *learned, choice, *settings)
+    expected, of_step = reference.fake_quantize_learned_backward(piece, piece, *learned, of_piece, *settings)
+    assert_repeats(grad_x, expected)
+    torch.testing.assert_close(grad_step, of_step * HUGE, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_moments_of_more_elements_than_32_bits_count(huge, layout):
     x, piece = huge(layout)
