@@ -42,6 +42,32 @@ class Bank(ImageSource):
         self.parts = parts
         self.settings = settings or {}
 
+    @classmethod
+    def in_parts(
+        cls,
+        teacher: Teacher,
+        shape: tuple[int, int, int],
+        config: Config,
+        device: torch.device,
+        make: Callable[[int, int], Tensor],
+        images: int,
+        most: int,
+        settings: dict[str, Any],
+    ) -> "Bank":
+        """A bank of `images` in parts of about the same size.
+
+        Args:
+            make: `make(count, part)`.
+            most: that a part has.
+            settings: see the class.
+        """
+        parts = -(-images // most)
+
+        def of_its_size(part: int) -> Tensor:
+            return make(images // parts + (part < images % parts), part)
+
+        return cls(teacher, shape, config, device, of_its_size, parts, settings)
+
     @cached_property
     def bank(self) -> Tensor:
         return torch.cat([self._part(number) for number in range(self.parts)])

@@ -58,15 +58,13 @@ def inverted(
 ) -> Bank:
     """A bank in parts of at most `inversion.batch_size` images, each with a seed of its own."""
     own = config.inversion
-    parts = -(-own.images // own.batch_size)
 
-    def make(part: int) -> Tensor:
-        count = own.images // parts + (part < own.images % parts)
+    def make(count: int, part: int) -> Tensor:
         with explained("inverting images", {"inversion.batch_size": own.batch_size}):
             return invert(teacher, captured, own, count, seed_of_part(config, part), device, progress)
 
     settings = {"inversion": own.model_dump(mode="json")}
-    return Bank(teacher, captured.image_shape, config, device, make, parts, settings)
+    return Bank.in_parts(teacher, captured.image_shape, config, device, make, own.images, own.batch_size, settings)
 
 
 def seed_of_part(config: Config, part: int) -> int:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import Residual
+from small_models import remembering
 from torch import nn
 
 from gdfq.config import Config
@@ -22,13 +22,8 @@ PIXELS = Pixels.around((0.3, -0.2, 0.1), (0.5, 0.6, 0.4), "set")
 def captured():
     """Of a network that remembers smooth images."""
     torch.manual_seed(0)
-    model = Residual().train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
-    with torch.no_grad():
-        model(PIXELS.scaled(1.6 * nn.functional.interpolate(torch.randn(500, 3, 3, 3), (8, 8), mode="bilinear")))
-    return replace(capture(model.eval()), pixels=PIXELS)
+    smooth = nn.functional.interpolate(torch.randn(500, 3, 3, 3), (8, 8), mode="bilinear")
+    return replace(capture(remembering(PIXELS.scaled(1.6 * smooth))), pixels=PIXELS)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from gdfq.registry import SOURCES
 SETTINGS = {
     "schedule.batch_size": 8, "schedule.range_batches": 3, "run.held_out_images": 10, "zeroq.iterations": 2,
     "zeroq.images": 12, "inversion.images": 12, "inversion.iterations": 2,
+    "distillation.images": 12, "distillation.iterations": 2,
 }  # fmt: skip
 
 
