@@ -33,6 +33,7 @@ from gdfq.registry import METHODS
 from gdfq.run import folder as run_folder
 from gdfq.run.files import write_text
 
+FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # its training images, as Debian's dataset-fashion-mnist has them
 SAME = ("network", "images", "method", "bits", "target", "seed", "settings", "effort")  # in two rows: the same measured
 
 
@@ -41,7 +42,7 @@ def images_of(what: Subject, cifar: Path | None, training: int | None) -> tuple[
     if training is None:
         return "test", what.images
     if cifar is None:
-        images = load_dataset("fashion-mnist", split="train")
+        images = load_dataset(FASHION_MNIST, split="train")
     else:
         images = load_dataset(cifar / "train.npz", mean=MEAN, std=STD)
     return f"{training} of training", Subset(images, range(training))

@@ -3,7 +3,7 @@
 import copy
 import operator
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from gdfq.graph import (
     stated_size,
     unwrapped,
 )
+from gdfq.images.bank import by_class
 from gdfq.images.generator import images_per_class
 from gdfq.images.networks import Generator
 from gdfq.images.real import check_labeled
@@ -51,7 +52,7 @@ class Result:
     Attributes:
         model: Q, `(N, C, H, W) -> (N, classes)`, an ordinary module in float that computes as the quantized one does.
         report: what was done and how good it is.
-        generator: G, for the method `gdfq` where its images have one (not ZeroQ's or noise); None for the baselines.
+        generator: G, for the method `gdfq` where its images have one (not ZeroQ's or noise); None for other methods.
         held_out_images: synthetic batches `(N, C, H, W)` that Q was not trained on; the data-free figures are theirs.
         choice_state: Q's state dict at the epoch of `report.choice`; None where there is no such choice.
     """
@@ -139,7 +140,7 @@ def quantize(
     if evaluate_on is not None:
         _add_top1(task, outcome, evaluate_on, report)
     if folder is not None:
-        _write_extras(folder, result, captured)
+        _write_extras(folder, result, task, outcome.bank)
     return result
 
 
@@ -204,26 +205,30 @@ def _write(folder: Path, result: Result, captured: CapturedModel) -> None:
     write_text(folder / run_folder.REPORT, result.report.to_json())
 
 
-def _write_extras(folder: Path, result: Result, captured: CapturedModel) -> None:
+def _write_extras(folder: Path, result: Result, task: Task, bank: Tensor | None) -> None:
     """The report with top-1, generator and picture: what of it fails costs no result, which is there."""
     if result.report.top1:
         write_text(folder / run_folder.REPORT, result.report.to_json())
-    generator = result.generator
-    if not isinstance(generator, Generator):
-        return
-
-    def save() -> None:
-        save_tensors(folder / run_folder.GENERATOR, generator.state_dict())
-
-    def draw() -> None:
-        rows = images_per_class(generator, min(captured.num_classes, 10), count=10)
-        save_picture(folder / run_folder.PICTURE, rows, [f"class {label}" for label in range(len(rows))])
-
-    for name, what, write in ((run_folder.GENERATOR, "written", save), (run_folder.PICTURE, "drawn", draw)):
+    generator, classes = result.generator, min(task.captured.num_classes, 10)
+    extras: list[tuple[str, str, Callable[[], None]]] = []
+    if isinstance(generator, Generator):
+        extras.append((run_folder.GENERATOR, "written", lambda: _save_generator(folder, generator)))
+        extras.append((run_folder.PICTURE, "drawn", lambda: _draw(folder, images_per_class(generator, classes, 10))))
+    elif bank is not None:
+        extras.append((run_folder.PICTURE, "drawn", lambda: _draw(folder, by_class(bank, task.teacher, classes, 10))))
+    for name, what, write in extras:
         try:
             write()
         except Exception as error:
             warnings.warn(f"{name} was not {what}: {error}", stacklevel=5)
+
+
+def _save_generator(folder: Path, generator: Generator) -> None:
+    save_tensors(folder / run_folder.GENERATOR, generator.state_dict())
+
+
+def _draw(folder: Path, rows: list[Tensor]) -> None:
+    save_picture(folder / run_folder.PICTURE, rows, [f"class {label}" for label in range(len(rows))])
 
 
 # --- checks ------------------------------------------------------------------------------------------------------

@@ -15,16 +15,19 @@ from rich.table import Table
 import gdfq
 import gdfq_ext
 from gdfq.data import LabeledImages
-from gdfq.demo import CLASSES, teacher, test_set
+from gdfq.demo import teacher, test_set
 from gdfq.deploy import Normalization
 from gdfq.deploy.export import Quantized, images_of
 from gdfq.deploy.runtime import Missing
-from gdfq.images.generator import images_per_class
 from gdfq.run import folder as run_folder
 from gdfq.run.files import write_text
-from gdfq.run.report import save_picture
 
-METHODS = {"gdfq": "GDFQ", "zeroq": "ZeroQ", "minmax": "min-max on Gaussian noise"}
+METHODS = {
+    "reconstruction": "block reconstruction",
+    "squant": "SQuant, the same images",
+    "minmax": "min-max on Gaussian noise",
+}
+BEST = "reconstruction"
 
 
 def main() -> None:
@@ -55,36 +58,45 @@ def run(out: Path, seeds: list[int], overrides: dict) -> list[dict]:
         rows += _one_seed(out, seed, overrides, lambda model: gdfq.evaluate(model, images).top1)
     _show(float_top1, rows)
     _export(out, seeds[0], images)
-    versions = json.loads((out / f"gdfq-seed{seeds[0]}" / run_folder.VERSIONS).read_text())
+    versions = json.loads((_folder(out, seeds[0]) / run_folder.VERSIONS).read_text())
     table = {"versions": versions, "float_top1": float_top1, "rows": rows}
     write_text(out / "table.json", json.dumps(table, indent=2) + "\n")
-    print(f"\nwritten to {out}: table.json, images.png (generated images by class), and per seed the run of GDFQ with")
-    print(f"its log, settings, report, the quantized model ({run_folder.MODEL}) and the file in integers (model.onnx)")
+    print(
+        f"\nwritten to {out}: table.json, and per seed the run of block reconstruction with its log, settings, report,"
+    )
+    print(
+        f"images ({run_folder.PICTURE}), the quantized model ({run_folder.MODEL}) and the file in integers (model.onnx)"
+    )
     return rows
 
 
 def _one_seed(out: Path, seed: int, overrides: dict, top1: Callable) -> list[dict]:
-    """All methods on one seed; the data-free figures of all are taken on the images of GDFQ's generator."""
-    rows, held_out = [], None
+    """All methods on one seed; the data-free figures of all are taken on images that none of them was given."""
+    rows, held_out, folder = [], None, _folder(out, seed)
+    if (folder / run_folder.REPORT).exists():
+        shutil.rmtree(folder)  # a finished demonstration is repeated, an interrupted one goes on
     for method in METHODS:
-        config = gdfq.Config.load("demo", {**overrides, "method": method, "run.seed": seed})
-        folder = out / f"gdfq-seed{seed}" if method == "gdfq" else None
-        if folder is not None and (folder / run_folder.REPORT).exists():
-            shutil.rmtree(folder)  # a finished demonstration is repeated, an interrupted one goes on
-        resume = folder is not None and folder.exists()
-        result = gdfq.quantize(teacher(), config, run_dir=folder, resume=resume, held_out_images=held_out)
-        if method == "gdfq":
-            held_out = result.held_out_images
-            save_picture(out / "images.png", images_per_class(result.generator, len(CLASSES), 10), list(CLASSES))
+        settings = {**overrides, "method": method, "run.seed": seed}
+        if method == "squant":
+            settings["images.file"] = str((folder / run_folder.IMAGES).absolute())
+        config = gdfq.Config.load("demo", settings)
+        run_dir = folder if method == BEST else None
+        resume = run_dir is not None and folder.exists()
+        result = gdfq.quantize(teacher(), config, run_dir=run_dir, resume=resume, held_out_images=held_out)
+        held_out = held_out or result.held_out_images
         report = result.report
         row = {"method": method, "seed": seed, "top1": top1(result.model), "agreement": report.data_free.top1}
         rows.append({**row, "kl": report.data_free.kl, "seconds": report.seconds})
     return rows
 
 
+def _folder(out: Path, seed: int) -> Path:
+    return out / f"{BEST}-seed{seed}"
+
+
 def _export(out: Path, seed: int, images: LabeledImages) -> None:
-    """The first result of GDFQ as a file in integers, verified on what its generator makes and on real images."""
-    folder = out / f"gdfq-seed{seed}"
+    """The first result of the best method as a file in integers, verified on images of its bank and on real ones."""
+    folder = _folder(out, seed)
     try:
         quantized = Quantized.of_run(folder, teacher())
         normalization = Normalization(images.preparation.mean, images.preparation.std)
@@ -110,7 +122,7 @@ def _show(float_top1: float, rows: list[dict]) -> None:
         table.add_row(name, *(_spread([row[key] for row in of_method], form) for key, form in formats.items()))
     Console().print(table)
     print("top-1: on the 10,000 real test images, which decided nothing")
-    print("agreement with float, KL to it: on synthetic images of GDFQ's generator that no method was given")
+    print("agreement with float, KL to it: on synthetic images that no method was given")
 
 
 def _spread(values: list[float], form: str) -> str:

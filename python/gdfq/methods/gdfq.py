@@ -15,11 +15,11 @@ def gdfq(task: Task) -> Outcome:
     return Outcome(
         source.held_out(),
         seconds,
-        source.generator if isinstance(source, GeneratorImages) else None,
-        "calibrated" if _calibration_is_better(task, trainer) else "trained",
-        trainer.choice,
-        trainer.choice_state,
-        trainer.runner.description,
+        generator=source.generator if isinstance(source, GeneratorImages) else None,
+        selected="calibrated" if _calibration_is_better(task, trainer) else "trained",
+        choice=trainer.choice,
+        choice_state=trainer.choice_state,
+        iterations=trainer.runner.description,
     )
 
 

@@ -56,6 +56,7 @@ class Outcome:
         same_source: whether they are of the source whose images the student was made with.
         seconds: that it took.
         generator: G, where one was trained.
+        bank: the images `(N, C, H, W)` that the student was made with, where they are few and stay the same.
         selected: `trained` or `calibrated`.
         choice: the epoch that the data-free criterion would choose, and its figures.
         choice_state: the student's state then.
@@ -65,6 +66,7 @@ class Outcome:
     held_out: Iterable[Tensor]
     seconds: float
     generator: nn.Module | None = None
+    bank: Tensor | None = None
     selected: str = "calibrated"
     choice: tuple[int, Agreement] | None = None
     choice_state: dict[str, Tensor] | None = None

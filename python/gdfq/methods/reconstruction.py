@@ -213,7 +213,8 @@ def reconstruct(task: Task) -> Outcome:
         calibrate(task.student, source.calibration(), observer)
     made = time.monotonic() - start
     run.run()
-    return Outcome(source.held_out(), made + run.seconds, selected="trained", iterations=run.iterations)
+    seconds = made + run.seconds
+    return Outcome(source.held_out(), seconds, bank=source.bank, selected="trained", iterations=run.iterations)
 
 
 def nearest(weight: Tensor, grid: Grid) -> Tensor:
