@@ -1,5 +1,6 @@
 """A bank of images that are made once, part by part, when they are first asked for."""
 
+import random
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -91,3 +92,8 @@ class Bank(ImageSource):
 
     def held_out(self) -> Iterator[Tensor]:
         yield self.held_out_part
+
+
+def seed_of_part(config: Config, part: int) -> int:
+    """Of what is drawn for a part: another one for every part and every `run.seed`."""
+    return random.Random(f"{config.run.seed} {part}").getrandbits(63)
