@@ -143,6 +143,12 @@ class ImagesConfig(Section):
         None,
         description="a bank that an earlier run has made, images.safetensors in its folder: taken, and none is made",
     )
+    bank: int = Field(
+        512,
+        ge=2,
+        description="images that methods which take a bank draw from a generator that was trained for "
+        "schedule.warmup_epochs, or of noise; banks that are optimized have a number of their own",
+    )
     transforms: dict[str, dict[str, Any]] = Field(
         {}, description="what images go through, by name and with its settings, as low_pass = {cutoff = 80.0}"
     )

@@ -9,10 +9,16 @@ from safetensors.torch import load_file, save_file
 from small_models import Residual, randomize_batch_norm
 
 import gdfq
+from gdfq.calibrate import calibrate
 from gdfq.config import Config
 from gdfq.errors import GdfqError
-from gdfq.graph import build_teacher, capture
+from gdfq.fit import fit, mean_distances
+from gdfq.graph import Pixels, build_teacher, capture
 from gdfq.images import inversion
+from gdfq.images.transforms import LowPass
+from gdfq.methods import Method, Outcome
+from gdfq.methods.training import bank_of
+from gdfq.registry import METHODS
 from gdfq.run import bank
 from gdfq.run import folder as run_folder
 from gdfq.run.bank import stored_bank
@@ -206,3 +212,49 @@ def test_from_the_command_line(gdfq, whole, tmp_path, monkeypatch):
     assert (report["config"]["images"]["file"], report["data_free"]["images"]) == (str(whole[0]), 3)
     code, _, err = gdfq("quantize", "--resume", tmp_path / "run")
     assert code == 0, err
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """`drawn(name, **settings)`: the bank that a method takes in the run folder of that name."""
+    banks = []
+
+    def run(task):
+        bank = bank_of(task)
+        banks.append(bank)
+        calibrate(task.student, bank.calibration())
+        return Outcome(bank.held_out(), 0.0)
+
+    before = dict(METHODS)
+    Method("toy", "takes a bank", run, source="generator")
+
+    def bank_of_run(name, **settings):
+        quantize(tmp_path / name, method="toy", images__bank=12, **settings)
+        return banks.pop()
+
+    yield bank_of_run
+    METHODS.clear()
+    METHODS.update(before)
+
+
+@pytest.mark.parametrize("source", ["generator", "qimera", "gaussian"])
+def test_a_bank_is_drawn_from_a_source_that_has_none(source, drawn, tmp_path):
+    settings = {"images__source": source, "images__transforms": {"low_pass": {"cutoff": 1.0}}}
+    bank = drawn("run", **settings)
+    (held_out,) = bank.held_out()
+    assert (len(bank.bank), len(held_out)) == (12, 12)
+    assert len(torch.cat([bank.bank, held_out]).flatten(1).unique(dim=0)) == 24
+    path = tmp_path / "run" / run_folder.IMAGES
+    torch.testing.assert_close(LowPass(1.0)(load_file(path)["images"]), bank.bank, rtol=1e-4, atol=1e-5)
+    again = drawn("again", images__file=str(path), **settings)
+    assert torch.equal(again.bank, bank.bank)
+    assert torch.equal(next(again.held_out()), held_out)
+
+
+def test_a_generators_bank_is_of_one_that_has_learned(drawn):
+    settings = {"schedule__warmup_epochs": 3, "schedule__iterations": 10}
+    distances = [
+        mean_distances(fit(bank.teacher, [bank.bank], Pixels.standardized(3)).layers)[0]
+        for bank in (drawn(str(rate), generator__learning_rate=rate, **settings) for rate in (1e-9, 1e-2))
+    ]
+    assert distances[1] < distances[0]

@@ -1,5 +1,6 @@
 """A bank of images that are made once, part by part, when they are first asked for."""
 
+import random
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -100,3 +101,8 @@ def by_class(images: Tensor, teacher: Teacher, num_classes: int, count: int) -> 
     labels = chances.argmax(1)
     order = chances.amax(1).argsort(descending=True)
     return [images[order[labels[order] == label][:count]] for label in range(num_classes)]
+
+
+def seed_of_part(config: Config, part: int) -> int:
+    """Of what is drawn for a part: another one for every part and every `run.seed`."""
+    return random.Random(f"{config.run.seed} {part}").getrandbits(63)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from gdfq.config import Config, Section
 from gdfq.graph import CapturedModel, Pixels, Teacher, swinging
-from gdfq.images.bank import Bank
-from gdfq.images.inversion import misfit, seed_of_part
+from gdfq.images.bank import Bank, seed_of_part
+from gdfq.images.inversion import misfit
 from gdfq.images.networks import UpsampledConvolution
 from gdfq.memory import explained
 from gdfq.nn import to_channels_last

@@ -6,7 +6,6 @@ first, where an iteration takes a sixteenth and a quarter of the time. P is seen
 """
 
 import math
-import random
 
 import torch
 from pydantic import Field
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 import gdfq_ext
 from gdfq.config import Config, Section
 from gdfq.graph import BatchNormStatistics, CapturedModel, Pixels, Teacher, swinging
-from gdfq.images.bank import Bank
+from gdfq.images.bank import Bank, seed_of_part
 from gdfq.images.noise import pink_images
 from gdfq.images.transforms import LowPass
 from gdfq.images.views import Views
@@ -65,10 +64,6 @@ def inverted(
 
     settings = {"inversion": own.model_dump(mode="json")}
     return Bank.in_parts(teacher, captured.image_shape, config, device, make, own.images, own.batch_size, settings)
-
-
-def seed_of_part(config: Config, part: int) -> int:
-    return random.Random(f"{config.run.seed} {part}").getrandbits(63)
 
 
 @torch.enable_grad()  # images may be made when a calibration asks for them, which itself needs no gradients

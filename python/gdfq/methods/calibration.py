@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 from gdfq.calibrate import calibrate
-from gdfq.config import Config
-from gdfq.images import ImageSource
 from gdfq.images.real import calibration_batches
 from gdfq.methods.method import Data, Method, Outcome, Task
-from gdfq.methods.training import images_of, source_of, train
+from gdfq.methods.training import images_of, learned, source_of
 
 
 def calibrating(
@@ -35,19 +33,6 @@ def calibrating(
         return Outcome(images.held_out(), time.monotonic() - start, same_source=not is_given)
 
     return run
-
-
-def learned(task: Task, source: ImageSource) -> ImageSource:
-    """A source that has learned what it learns before Q is trained."""
-    if source.learns:
-        train(task, source, warm_up_only(task.config))
-    return source
-
-
-def warm_up_only(config: Config) -> Config:
-    """The configuration of a run that ends where Q would first be stepped."""
-    schedule = config.schedule.model_copy(update={"epochs": config.schedule.warmup_epochs})
-    return config.model_copy(update={"schedule": schedule})
 
 
 def _calibrate(task: Task, batches: Iterable[Tensor]) -> None:

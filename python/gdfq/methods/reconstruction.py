@@ -21,10 +21,9 @@ from gdfq.config import Section
 from gdfq.errors import GdfqError
 from gdfq.graph.blocks import Block, find_blocks
 from gdfq.memory import explained, images_at_once
-from gdfq.methods.calibration import learned
 from gdfq.methods.method import Method, Outcome, Task
 from gdfq.methods.squant import rounding
-from gdfq.methods.training import identity, images_of
+from gdfq.methods.training import bank_of, identity
 from gdfq.nn import FakeQuantize, per_channel, to_channels_last
 from gdfq.observers import Histogram
 from gdfq.random_state import RandomState
@@ -88,7 +87,7 @@ class Reconstruction:
 
     def resume(self) -> bool:
         """Go on behind the last block that was finished; false where there is none yet."""
-        path = self.task.folder and self.task.folder / run_folder.CHECKPOINT
+        path = self.task.folder and self.task.folder / run_folder.BLOCKS
         if not path or not path.exists():
             return False
         state = load_checkpoint(path, self.identity)
@@ -174,7 +173,7 @@ class Reconstruction:
     def _save(self) -> None:
         if self.task.folder is not None:
             state = {"student": self.student.state_dict(), "blocks": self.done, "seconds": self.seconds}
-            save_checkpoint(self.task.folder / run_folder.CHECKPOINT, state, self.identity)
+            save_checkpoint(self.task.folder / run_folder.BLOCKS, state, self.identity)
 
     def _how_to_go_on(self) -> str:
         where = f"stopped in block {self.done + 1} of {len(self.blocks)}"
@@ -205,7 +204,7 @@ class Reconstruction:
 
 def reconstruct(task: Task) -> Outcome:
     start = time.monotonic()
-    source = learned(task, images_of(task))
+    source = bank_of(task)
     to_channels_last(task.student)
     run = Reconstruction(task, source.bank)
     if not (task.resume and run.resume()):

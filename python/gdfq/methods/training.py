@@ -2,11 +2,16 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from gdfq.config import Config
 from gdfq.graph import CapturedModel
 from gdfq.images import ImageSource
-from gdfq.images.bank import Bank
+from gdfq.images.bank import Bank, seed_of_part
+from gdfq.images.transforms import build_transform
+from gdfq.memory import images_at_once
 from gdfq.methods.method import Task, source_name
+from gdfq.random_state import RandomState
 from gdfq.registry import SOURCES
 from gdfq.run.bank import keep, stored_bank
 from gdfq.run.folder import deciding_settings
@@ -21,12 +26,48 @@ def images_of(task: Task) -> ImageSource:
     return source_of(task, source_name(task.config))
 
 
+def bank_of(task: Task) -> Bank:
+    """A fixed bank, as the settings choose it: from the file `images.file`, or of a source that makes one; of any other
+    source `images.bank` images, drawn when it has learned what it learns before Q is trained."""
+    source = images_of(task)
+    if isinstance(source, Bank):
+        return source
+    source = learned(task, source)
+    source.transform = build_transform({})  # the bank has it
+
+    def make(count: int, part: int) -> Tensor:
+        source.random = RandomState(seed_of_part(task.config, part), task.device)
+        return source.images(count)[0]
+
+    shape, settings = task.captured.image_shape, deciding_settings(task.config)
+    most = images_at_once(*shape[1:])
+    bank = Bank.in_parts(task.teacher, shape, task.config, task.device, make, task.config.images.bank, most, settings)
+    return _kept(task, bank, source_name(task.config))
+
+
 def source_of(task: Task, name: str) -> ImageSource:
     """The image source of that name, for the task's model. A bank is kept in the run's folder."""
     source = SOURCES[name](task.teacher, task.captured, task.config, task.device, task.progress)
-    if isinstance(source, Bank) and task.folder is not None:
-        keep(source, task.folder, task.captured, name)
+    return _kept(task, source, name) if isinstance(source, Bank) else source
+
+
+def _kept(task: Task, bank: Bank, source: str) -> Bank:
+    if task.folder is not None:
+        keep(bank, task.folder, task.captured, source)
+    return bank
+
+
+def learned(task: Task, source: ImageSource) -> ImageSource:
+    """A source that has learned what it learns before Q is trained."""
+    if source.learns:
+        train(task, source, warm_up_only(task.config))
     return source
+
+
+def warm_up_only(config: Config) -> Config:
+    """The configuration of a run that ends where Q would first be stepped."""
+    schedule = config.schedule.model_copy(update={"epochs": config.schedule.warmup_epochs})
+    return config.model_copy(update={"schedule": schedule})
 
 
 def train(task: Task, source: ImageSource, config: Config) -> tuple[Trainer, float]:

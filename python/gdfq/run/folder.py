@@ -20,6 +20,7 @@ CONFIG = "config.toml"
 SOURCE = "source.json"  # where model, weights and data came from; written by the command line
 VERSIONS = "versions.json"
 CHECKPOINT = "checkpoint.safetensors"
+BLOCKS = "blocks.safetensors"  # the checkpoint of a reconstruction
 LOG = "log.jsonl"
 EVENTS = "tensorboard"
 MODEL = "model.safetensors"
@@ -40,7 +41,7 @@ def open_run(
     Raises:
         GdfqError: it cannot be written, it holds a run that is not to be resumed, or one of other settings.
     """
-    if not resume and any((folder / name).exists() for name in (CONFIG, CHECKPOINT, MODEL)):
+    if not resume and any((folder / name).exists() for name in (CONFIG, CHECKPOINT, BLOCKS, MODEL)):
         raise GdfqError(f"{folder} already holds a run: resume it (gdfq quantize --resume {folder}), or choose another")
     if (folder / CHECKPOINT).exists() and (folder / CONFIG).exists():
         check_same(folder / CHECKPOINT, deciding_settings(Config.load(folder / CONFIG)), deciding_settings(config))
