@@ -36,8 +36,9 @@ An inverted, a NaN and an infinite range give NaN: of eq6 by `!(u >= l)` and the
 step is NaN then. The clamp passes NaN. With low = -2^(k-1) and high = 2^(k-1) - 1 for eq6, an element is "inside" when
 !(level < low) && !(level > high): NaN is inside and keeps its gradient.
 
-A learned quantizer is given its step and zero_point: low = lowest - zero_point and high = highest - zero_point with the
-codes of its scheme, level, q and y as affine and symmetric have them, and NaN for a step that is not above 0.
+A learned quantizer is given its step and its zero_point, which is one of its codes, those from lowest to highest. With
+low = lowest - zero_point and high = highest - zero_point, level, q and y are as affine and symmetric have them, and NaN
+for a step that is not above 0.
 
 Frozen batch normalization, per channel c (dimension 1), in float32, each operation rounded on its own (no FMA):
 

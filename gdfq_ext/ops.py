@@ -238,7 +238,7 @@ def fake_quantize_learned(
     Args:
         x: any shape; float32, float16 or bfloat16.
         step: one element.
-        zero_point: the code of 0, one element, an integer of any type. Takes no gradient.
+        zero_point: the code of 0, one of the codes; one element, an integer of any type. Takes no gradient.
         bits: k, 2..8.
         scheme: whose codes: 0 to 2^k - 1 of "eq6" and "affine", or those of "symmetric".
         choice: uint8, of the shape of `x`: random bytes, drawn by the caller, so that a CUDA graph or a run that goes
@@ -303,8 +303,8 @@ def round_learned(
         TypeError: `base` or `v` is not float32.
         ValueError: `bits` or `scheme` is out of range, or another tensor has the wrong shape or device.
     """
-    check_weight("base", base)
     check_float32("base", base)
+    check_weight("base", base)
     check_float32("v", v)
     check_shape("v", v, tuple(base.shape))
     check_device("v", v, base)
