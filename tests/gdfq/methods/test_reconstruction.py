@@ -4,17 +4,20 @@ import json
 
 import pytest
 import torch
+from recorded_graph import RecordedGraph
 from small_models import Plain, Residual, randomize_batch_norm
 from torch import nn
 
 import gdfq
 from gdfq.calibrate import calibrate
 from gdfq.config import Config
+from gdfq.evaluate import agreement
 from gdfq.graph import build_quantized, build_teacher, capture, quantized_layers
 from gdfq.methods import Task
 from gdfq.methods.reconstruction import Reconstruction, nearest
 from gdfq.nn import activation_quantizers, per_channel
 from gdfq.run import folder as run_folder
+from gdfq.train import cuda_graph
 from gdfq.train.reconstruct import LearnedRounding
 from gdfq_ext import quantizer_grid
 
@@ -24,14 +27,14 @@ SHORT = {
 }  # fmt: skip
 
 
-def task_of(model, settings=None, folder=None):
+def task_of(model, settings=None, folder=None, device="cpu"):
     torch.manual_seed(0)
-    captured = capture(randomize_batch_norm(model()), 8)
+    device = torch.device(device)
+    captured = capture(randomize_batch_norm(model()), 8, device=device)
     config = Config.load("cifar", SHORT | (settings or {}))
     student, _ = build_quantized(captured, config.quantizer)
-    images = torch.randn(48, *captured.image_shape)
+    images = torch.randn(48, *captured.image_shape).to(device)
     calibrate(student, [images])
-    device = torch.device("cpu")
     return Task(captured, build_teacher(captured), student, config, device, folder, False, False, None, None), images
 
 
@@ -141,6 +144,43 @@ def test_from_files_it_is_the_same():
     run(in_files, images)
     state = in_memory.student.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in in_files.student.state_dict().items())
+
+
+def test_as_graphs_it_is_the_same(monkeypatch):
+    monkeypatch.setattr(cuda_graph, "CudaGraph", RecordedGraph)
+    monkeypatch.setattr(RecordedGraph, "made", [])
+    settings = {"reconstruction.iterations": 6, "reconstruction.finetune_iterations": 5}
+    eager, images = task_of(Residual, settings | {"run.cuda_graph": False})
+    run(eager, images)
+    assert not RecordedGraph.made
+    graphs, images = task_of(Residual, settings | {"run.cuda_graph": True})
+    run(graphs, images)
+    assert [graph.replays for graph in RecordedGraph.made] == [6 - cuda_graph.WARMUP] * 5 + [5 - cuda_graph.WARMUP]
+    state = eager.student.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in graphs.student.state_dict().items())
+
+
+def test_fine_tuning_begins_at_what_was_reconstructed_and_trains_on():
+    settings = {
+        "reconstruction.iterations": 30,
+        "student.cross_entropy_weight": 0.0,
+        "student.kd_reduction": "batchmean",
+    }
+    task, images = task_of(Residual, settings)
+    run(task, images)
+    x = torch.randn(4, *task.captured.image_shape)
+    found = task.student(x)
+    tuned, images = task_of(
+        Residual, settings | {"reconstruction.finetune_iterations": 1, "student.learning_rate": 1e-12}
+    )
+    run(tuned, images)
+    torch.testing.assert_close(tuned.student(x), found, rtol=1e-4, atol=1e-5)
+    tuned, images = task_of(
+        Residual, settings | {"reconstruction.finetune_iterations": 60, "student.learning_rate": 1e-2}
+    )
+    run(tuned, images)
+    before, after = (agreement(each.teacher, each.student, [images]).kl for each in (task, tuned))
+    assert after < 0.9 * before
 
 
 def test_memory_for_no_batch():
