@@ -240,7 +240,11 @@ def _images(method: Method, config: Config, calibrate_on: Any) -> str | None:
         return "the images that were given"
     if not method.takes_bank:
         return None
-    return f"images of {config.images.file}" if config.images.file else f"images from '{source_name(config)}'"
+    if config.images.file is not None:
+        return f"images of {config.images.file}"
+    if method.data is Data.IMAGES:
+        return f"images made as calibration.images = '{config.calibration.images}' says"
+    return f"images from '{source_name(config)}'"
 
 
 def _sizes(config: Config, captured: CapturedModel) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from gdfq.errors import GdfqError
 # Settings that a run may go on with changed: its state has the same shapes, whatever they are.
 MAY_CHANGE = (
     "schedule.batch_size", "run.held_out_images", "run.precision", "zeroq.images", "inversion.batch_size",
-    "calibration.count",
+    "distillation.batch_size", "calibration.count",
 )  # fmt: skip
 _WORDS = (
     "out of memory", "allocate memory", "not enough memory", "bad_alloc", "bad alloc", "alloc_failed",
