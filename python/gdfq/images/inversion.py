@@ -63,7 +63,8 @@ def inverted(
     def make(part: int) -> Tensor:
         count = own.images // parts + (part < own.images % parts)
         with explained("inverting images", {"inversion.batch_size": own.batch_size}):
-            return invert(teacher, captured, own, count, seed_of_part(config, part), device, progress)
+            seed, what = seed_of_part(config, part), f"inverted images, part {part + 1} of {parts + 1}"
+            return invert(teacher, captured, own, count, seed, device, progress, what)
 
     settings = {"inversion": own.model_dump(mode="json")}
     return Bank(teacher, captured.image_shape, config, device, make, parts, settings)
@@ -82,6 +83,7 @@ def invert(
     seed: int,
     device: torch.device,
     progress: bool = False,
+    what: str = "inverted images",
 ) -> Tensor:
     """Images `(count, *captured.image_shape)`, optimized together to minimize
 
@@ -91,6 +93,7 @@ def invert(
 
     Args:
         seed: of all that is drawn.
+        what: images are made, where it is said how long it takes.
     """
     channels, *full = captured.image_shape
     pixels = captured.pixels or Pixels.standardized(channels)
@@ -109,7 +112,7 @@ def invert(
         iterations = config.iterations if size == tuple(full) else config.coarse_iterations
         optimizer = torch.optim.Adam([images], config.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-        for _ in steps(iterations, f"inverted images, {size[0]} x {size[1]}", progress):
+        for _ in steps(iterations, f"{what}, {size[0]} x {size[1]}", progress):
             view = look(filtered(images))
             logits, readings = reader(pixels.scaled(view))
             loss = misfit(view, readings["statistics"])

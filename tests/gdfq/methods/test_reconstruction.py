@@ -14,6 +14,7 @@ from gdfq.graph import build_quantized, build_teacher, capture, quantized_layers
 from gdfq.methods import Task
 from gdfq.methods.reconstruction import Reconstruction, nearest
 from gdfq.nn import activation_quantizers, per_channel
+from gdfq.progress import Pace
 from gdfq.run import folder as run_folder
 from gdfq.train.reconstruct import LearnedRounding
 from gdfq_ext import quantizer_grid
@@ -24,7 +25,7 @@ SHORT = {
 }  # fmt: skip
 
 
-def task_of(model, settings=None, folder=None):
+def task_of(model, settings=None, folder=None, progress=False):
     torch.manual_seed(0)
     captured = capture(randomize_batch_norm(model()), 8)
     config = Config.load("cifar", SHORT | (settings or {}))
@@ -32,7 +33,7 @@ def task_of(model, settings=None, folder=None):
     images = torch.randn(48, *captured.image_shape)
     calibrate(student, [images])
     device = torch.device("cpu")
-    return Task(captured, build_teacher(captured), student, config, device, folder, False, False, None, None), images
+    return Task(captured, build_teacher(captured), student, config, device, folder, False, progress, None, None), images
 
 
 def run(task, images):
@@ -134,6 +135,23 @@ def test_a_run_that_stopped_in_any_block_ends_as_one_that_did_not(tmp_path):
         assert all(torch.equal(value, state[name]) for name, value in task.student.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("settings", "begins"),
+    [({}, ""), ({"reconstruction.finetune_iterations": 1}, "until all blocks are trained together: ")],
+)
+def test_how_long_it_takes_is_said_when_a_block_is_over(capsys, monkeypatch, settings, begins):
+    task, images = task_of(Residual, settings)
+    clock = iter(range(0, 10**6, 7000))
+    monkeypatch.setattr("gdfq.methods.reconstruction.Pace", lambda: Pace(lambda: next(clock)))
+    run(task, images)
+    assert capsys.readouterr().err == ""
+    run(*task_of(Residual, settings, progress=True))
+    assert capsys.readouterr().err.splitlines() == [
+        f"gdfq: {begins}about 7.8 h to go, 4 blocks of 1.9 h",
+        "gdfq: that is long for a CPU: a new run with fewer reconstruction.iterations, or on a GPU, takes less",
+    ]
+
+
 def test_from_files_it_is_the_same():
     in_memory, images = task_of(Residual)
     run(in_memory, images)
@@ -141,6 +159,12 @@ def test_from_files_it_is_the_same():
     run(in_files, images)
     state = in_memory.student.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in in_files.student.state_dict().items())
+
+
+@pytest.mark.parametrize("source", ["generator", "gaussian"])
+def test_images_that_are_no_bank(source):
+    with pytest.raises(gdfq.GdfqError, match=f"'images.source' = '{source}' makes new images .* takes a bank"):
+        gdfq.quantize(Plain().eval(), Config.load("cifar", SHORT | {"images.source": source}), progress=False)
 
 
 def test_memory_for_no_batch():
