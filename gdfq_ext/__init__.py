@@ -10,6 +10,7 @@ from . import autograd, reference
 from ._loader import load_library as _load_library
 from .backend import BackendReport
 from .backend import report as _report
+from .learned import fake_quantize_learned, round_learned
 from .losses import bns_loss, distillation_loss
 from .ops import (
     batch_norm_act_fake_quantize,
@@ -17,11 +18,9 @@ from .ops import (
     conditional_batch_norm_act,
     count_changed_codes,
     fake_quantize,
-    fake_quantize_learned,
     fake_quantize_weight,
     fake_quantize_weights,
     observe_range,
-    round_learned,
 )
 from .quantizer import Grid, Scheme, code_bounds, quantizer_grid
 

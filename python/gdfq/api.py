@@ -118,7 +118,7 @@ def quantize(
         images = _images(method, config, calibrate_on)
         shape, classes = captured.image_shape, captured.num_classes
         for line in plan(
-            type(model).__name__, shape, classes, config, method.help, images, method.trains, device, folder
+            type(model).__name__, shape, classes, config, method.help, images, method.amount(config), device, folder
         ):
             say(line)
     with memory.explained("the run", _sizes(config, captured), folder):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from gdfq.config import Config, ScheduleConfig
+from gdfq.config import Config
 from gdfq.target import target_of
 
 LONG_ON_A_CPU = 6 * 3600
@@ -35,7 +35,8 @@ def duration(seconds: float) -> str:
 
 
 class Pace:
-    """How long one of many like iterations takes, once it can be told. The first one is left out: it warms up.
+    """How long one of many like iterations takes, once it can be told. The first one is left out: it warms up, unless
+    its beginning is told.
 
     Args:
         clock: gives seconds.
@@ -46,6 +47,11 @@ class Pace:
         self.start: float | None = None
         self.count = 0
         self.is_told = False
+
+    def begin(self) -> None:
+        """An iteration begins."""
+        if self.start is None:
+            self.start = self.clock()
 
     def tick(self) -> float | None:
         """An iteration is over. Seconds that one takes, said once: after five seconds and three of them, or after one
@@ -66,7 +72,7 @@ class Estimate:
     """Says how long a training takes, in its first phase, and again where Q begins to be trained, which takes longer.
 
     Args:
-        schedule: of the training.
+        config: of the training: its method and schedule.
         device: that it is on; on a CPU what takes long is said to have a shorter way.
         tell: what is said goes there.
         clock: gives seconds.
@@ -74,12 +80,13 @@ class Estimate:
 
     def __init__(
         self,
-        schedule: ScheduleConfig,
+        config: Config,
         device: torch.device,
         tell: Callable[[str], None] = say,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.schedule = schedule
+        self.method = config.method
+        self.schedule = schedule = config.schedule
         self.device = device
         self.tell = tell
         self.clock = clock
@@ -118,8 +125,9 @@ class Estimate:
         if short > left / 2:
             return "lower schedule.epochs, schedule.iterations or the image size, or take a GPU"
         return (
-            f"a new run with --preset demo ({demo.epochs} epochs of {demo.iterations} iterations of {demo.batch_size} "
-            f"images) would take about {duration(short)}; or lower schedule.epochs, or take a GPU"
+            f"a new run with --preset demo --method {self.method} ({demo.epochs} epochs of {demo.iterations} "
+            f"iterations of {demo.batch_size} images) would take about {duration(short)}; or lower schedule.epochs, "
+            "or take a GPU"
         )
 
 
@@ -128,9 +136,17 @@ def steps(count: int, what: str, progress: bool) -> Iterator[int]:
     pace = Pace()
     for number in tqdm(range(count), what, disable=not (progress and draws_bars()), unit="it", dynamic_ncols=True):
         yield number
-        seconds = pace.tick()
-        if progress and seconds is not None and (left := (count - number - 1) * seconds) >= SHORT:
-            say(f"{what}: about {duration(left)} to go, {count - number - 1:,} steps of {seconds:.2g} s")
+        if progress:
+            say_what_is_left(f"{what}: ", count - number - 1, "steps", pace.tick())
+
+
+def say_what_is_left(before: str, count: int, what: str, seconds: float | None) -> float:
+    """Seconds that `count` more of `what` take, each so many, if known; said where somebody needs to be told."""
+    if seconds is None or count * seconds < SHORT:
+        return 0.0
+    each = f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
+    say(f"{before}about {duration(count * seconds)} to go, {count:,} {what} of {each}")
+    return count * seconds
 
 
 def plan(
@@ -140,7 +156,7 @@ def plan(
     config: Config,
     what: str,
     images: str | None,
-    trains: bool,
+    amount: str,
     device: torch.device,
     folder: Path | None,
 ) -> list[str]:
@@ -150,9 +166,9 @@ def plan(
         name: of the model's class.
         what: the method does, in words.
         images: that Q is trained or calibrated on, in words; None where `what` says it.
-        trains: whether it trains Q.
+        amount: of its work, in words, or nothing.
     """
-    quantizer, schedule = config.quantizer, config.schedule
+    quantizer = config.quantizer
     where = f"{device}, threads: {torch.get_num_threads()}" if device.type == "cpu" else str(device)
     first = (
         f"{name}, images {' x '.join(map(str, image_shape))}, {num_classes} classes, to "
@@ -162,6 +178,4 @@ def plan(
     second = f"method '{config.method}': {what.removesuffix(' (default)')}"
     if images is not None:
         second += f"; {images}"
-    if trains:
-        second += f", {schedule.epochs:,} epochs of {schedule.iterations:,} iterations of {schedule.batch_size} images"
-    return [first, second]
+    return [first, f"{second}, {amount}" if amount else second]

@@ -35,9 +35,9 @@ class Clock:
 def told(seconds_of, device=CPU, until=None, **schedule):
     """What is said of a training whose iteration number i takes `seconds_of(i)`, by the iterations done."""
     settings = {f"schedule.{name}": value for name, value in schedule.items()}
-    schedule = Config.load("cifar", settings).schedule
+    config = Config.load("cifar", settings | {"method": "gdfq"})
     clock, said = Clock(), []
-    estimate = Estimate(schedule, device, lambda text: said.append((done, text)), clock)
+    estimate = Estimate(config, device, lambda text: said.append((done, text)), clock)
     for done in range(1, (until or estimate.total) + 1):
         clock.now += seconds_of(done)
         estimate.after(done)
@@ -76,9 +76,8 @@ def test_a_training_that_ends_before_q_is_trained():
 
 
 def test_a_run_that_is_resumed_in_training():
-    schedule = Config.load("cifar").schedule
     clock, said = Clock(), []
-    estimate = Estimate(schedule, CUDA, said.append, clock)
+    estimate = Estimate(Config.load("cifar"), CUDA, said.append, clock)
     for done in range(50_001, 50_020):
         clock.now += 1
         estimate.after(done)
@@ -90,8 +89,8 @@ def test_days_on_a_cpu_are_said_to_have_a_shorter_way():
     assert said[0].startswith("at least 2.3 days to go")
     # 25,600 images at 2.5 s for 200, and half as much again for the half of them that train Q
     assert said[1] == (
-        "that is long for a CPU: a new run with --preset demo (8 epochs of 100 iterations of 32 images) would take "
-        "about 8 min; or lower schedule.epochs, or take a GPU"
+        "that is long for a CPU: a new run with --preset demo --method gdfq (8 epochs of 100 iterations of 32 images) "
+        "would take about 8 min; or lower schedule.epochs, or take a GPU"
     )
     assert [text.split(" ")[0] for text in said[2:]] == ["about"]
     assert not any("that is long" in text for _, text in told(lambda done: 2.5, CUDA, until=900))
@@ -106,6 +105,15 @@ def test_a_pace_leaves_the_first_iteration_out():
     clock = Clock()
     pace = Pace(clock)
     for seconds, expected in ((50, None), (2, None), (2, None), (2, 2.0), (2, None)):
+        clock.now += seconds
+        assert pace.tick() == expected
+
+
+def test_a_pace_counts_the_first_iteration_where_its_beginning_is_told():
+    clock = Clock()
+    pace = Pace(clock)
+    for seconds, expected in ((100, 100.0), (2, None)):
+        pace.begin()
         clock.now += seconds
         assert pace.tick() == expected
 
@@ -140,12 +148,20 @@ def test_a_run_says_what_it_does_unless_it_is_to_be_quiet(capsys):
     [
         ("finetune", "train_on", "; the images that were given, 1 epochs of 1 iterations of 8 images"),
         ("mse", "calibrate_on", "; the images that were given"),
-        ("mse", None, "; images made as calibration.images = 'gaussian' says"),
+        ("mse", None, "; images from 'gaussian'"),
+        ("squant", None, "; images from 'inverted'"),
+        (
+            "reconstruction",
+            None,
+            "; images from 'inverted', a bank of 16, 2 iterations of 4 images for each block, then 1 of all together",
+        ),
     ],
 )
 def test_a_run_says_where_its_images_come_from(capsys, method, data, words):
     settings = {"model.image_size": 8, "method": method, "schedule.batch_size": 8, "schedule.range_batches": 1}
     settings |= {"schedule.epochs": 1, "schedule.iterations": 1, "run.held_out_images": 8}
+    settings |= {"inversion.images": 16, "inversion.iterations": 1, "reconstruction.iterations": 2}
+    settings |= {"reconstruction.batch_size": 4, "reconstruction.finetune_iterations": 1}
     given = {} if data is None else {data: [(torch.randn(3, 8, 8), 0)] * 8}
     gdfq.quantize(randomize_batch_norm(Plain()), Config.load("cifar", settings), **given)
     assert capsys.readouterr().err.splitlines()[1].endswith(words)

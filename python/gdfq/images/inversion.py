@@ -60,7 +60,8 @@ def inverted(
 
     def make(count: int, part: int) -> Tensor:
         with explained("inverting images", {"inversion.batch_size": own.batch_size}):
-            return invert(teacher, captured, own, count, seed_of_part(config, part), device, progress)
+            seed, what = seed_of_part(config, part), f"inverted images, part {part + 1} of {parts + 1}"
+            return invert(teacher, captured, own, count, seed, device, progress, what)
 
     settings = {"inversion": own.model_dump(mode="json")}
     return Bank.in_parts(teacher, captured.image_shape, config, device, make, own.images, own.batch_size, settings)
@@ -75,6 +76,7 @@ def invert(
     seed: int,
     device: torch.device,
     progress: bool = False,
+    what: str = "inverted images",
 ) -> Tensor:
     """Images `(count, *captured.image_shape)`, optimized together to minimize
 
@@ -84,6 +86,7 @@ def invert(
 
     Args:
         seed: of all that is drawn.
+        what: images are made, where it is said how long it takes.
     """
     channels, *full = captured.image_shape
     pixels = captured.pixels or Pixels.standardized(channels)
@@ -102,7 +105,7 @@ def invert(
         iterations = config.iterations if size == tuple(full) else config.coarse_iterations
         optimizer = torch.optim.Adam([images], config.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-        for _ in steps(iterations, f"inverted images, {size[0]} x {size[1]}", progress):
+        for _ in steps(iterations, f"{what}, {size[0]} x {size[1]}", progress):
             view = look(filtered(images))
             logits, readings = reader(pixels.scaled(view))
             loss = misfit(view, readings["statistics"])

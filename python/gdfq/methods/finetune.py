@@ -6,7 +6,7 @@ real images twice. The data-free figures, of which nothing is chosen, are those 
 """
 
 from gdfq.images.real import RealImages
-from gdfq.methods.method import TRAINING_SIZES, Data, Method, Outcome, Task
+from gdfq.methods.method import TRAINING_SIZES, Data, Method, Outcome, Task, training_amount
 from gdfq.methods.training import train
 
 
@@ -29,5 +29,11 @@ def finetune(task: Task) -> Outcome:
 
 
 FINETUNE = Method(
-    "finetune", "Q trained as gdfq does, but on real images", finetune, Data.LABELED, trains=True, sizes=TRAINING_SIZES
+    "finetune",
+    "Q trained as gdfq does, but on real images",
+    finetune,
+    Data.LABELED,
+    trains=True,
+    amount=training_amount,
+    sizes=TRAINING_SIZES,
 )

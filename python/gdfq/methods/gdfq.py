@@ -4,7 +4,7 @@ from gdfq.calibrate import calibrate
 from gdfq.evaluate import agreement
 from gdfq.graph import build_quantized
 from gdfq.images.generator import GeneratorImages
-from gdfq.methods.method import TRAINING_SIZES, Method, Outcome, Task
+from gdfq.methods.method import TRAINING_SIZES, Method, Outcome, Task, training_amount
 from gdfq.methods.training import images_of, train
 from gdfq.train.trainer import Trainer
 
@@ -46,5 +46,6 @@ GDFQ = Method(
     gdfq,
     source="generator",
     trains=True,
+    amount=training_amount,
     sizes=TRAINING_SIZES,
 )

@@ -74,7 +74,13 @@ class Outcome:
     same_source: bool = True
 
 
-TRAINING_SIZES = ("schedule.batch_size", "run.held_out_images")  # of methods that train by the section `schedule`
+# Of methods that train by the section `schedule`.
+TRAINING_SIZES = ("schedule.batch_size", "run.held_out_images")
+
+
+def training_amount(config: Config) -> str:
+    schedule = config.schedule
+    return f"{schedule.epochs:,} epochs of {schedule.iterations:,} iterations of {schedule.batch_size} images"
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ class Method:
         source: of its images, where `images.source` does not say another; None: neither that nor `images.file` is for
             this method.
         trains: whether it trains Q, by the section `schedule`.
+        amount: how much it computes, in words, as the settings have it; nothing where it is over soon.
         sizes: settings that decide how much memory it takes, the first to be lowered first.
         prepare: changes the captured model before the student is built of it.
     """
@@ -101,6 +108,7 @@ class Method:
     data: Data = Data.NONE
     source: str | None = None
     trains: bool = False
+    amount: Callable[[Config], str] = lambda config: ""
     sizes: tuple[str, ...] = ("schedule.batch_size", "calibration.count")
     prepare: Callable[[CapturedModel], CapturedModel] = lambda captured: captured
 

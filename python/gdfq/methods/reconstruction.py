@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from gdfq.calibrate import calibrate
 from gdfq.clip_values import RULES
-from gdfq.config import Section
+from gdfq.config import Config, Section
 from gdfq.errors import GdfqError
 from gdfq.graph.blocks import Block, find_blocks
 from gdfq.memory import explained, images_at_once
-from gdfq.methods.method import Method, Outcome, Task
+from gdfq.methods.method import Method, Outcome, Task, source_name
 from gdfq.methods.squant import rounding
 from gdfq.methods.training import bank_of, identity
 from gdfq.nn import FakeQuantize, per_channel, to_channels_last
 from gdfq.observers import Histogram
+from gdfq.progress import LONG_ON_A_CPU, Pace, say, say_what_is_left
 from gdfq.random_state import RandomState
 from gdfq.registry import SECTIONS
 from gdfq.run import folder as run_folder
@@ -106,6 +107,9 @@ class Reconstruction:
         task, count = self.task, self.settings.iterations
         total = len(self.blocks) * count + self.settings.finetune_iterations
         monitor = Monitor(task.folder, total, self.done * count, task.progress)
+        if task.progress and self.done:
+            say(f"goes on behind block {self.done} of {len(self.blocks)}")
+        pace = Pace()
         with Store(self._budget(), task.folder) as store, stop_requests() as stop, disk_errors(task.folder), monitor:
             start = time.monotonic() - self.seconds
 
@@ -121,6 +125,7 @@ class Reconstruction:
                     wanted = store.keep(len(exact), self._through(block.exact(), exact))
                     self._check_budget(block, given, wanted)
                     if number >= self.done:
+                        pace.begin()
                         self._train(block, number, given, exact, wanted, after_iteration)
                     given, exact = store.keep(len(given), self._through(block.quantized(), given)), wanted
                 if number >= self.done:
@@ -128,6 +133,7 @@ class Reconstruction:
                     error = {"reconstruction/error": _relative_error(given, wanted, self._at_once, block)}
                     monitor.write(self.done * count, number, block.name, self.iterations, error)
                     self._save()
+                    self._say_what_is_left(pace.tick())
             del given, exact, wanted
             for parameter in self.student.parameters():
                 parameter.requires_grad_(parameter.is_floating_point())
@@ -169,6 +175,15 @@ class Reconstruction:
     @property
     def _at_once(self) -> int:
         return min(images_at_once(*self.task.captured.image_shape[1:]), AT_ONCE)
+
+    def _say_what_is_left(self, seconds: float | None) -> None:
+        """A block takes so long, if that is known."""
+        if not self.task.progress:
+            return
+        before = "until all blocks are trained together: " if self.settings.finetune_iterations else ""
+        left = say_what_is_left(before, len(self.blocks) - self.done, "blocks", seconds)
+        if left > LONG_ON_A_CPU and self.task.device.type == "cpu":
+            say("that is long for a CPU: a new run with fewer reconstruction.iterations, or on a GPU, takes less")
 
     def _save(self) -> None:
         if self.task.folder is not None:
@@ -244,11 +259,20 @@ def _relative_error(given: Activations, wanted: Activations, at_once: int, block
     return error / max(square, 1e-30)
 
 
+def amount(config: Config) -> str:
+    own: ReconstructionConfig = config.reconstruction
+    is_made = config.images.file is None and source_name(config) == "inverted"
+    bank = f"a bank of {config.inversion.images:,}, " if is_made else ""
+    together = f", then {own.finetune_iterations:,} of all together" if own.finetune_iterations else ""
+    return f"{bank}{own.iterations:,} iterations of {own.batch_size} images for each block{together}"
+
+
 SECTIONS["reconstruction"] = ReconstructionConfig
 RECONSTRUCTION = Method(
     "reconstruction",
     "roundings and steps trained block by block, on images optimized to fit the network",
     reconstruct,
     source="inverted",
+    amount=amount,
     sizes=("reconstruction.batch_size", "inversion.images", "inversion.batch_size"),
 )

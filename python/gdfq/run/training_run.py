@@ -52,7 +52,7 @@ class TrainingRun:
         monitor = Monitor(self.folder, trainer.total_iterations, trainer.iteration, progress)
         if progress and trainer.iteration:
             say(f"goes on after iteration {trainer.iteration:,} of {trainer.total_iterations:,}")
-        estimate = Estimate(trainer.config.schedule, trainer.device) if progress else None
+        estimate = Estimate(trainer.config, trainer.device) if progress else None
         with stop_requests() as stop_requested, disk_errors(self.folder), monitor:
             start = time.monotonic() - self.seconds
 

@@ -16,6 +16,7 @@ from gdfq.graph import build_quantized, build_teacher, capture, quantized_layers
 from gdfq.methods import Task
 from gdfq.methods.reconstruction import Reconstruction, nearest
 from gdfq.nn import activation_quantizers, per_channel
+from gdfq.progress import Pace
 from gdfq.run import folder as run_folder
 from gdfq.train import cuda_graph
 from gdfq.train.reconstruct import LearnedRounding
@@ -27,7 +28,7 @@ SHORT = {
 }  # fmt: skip
 
 
-def task_of(model, settings=None, folder=None, device="cpu"):
+def task_of(model, settings=None, folder=None, device="cpu", progress=False):
     torch.manual_seed(0)
     device = torch.device(device)
     captured = capture(randomize_batch_norm(model()), 8, device=device)
@@ -35,7 +36,7 @@ def task_of(model, settings=None, folder=None, device="cpu"):
     student, _ = build_quantized(captured, config.quantizer)
     images = torch.randn(48, *captured.image_shape).to(device)
     calibrate(student, [images])
-    return Task(captured, build_teacher(captured), student, config, device, folder, False, False, None, None), images
+    return Task(captured, build_teacher(captured), student, config, device, folder, False, progress, None, None), images
 
 
 def run(task, images):
@@ -135,6 +136,23 @@ def test_a_run_that_stopped_in_any_block_ends_as_one_that_did_not(tmp_path):
         again.run()
         state = whole.student.state_dict()
         assert all(torch.equal(value, state[name]) for name, value in task.student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "begins"),
+    [({}, ""), ({"reconstruction.finetune_iterations": 1}, "until all blocks are trained together: ")],
+)
+def test_how_long_it_takes_is_said_when_a_block_is_over(capsys, monkeypatch, settings, begins):
+    task, images = task_of(Residual, settings)
+    clock = iter(range(0, 10**6, 7000))
+    monkeypatch.setattr("gdfq.methods.reconstruction.Pace", lambda: Pace(lambda: next(clock)))
+    run(task, images)
+    assert capsys.readouterr().err == ""
+    run(*task_of(Residual, settings, progress=True))
+    assert capsys.readouterr().err.splitlines() == [
+        f"gdfq: {begins}about 7.8 h to go, 4 blocks of 1.9 h",
+        "gdfq: that is long for a CPU: a new run with fewer reconstruction.iterations, or on a GPU, takes less",
+    ]
 
 
 def test_from_files_it_is_the_same():
