@@ -23,6 +23,7 @@ from ._checks import (
     check_channels,
     check_choice,
     check_device,
+    check_float32,
     check_floating,
     check_input,
     check_labels,

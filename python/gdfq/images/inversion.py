@@ -60,7 +60,7 @@ def inverted(
 
     def make(count: int, part: int) -> Tensor:
         with explained("inverting images", {"inversion.batch_size": own.batch_size}):
-            seed, what = seed_of_part(config, part), f"inverted images, part {part + 1} of {parts + 1}"
+            seed, what = seed_of_part(config, part), f"inverted images, part {part + 1}"
             return invert(teacher, captured, own, count, seed, device, progress, what)
 
     settings = {"inversion": own.model_dump(mode="json")}
