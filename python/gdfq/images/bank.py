@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gdfq.config import Config
+from gdfq.errors import GdfqError
 from gdfq.graph import Teacher
 from gdfq.images.source import ImageSource
 
@@ -61,11 +62,19 @@ class Bank(ImageSource):
             make: `make(count, part)`.
             most: that a part has.
             settings: see the class.
+
+        Raises:
+            GdfqError: when a part is made, images are NaN or infinite.
         """
         parts = -(-images // most)
 
         def of_its_size(part: int) -> Tensor:
-            return make(images // parts + (part < images % parts), part)
+            made = make(images // parts + (part < images % parts), part)
+            if not made.isfinite().all():
+                raise GdfqError(
+                    f"images of a bank have become NaN or infinite: lower the learning rate ({', '.join(settings)})"
+                )
+            return made
 
         return cls(teacher, shape, config, device, of_its_size, parts, settings)
 

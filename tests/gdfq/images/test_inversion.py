@@ -8,6 +8,7 @@ from small_models import remembering
 from torch import nn
 
 from gdfq.config import Config
+from gdfq.errors import GdfqError
 from gdfq.fit import fit, mean_distances
 from gdfq.graph import Pixels, build_teacher, capture
 from gdfq.graph.sizes import ImageSizes
@@ -151,3 +152,9 @@ def test_large_images_are_optimized_at_smaller_sizes_first(captured):
         fixed = ImageSizes(large.image_shape, ("h == 66", "w == 130"))
         invert(teacher, replace(large, sizes=fixed), settings, 2, 0, CPU)
     assert seen == [(66, 130)] * 2
+
+
+def test_images_that_diverge_are_said(teacher, captured):
+    bank = new_bank(teacher, captured, inversion__learning_rate=1e30, inversion__iterations=3)
+    with pytest.raises(GdfqError, match=r"NaN or infinite: lower the learning rate \(inversion\)"):
+        next(bank.calibration())
