@@ -9,7 +9,8 @@ import sys
 
 import torch
 
-from benchmarks.ops.operations import DTYPES, LAYOUTS, OPERATIONS, Problem
+from benchmarks.ops.case import DTYPES, LAYOUTS, Problem
+from benchmarks.ops.operations import OPERATIONS
 
 SHAPES = [(3, 5, 7, 9), (2, 8, 4, 4), (33, 3, 1, 1)]
 

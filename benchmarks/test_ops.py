@@ -5,7 +5,8 @@ import torch
 
 import gdfq_ext
 from benchmarks.ops import peers
-from benchmarks.ops.operations import LAYOUTS, OPERATIONS, Problem
+from benchmarks.ops.case import LAYOUTS, Problem
+from benchmarks.ops.operations import OPERATIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {

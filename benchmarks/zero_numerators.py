@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 import gdfq_ext
+from benchmarks.ops.case import DTYPES, LAYOUTS
 from benchmarks.ops.measure import COPY, checked_device, median, ratio, turns
-from benchmarks.ops.operations import DTYPES, LAYOUTS
 from benchmarks.ops.shapes import LAYERS, Shape
 from benchmarks.ops.timing import clock_for
 from gdfq.errors import GdfqError

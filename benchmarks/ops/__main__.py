@@ -13,7 +13,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.ops import measure, output
-from benchmarks.ops.operations import DTYPES, LAYOUTS, PROVIDERS
+from benchmarks.ops.case import DTYPES, LAYOUTS
+from benchmarks.ops.operations import PROVIDERS
 from gdfq.errors import GdfqError
 
 

@@ -9,7 +9,8 @@ import torch
 
 import gdfq_ext
 from benchmarks.ops import peers
-from benchmarks.ops.operations import DTYPES, LAYOUTS, OPERATIONS, PROVIDERS, Case, Problem, disagreement
+from benchmarks.ops.case import DTYPES, LAYOUTS, Case, Problem
+from benchmarks.ops.operations import OPERATIONS, PROVIDERS, disagreement
 from benchmarks.ops.peers import first_line
 from benchmarks.ops.shapes import LAYERS, Shape, default_shapes
 from benchmarks.ops.timing import Clock, clock_for, warm_up

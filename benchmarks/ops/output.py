@@ -11,7 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.ops.operations import DIRECTIONS, PROVIDERS
+from benchmarks.ops.case import DIRECTIONS
+from benchmarks.ops.operations import PROVIDERS
 from gdfq.provenance import describe
 from gdfq.run.files import write_text
 from gdfq.run.pictures import new_figure, save_figure

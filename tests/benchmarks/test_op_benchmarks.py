@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 import gdfq_ext
 from benchmarks.ops import __main__ as ops
 from benchmarks.ops import measure, output, peers, shapes, timing
-from benchmarks.ops.operations import DTYPES, LAYOUTS, OPERATIONS, Case, Problem, SeparateQuantizer, disagreement
+from benchmarks.ops.case import DTYPES, LAYOUTS, Case, Problem
+from benchmarks.ops.operations import OPERATIONS, SeparateQuantizer, disagreement
 from benchmarks.step_providers import Gdfq, new_task
 from gdfq.provenance import provenance
 
