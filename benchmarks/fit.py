@@ -32,7 +32,7 @@ from gdfq.provenance import describe, provenance
 from gdfq.run.files import write_text
 
 FACTORS = (1.5, 2.0, 4.0, 16.0, 255.0, 1 / 1.5, 1 / 4, 1 / 255)  # every fourth of them for a network
-SHORT = {"schedule.iterations": 40}  # of the 100 of the preset `demo`
+SHORT = {"method": "gdfq", "schedule.iterations": 40}  # of the 100 of the preset `demo`
 
 
 @dataclass(frozen=True)

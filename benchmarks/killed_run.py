@@ -46,7 +46,7 @@ def beginning(args: argparse.Namespace, run: Path) -> list[str]:
         "schedule.epochs": EPOCHS, "schedule.iterations": iterations, "schedule.batch_size": args.batch,
         "schedule.range_epochs": 1, "schedule.warmup_epochs": 2, "schedule.range_batches": 2,
         "schedule.milestones": [3], "student.learning_rate": 1e-4, "run.held_out_images": 2 * args.batch,
-        "run.log_every": 1, "run.checkpoint_every": args.iterations // 2,
+        "run.log_every": 1, "run.checkpoint_every": args.iterations // 2, "method": "gdfq",
     }  # fmt: skip
     model = ("--model", args.model, "--image-size", str(args.image_size), "--preset", "imagenet")
     options = [option for key, value in settings.items() for option in ("--set", f"{key}={value}")]

@@ -59,7 +59,7 @@ def new_trainer(iterations: int, batch: int) -> Trainer:
     schedule = {"epochs": -(-iterations // 10), "iterations": 10, "range_epochs": 1, "warmup_epochs": 2}
     schedule |= {"batch_size": batch, "range_batches": 4, "milestones": []}
     settings = {f"schedule.{name}": value for name, value in schedule.items()} | {"run.held_out_images": 32}
-    config = Config.load("cifar", settings)
+    config = Config.load("cifar", {"method": "gdfq"} | settings)
     student, _ = build_quantized(captured, config.quantizer)
     calibrate(student, gaussian_images(captured.image_shape, 2 * batch, batch, 0, device))
     teacher = build_teacher(captured)

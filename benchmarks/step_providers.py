@@ -140,7 +140,7 @@ def trainer_of(
     schedule = {"epochs": 2, "iterations": 1, "range_epochs": 1, "warmup_epochs": 1, "batch_size": batch}
     defaults = {f"schedule.{key}": value for key, value in schedule.items()}
     defaults |= {"schedule.milestones": [], "schedule.reestimate_ranges": False}
-    defaults |= {"run.held_out_images": 2, "run.seed": SEED}
+    defaults |= {"method": "gdfq", "run.held_out_images": 2, "run.seed": SEED}
     config = Config.load(preset, defaults | settings)
     student, summary = build_quantized(captured, config.quantizer)
     device = next(student.parameters()).device

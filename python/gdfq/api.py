@@ -271,7 +271,7 @@ def _check_real_images(method: Method, calibrate_on: Any, train_on: Any) -> None
     if method.data is Data.LABELED and train_on is None:
         raise GdfqError(
             f"method '{method.name}' trains on real labeled images: give them as `train_on` (`--training-data` on the "
-            "command line), or take a method that needs none, as 'gdfq'"
+            "command line), or take a method that needs none, as 'reconstruction'"
         )
     for given, taken, name in (
         (train_on, Data.LABELED, "`train_on` (`--training-data`)"),

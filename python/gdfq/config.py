@@ -272,7 +272,7 @@ class RunConfig(Section):
 class Config(Section):
     """Everything that decides a run. See the sections for each value; methods may have sections of their own."""
 
-    method: str = Field("gdfq", description="how the model is quantized")
+    method: str = Field("reconstruction", description="how the model is quantized")
     model: ModelConfig = ModelConfig()
     quantizer: QuantizerConfig = QuantizerConfig()
     images: ImagesConfig = ImagesConfig()

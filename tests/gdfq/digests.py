@@ -30,6 +30,7 @@ from gdfq.reproduce.recipe import trained_separately  # noqa: E402
 from gdfq.train import cuda_graph  # noqa: E402
 
 SHORT = {
+    "method": "gdfq",
     "schedule.epochs": 4,
     "schedule.iterations": 5,  # a graph is captured in the fourth of each kind
     "schedule.batch_size": 8,

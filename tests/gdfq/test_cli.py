@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from short_run import SHORT
-from small_models import Plain, randomize_batch_norm
+from small_models import Plain, Residual, randomize_batch_norm
 
+from gdfq.methods.reconstruction import Reconstruction
 from gdfq.run import folder as run_folder
 from gdfq.run.files import load_tensors
 
@@ -66,6 +67,33 @@ def test_quantize_evaluate_and_resume(gdfq, weights, images, tmp_path):
     again = json.loads(out)
     assert (code, err) == (0, "")
     assert {**again, "seconds": 0} == {**report, "seconds": 0}
+
+
+def test_the_default_method_goes_on_behind_the_last_block(gdfq, tmp_path, monkeypatch):
+    weights = tmp_path / "residual.safetensors"
+    save_file(randomize_batch_norm(Residual()).state_dict(), weights)
+    short = ["inversion.images=8", "inversion.iterations=2", "reconstruction.iterations=2"]
+    source = ["--model", f"{MODELS}:Residual", "--weights", weights, *(f"--set={setting}" for setting in short)]
+    code, whole, err = gdfq("quantize", *source, "--out", tmp_path / "whole")
+    assert code == 0
+    assert err.splitlines()[1] == (
+        "gdfq: method 'reconstruction': roundings and steps trained block by block, on images optimized to fit the "
+        "network; images from 'inverted', a bank of 8, 2 iterations of 32 images for each block"
+    )
+    train = Reconstruction._train
+
+    def interrupted(self, block, number, *args):
+        if number == 1:
+            raise KeyboardInterrupt
+        train(self, block, number, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reconstruction, "_train", interrupted)
+        code, _, err = gdfq("quantize", *source, "--out", tmp_path / "run")
+        assert (code, err.splitlines()[2:]) == (130, ["gdfq: interrupted"])
+    code, out, err = gdfq("quantize", "--resume", tmp_path / "run")
+    assert (code, err.splitlines()[2:]) == (0, ["gdfq: goes on behind block 1 of 5"])
+    assert out.split("size")[1].split("written")[0] == whole.split("size")[1].split("written")[0]
 
 
 def test_export_verifies_and_the_file_is_as_good_as_the_model(gdfq, weights, images, tmp_path):

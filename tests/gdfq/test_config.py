@@ -27,10 +27,19 @@ def test_paper_presets_hold_the_published_settings():
     assert (cifar.generator.architecture, imagenet.generator.architecture) == ("embedding", "conditional")
 
 
+def test_the_default_method_is_that_of_presets_that_do_not_publish_another():
+    methods = {name: Config.load(name).method for name in presets()}
+    published = {"paper-cifar", "paper-imagenet", "offline"}
+    assert methods == {name: "gdfq" if name in published else "reconstruction" for name in presets()}
+    assert Config.load().method == "reconstruction"
+    assert Config.load("imagenet", {"method": "gdfq"}).schedule.warmup_epochs == 50
+
+
 def test_the_example_recipe_is_a_preset_of_ones_own():
     config = Config.load(Path(__file__).parents[2] / "examples" / "cifar10_short.toml")
     assert config.schedule.epochs * config.schedule.iterations == 1500
     assert config.schedule.decay == Config.load("paper-cifar").schedule.decay
+    assert config.method == "gdfq"
 
 
 @pytest.mark.parametrize("name", presets())

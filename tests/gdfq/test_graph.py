@@ -291,6 +291,7 @@ def test_efficientnet_lite0_is_traced_quantized_and_trained():
     settings = {
         "model.image_size": 64, "schedule.epochs": 5, "schedule.iterations": 4, "schedule.batch_size": 4,
         "schedule.warmup_epochs": 1, "schedule.range_epochs": 1, "schedule.range_batches": 2, "run.held_out_images": 8,
+        "method": "gdfq",
     }  # fmt: skip
     result = gdfq.quantize(model, gdfq.Config.load("imagenet", settings), progress=False)
     summary = result.report.summary

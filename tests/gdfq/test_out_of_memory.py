@@ -17,7 +17,7 @@ from small_models import Plain, randomize_batch_norm
 from torch.utils.data import TensorDataset
 
 import gdfq as package
-from gdfq.config import Config
+from gdfq.config import Config, parse_override
 from gdfq.errors import GdfqError
 from gdfq.memory import OutOfMemory, explained, images_at_once, is_out_of_memory
 from gdfq.run import folder as run_folder
@@ -183,8 +183,7 @@ def test_comparing_and_evaluating_name_their_own_settings(monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    settings = dict(setting.removeprefix("--set=").split("=") for setting in SHORT)
-    config = Config.load("cifar", {name: int(value) for name, value in settings.items()})
+    config = Config.load("cifar", dict(parse_override(setting.removeprefix("--set=")) for setting in SHORT))
     monkeypatch.setattr("gdfq.train.trainer.agreement", fail)
     with pytest.raises(OutOfMemory, match=r"comparing Q with P on held-out images, with run.held_out_images = 16"):
         package.quantize(randomize_batch_norm(Plain()), config, progress=False)

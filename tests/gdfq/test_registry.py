@@ -21,6 +21,7 @@ from gdfq.target import Target
 SHORT = {
     "schedule.epochs": 3, "schedule.iterations": 2, "schedule.batch_size": 8, "schedule.range_epochs": 1,
     "schedule.warmup_epochs": 2, "schedule.range_batches": 1, "run.held_out_images": 8, "run.log_every": 1,
+    "method": "gdfq",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from gdfq.data import LabeledImages
 from gdfq.errors import GdfqError
 
 TRIAL = {
-    "model.image_size": 8, "schedule.epochs": 3, "schedule.iterations": 2, "schedule.batch_size": 4,
+    "method": "gdfq", "model.image_size": 8, "schedule.epochs": 3, "schedule.iterations": 2, "schedule.batch_size": 4,
     "schedule.warmup_epochs": 1, "schedule.range_epochs": 1, "schedule.range_batches": 2, "run.held_out_images": 8,
 }  # fmt: skip
 

@@ -22,7 +22,8 @@ def main() -> None:
 
     warnings.formatwarning = _one_line
     try:
-        app(prog_name="gdfq", standalone_mode=False)
+        if app(prog_name="gdfq", standalone_mode=False) == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
     except Stopped as stopped:
         leave(str(stopped), 130)
     except GdfqError as error:

@@ -29,9 +29,9 @@ LEAST_SIZE = 32  # pixels that a smaller copy of images has
 class InversionConfig(Section):
     """Inverted images: how many, and how they are optimized."""
 
-    images: int = Field(512, ge=2, description="of the bank; a part more is held out")
+    images: int = Field(256, ge=2, description="of the bank; a part more is held out")
     batch_size: int = Field(128, ge=2, description="images that are optimized together, a part of the bank")
-    iterations: int = Field(250, ge=1, description="at full size")
+    iterations: int = Field(150, ge=1, description="at full size")
     coarse_iterations: int = Field(
         0, ge=0, description="before these at a quarter of the size, and again at half, where that is 32 pixels or more"
     )

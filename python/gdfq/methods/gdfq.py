@@ -42,7 +42,7 @@ def _calibration_is_better(task: Task, trainer: Trainer) -> bool:
 
 GDFQ = Method(
     "gdfq",
-    "Q trained on images of a generator that learns along with it (default)",
+    "Q trained on images of a generator that learns along with it",
     gdfq,
     source="generator",
     trains=True,

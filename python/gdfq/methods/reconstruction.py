@@ -270,7 +270,7 @@ def amount(config: Config) -> str:
 SECTIONS["reconstruction"] = ReconstructionConfig
 RECONSTRUCTION = Method(
     "reconstruction",
-    "roundings and steps trained block by block, on images optimized to fit the network",
+    "roundings and steps trained block by block, on images optimized to fit the network (default)",
     reconstruct,
     source="inverted",
     amount=amount,

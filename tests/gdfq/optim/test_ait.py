@@ -89,7 +89,7 @@ def test_a_step_changes_the_share_of_codes_that_is_asked_for():
     settings = {
         "schedule.epochs": 3, "schedule.iterations": 1, "schedule.batch_size": 8, "schedule.range_epochs": 1,
         "schedule.warmup_epochs": 2, "schedule.reestimate_ranges": False, "run.held_out_images": 8,
-        "student.learning_rate": 1e-4, "student.weight_decay": 0.0, "ait.tau": 0.05,
+        "student.learning_rate": 1e-4, "student.weight_decay": 0.0, "ait.tau": 0.05, "method": "gdfq",
     }  # fmt: skip
     model = randomize_batch_norm(Residual())
     shares = {}

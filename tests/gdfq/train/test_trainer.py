@@ -25,6 +25,7 @@ from gdfq.run.files import load_tensors, save_tensors
 from gdfq.train.trainer import Trainer
 
 SHORT = {
+    "method": "gdfq",
     "schedule.epochs": 5,
     "schedule.iterations": 3,
     "schedule.batch_size": 8,
