@@ -2,7 +2,8 @@
 
     config = Config.load("imagenet", {"quantizer.weight_bits": 3})
 
-A preset or file may begin with `extends = "NAME"`. The names of the paper's symbols stand in the descriptions.
+A preset or file may begin with `extends = "NAME"`, and have tables `[effort.NAME.SECTION]`: what is different where
+less or more time is taken. The names of the paper's symbols stand in the descriptions.
 """
 
 import functools
@@ -30,6 +31,8 @@ from pydantic import (
 
 from gdfq.errors import GdfqError
 from gdfq.registry import ALL, CHECKS, SECTIONS
+
+DEFAULT_EFFORT = "default"
 
 
 class Section(BaseModel):
@@ -292,13 +295,25 @@ class Config(Section):
         def __getattr__(self, name: str) -> Any: ...
 
     @classmethod
-    def load(cls, preset: str | Path | None = None, overrides: dict[str, Any] | None = None) -> "Config":
+    def load(
+        cls, preset: str | Path | None = None, overrides: dict[str, Any] | None = None, effort: str = DEFAULT_EFFORT
+    ) -> "Config":
         """Read a preset by name (see `presets()`) or a TOML file by path, then apply `{"section.key": value}`.
 
+        Args:
+            effort: `default`, the preset as it is, or an effort of it, as `fast` and `best`; made for its method alone.
+
         Raises:
-            GdfqError: unknown preset or key, unreadable file, value out of range; all of them in one message.
+            GdfqError: unknown preset, effort or key, unreadable file, value out of range; all of them in one message.
         """
         tree = _read(preset) if preset is not None else {}
+        efforts = {DEFAULT_EFFORT: {}} | _take_efforts(tree, overrides or {})
+        if effort not in efforts:
+            method = (overrides or {}).get("method", _method(tree))
+            raise GdfqError(
+                f"preset '{preset}' has no effort '{effort}' for the method '{method}'; it has: {', '.join(efforts)}"
+            )
+        tree = _merge(tree, efforts[effort])
         for key, value in (overrides or {}).items():
             *path, leaf = key.split(".")
             section = tree
@@ -371,8 +386,25 @@ def _read(preset: str | Path) -> dict[str, Any]:
     else:
         raise GdfqError(f"'{name}' is neither a preset ({', '.join(presets())}) nor a TOML file")
     tree = _toml(file)
-    base = tree.pop("extends", None)
-    return _merge(_read(base), tree) if base else tree
+    name = tree.pop("extends", None)
+    if not name:
+        return tree
+    base = _read(name)
+    return _merge(base | {"effort": _take_efforts(base, tree)}, tree)
+
+
+def _take_efforts(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Those of a preset, which has none any more; none where `changes` take another method than it was made for."""
+    efforts = tree.pop("effort", {})
+    if not isinstance(efforts, dict) or not all(isinstance(changed, dict) for changed in efforts.values()):
+        raise GdfqError("'effort' holds tables of settings by name, as [effort.fast.inversion]")
+    if DEFAULT_EFFORT in efforts:
+        raise GdfqError(f"effort '{DEFAULT_EFFORT}' is a preset as it is: give [effort.{DEFAULT_EFFORT}] another name")
+    return efforts if changes.get("method", _method(tree)) == _method(tree) else {}
+
+
+def _method(tree: dict[str, Any]) -> str:
+    return tree.get("method", Config.model_fields["method"].default)
 
 
 def _toml(file: Traversable) -> dict[str, Any]:

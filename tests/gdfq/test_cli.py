@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from short_run import SHORT
 from small_models import Plain, Residual, randomize_batch_norm
 
+from gdfq.config import Config
 from gdfq.methods.reconstruction import Reconstruction
 from gdfq.run import folder as run_folder
 from gdfq.run.files import load_tensors
@@ -72,10 +73,13 @@ def test_quantize_evaluate_and_resume(gdfq, weights, images, tmp_path):
 def test_the_default_method_goes_on_behind_the_last_block(gdfq, tmp_path, monkeypatch):
     weights = tmp_path / "residual.safetensors"
     save_file(randomize_batch_norm(Residual()).state_dict(), weights)
-    short = ["inversion.images=8", "inversion.iterations=2", "reconstruction.iterations=2"]
-    source = ["--model", f"{MODELS}:Residual", "--weights", weights, *(f"--set={setting}" for setting in short)]
+    short = ["--effort=fast", "--set=inversion.images=8", "--set=reconstruction.iterations=2"]
+    source = ["--model", f"{MODELS}:Residual", "--weights", weights, *short]
     code, whole, err = gdfq("quantize", *source, "--out", tmp_path / "whole")
     assert code == 0
+    assert Config.load(tmp_path / "whole" / run_folder.CONFIG).inversion == (
+        Config.load("cifar", {"inversion.images": 8}, "fast").inversion
+    )
     assert err.splitlines()[1] == (
         "gdfq: method 'reconstruction': roundings and steps trained block by block, on images optimized to fit the "
         "network; images from 'inverted', a bank of 8, 2 iterations of 32 images for each block"
@@ -91,6 +95,8 @@ def test_the_default_method_goes_on_behind_the_last_block(gdfq, tmp_path, monkey
         patch.setattr(Reconstruction, "_train", interrupted)
         code, _, err = gdfq("quantize", *source, "--out", tmp_path / "run")
         assert (code, err.splitlines()[2:]) == (130, ["gdfq: interrupted"])
+    code, _, err = gdfq("quantize", "--resume", tmp_path / "run", "--effort", "best")
+    assert (code, "leave out --effort" in err) == (2, True)
     code, out, err = gdfq("quantize", "--resume", tmp_path / "run")
     assert (code, err.splitlines()[2:]) == (0, ["gdfq: goes on behind block 1 of 5"])
     assert out.split("size")[1].split("written")[0] == whole.split("size")[1].split("written")[0]
@@ -298,6 +304,8 @@ def overflowing():
         ("Plain", ["--set", "model.channels=4"], ["rejects images of shape (4, 8, 8)"]),
         ("NoBatchNorm", [], ["image size", "--image-size"]),
         ("Plain", ["--preset", "imagnet"], ["imagnet", "imagenet"]),
+        ("Plain", ["--effort", "fast"], ["'cifar'", "'fast'", "'gdfq'; it has: default"]),
+        ("Plain", ["--effort", "slow", "--method", "reconstruction"], ["'slow'", "it has: default, fast, best"]),
         ("Plain", ["--set", "schedule.epocs=3"], ["schedule.epocs", "epochs"]),
         ("Plain", ["--device", "cuda:99"], ["cuda:99"]),
         ("Plain", ["--data", "nowhere"], ["nowhere"]),

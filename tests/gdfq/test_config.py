@@ -55,6 +55,77 @@ def test_a_file_extends_a_preset(tmp_path):
     assert (config.schedule.epochs, config.schedule.batch_size) == (7, 16)
 
 
+def numbers(preset, overrides=None, effort="default"):
+    config = Config.load(preset, overrides, effort)
+    return config.inversion.images, config.reconstruction.iterations
+
+
+@pytest.mark.parametrize("preset", ["cifar", "imagenet", "demo"])
+def test_an_effort_changes_the_preset_and_overrides_change_the_effort(preset):
+    default = numbers(preset)
+    assert numbers(preset, {}, "default") == default
+    fast, best = numbers(preset, {}, "fast"), numbers(preset, {}, "best")
+    assert all(less < value < more for less, value, more in zip(fast, default, best, strict=True))
+    assert numbers(preset, {"inversion.images": 77}, "fast") == (77, fast[1])
+    config = Config.load(preset, effort="fast")
+    assert config.schedule == Config.load(preset).schedule
+    assert "effort" not in config.to_toml()
+
+
+def test_a_file_inherits_efforts_and_adds_its_own(tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        'extends = "cifar"\n[inversion]\nimages = 300\n'
+        "[effort.fast.reconstruction]\niterations = 7\n[effort.slow.inversion]\nimages = 400\n"
+    )
+    assert numbers(tmp_path / "mine.toml")[0] == 300
+    assert numbers(tmp_path / "mine.toml", effort="fast") == (numbers("cifar", effort="fast")[0], 7)
+    assert numbers(tmp_path / "mine.toml", effort="slow")[0] == 400
+    (tmp_path / "own.toml").write_text("[effort.fast.inversion]\nimages = 3\n")
+    assert numbers(tmp_path / "own.toml", {"method": "reconstruction"}, "fast")[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "effort", "words"),
+    [
+        (
+            "cifar",
+            {},
+            "fastest",
+            "'cifar' has no effort 'fastest' for the method 'reconstruction'; it has: default, fast",
+        ),
+        ("paper-cifar", {}, "fast", "'paper-cifar' has no effort 'fast' for the method 'gdfq'; it has: default"),
+        ("offline", {}, "best", "'offline' has no effort 'best' for the method 'gdfq'; it has: default"),
+        ("cifar", {"method": "gdfq"}, "fast", "'cifar' has no effort 'fast' for the method 'gdfq'; it has: default"),
+        (None, {}, "fast", "has no effort 'fast'"),
+        ("cifar", {"inversion.images": 1}, "fast", "setting 'inversion.images' = 1"),
+        ("cifar", {"effort.fast.inversion.images": 3}, "fast", "unknown setting 'effort'"),
+    ],
+)
+def test_efforts_that_are_not_there(preset, overrides, effort, words):
+    with pytest.raises(GdfqError) as error:
+        Config.load(preset, overrides, effort)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "effort", "words"),
+    [
+        ("[effort.fast.inversion]\nimages = 1", "fast", "setting 'inversion.images' = 1"),
+        ("[effort.fast.inversion]\npictures = 9", "fast", "unknown setting 'inversion.pictures'; there are: images"),
+        ("effort = 3", "default", "'effort' holds tables"),
+        ("[effort]\nfast = 3", "fast", "'effort' holds tables"),
+        ("[effort.default.inversion]\nimages = 9", "default", "effort 'default' is a preset as it is"),
+    ],
+)
+def test_efforts_that_are_written_wrong(text, effort, words, tmp_path):
+    (tmp_path / "mine.toml").write_text(text)
+    (tmp_path / "child.toml").write_text(f'extends = "{tmp_path / "mine.toml"}"')
+    for name in ("mine.toml", "child.toml"):
+        with pytest.raises(GdfqError) as error:
+            Config.load(tmp_path / name, None, effort)
+        assert words in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -23,7 +23,7 @@ from gdfq.cli.options import (
     listed,
     numbers,
 )
-from gdfq.config import Config, parse_override, presets
+from gdfq.config import DEFAULT_EFFORT, Config, parse_override, presets
 from gdfq.errors import GdfqError
 from gdfq.registry import METHODS, TARGETS
 
@@ -37,6 +37,9 @@ def quantize(
     model_arg: ModelArgsOption = None,
     preset: Annotated[
         str | None, typer.Option(help=f"{', '.join(presets())}, or a TOML file; default: by image size")
+    ] = None,
+    effort: Annotated[
+        str | None, typer.Option(help="fast, default or best: how long the preset's method takes, as the preset says")
     ] = None,
     method: Annotated[
         str | None,
@@ -106,7 +109,7 @@ def quantize(
     if resume is not None:
         _nothing_but_settings(
             out=out, model=model, weights=weights, weights_entry=weights_entry, model_arg=model_arg, preset=preset,
-            data=data, data_kind=data_kind, data_arg=data_arg, calibration_data=calibration_data,
+            effort=effort, data=data, data_kind=data_kind, data_arg=data_arg, calibration_data=calibration_data,
             calibration_data_arg=calibration_data_arg, training_data=training_data, training_data_arg=training_data_arg,
         )  # fmt: skip
         config, source = run_folder.read_run(resume, overrides)
@@ -119,7 +122,8 @@ def quantize(
         source |= inputs.data_source(training_data, None, training_data_arg, inputs.TRAINING)
     network = inputs.model_of(source)
     if resume is None:
-        config = Config.load(preset or default_preset(network, overrides.get("model.image_size")), overrides)
+        preset = preset or default_preset(network, overrides.get("model.image_size"))
+        config = Config.load(preset, overrides, effort or DEFAULT_EFFORT)
     folder = resume or out
     result = run(
         network,
