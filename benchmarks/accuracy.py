@@ -76,7 +76,7 @@ def measured(what: Subject, args: argparse.Namespace, images: Dataset, method: s
         "quantizer.target": args.target, "run.seed": seed, "model.image_size": what.image_size,
     }  # fmt: skip
     bank = None
-    if args.banks is not None and METHODS[method].source is not None:
+    if args.banks is not None and METHODS[method].takes_bank:
         bank = args.banks / f"{'demonstration' if args.cifar is None else 'cifar'}-{seed}.safetensors"
         if bank.exists():
             overrides["images.file"] = str(bank.absolute())

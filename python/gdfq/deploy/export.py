@@ -70,7 +70,7 @@ class Quantized:
 
         Args:
             network: the model that was quantized.
-            count: synthetic images, of the run's generator, or else noise.
+            count: synthetic images, the most of the run's bank, or so many of its generator, or else of noise.
 
         Raises:
             GdfqError: the run has not ended, or its model does not fit the network.
@@ -93,6 +93,10 @@ def _images_of_run(
     random = torch.Generator().manual_seed(config.run.seed)
     at_once = images_at_once(*shape[1:])
     sizes = [min(at_once, count - start) for start in range(0, count, at_once)]
+    if (folder / run_folder.IMAGES).is_file():
+        bank = load_tensors(folder / run_folder.IMAGES)[0]
+        yield from torch.cat([bank["held_out"], bank["images"]])[:count].split(at_once)
+        return
     saved = folder / run_folder.GENERATOR
     if not saved.is_file():
         yield from (quantized.pixels.scaled(torch.randn(size, *shape, generator=random)) for size in sizes)

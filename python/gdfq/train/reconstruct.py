@@ -130,6 +130,7 @@ class BlockTrainer:
             layer.quantizer.store(layer.index, learned.grid.step, learned.grid.zero_point, learned.rounding())
         for quantizer, observer in self.own.items():  # the range is what its learned step makes of it
             quantizer.observer = observer
+            quantizer.end_pass()
 
     def _schedule(self, progress: float) -> None:
         """The penalty begins after a warm-up, its sharpness falls; the rates of steps fall by a half cosine."""
