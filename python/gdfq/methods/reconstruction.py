@@ -6,7 +6,6 @@ A run is saved after every one of them, and goes on with the next.
 
 import math
 import os
-import random
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from gdfq.clip_values import RULES
 from gdfq.config import Config, Section
 from gdfq.errors import GdfqError
 from gdfq.graph.blocks import Block, find_blocks
+from gdfq.images.bank import seed_of_part
 from gdfq.memory import explained, images_at_once
 from gdfq.methods.method import Method, Outcome, Task, source_name
 from gdfq.methods.squant import rounding
@@ -154,18 +154,14 @@ class Reconstruction:
         wanted: Activations,
         after_iteration: Callable[[], None],
     ) -> None:
-        seed = random.Random(f"{self.task.config.run.seed} {number}").getrandbits(63)
-        state = RandomState(
-            seed, self.task.device
-        )  # its own, so that a run that goes on does as one that never stopped
-        trainer = BlockTrainer(block, self.task.config, given, exact, wanted, state, BEGINNINGS[self.settings.begin])
+        state, begin = self._random(number), BEGINNINGS[self.settings.begin]
+        trainer = BlockTrainer(block, self.task.config, given, exact, wanted, state, begin)
         trainer.run(after_iteration)
         self.iterations = trainer.runner.description
 
     def _random(self, number: int) -> RandomState:
         """A block's own, so that a run that goes on does as one that never stopped."""
-        seed = random.Random(f"{self.task.config.run.seed} {number}").getrandbits(63)
-        return RandomState(seed, self.task.device)
+        return RandomState(seed_of_part(self.task.config, number), self.task.device)
 
     @torch.no_grad()
     def _through(self, module: nn.Module, activations: Activations) -> Iterator[Tensor]:
