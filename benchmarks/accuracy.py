@@ -34,7 +34,8 @@ from gdfq.run import folder as run_folder
 from gdfq.run.files import write_text
 
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # its training images, as Debian's dataset-fashion-mnist has them
-SAME = ("network", "images", "method", "bits", "target", "seed", "settings", "effort")  # in two rows: the same measured
+# In two rows: the same measured.
+SAME = ("network", "images", "preset", "effort", "method", "bits", "target", "seed", "settings")
 
 
 def images_of(what: Subject, cifar: Path | None, training: int | None) -> tuple[str, Dataset]:
@@ -70,7 +71,6 @@ def quantized(what: Subject, config: gdfq.Config, bank: Path | None, images: Dat
 def measured(what: Subject, args: argparse.Namespace, images: Dataset, method: str, bits: str, seed: int) -> dict:
     weight_bits, activation_bits = map(int, bits.split(":"))
     settings = dict(map(parse_override, args.set))
-    preset = args.preset or default_preset(what.network, what.image_size)
     overrides = settings | {
         "method": method, "quantizer.weight_bits": weight_bits, "quantizer.activation_bits": activation_bits,
         "quantizer.target": args.target, "run.seed": seed, "model.image_size": what.image_size,
@@ -80,7 +80,7 @@ def measured(what: Subject, args: argparse.Namespace, images: Dataset, method: s
         bank = args.banks / f"{'demonstration' if args.cifar is None else 'cifar'}-{seed}.safetensors"
         if bank.exists():
             overrides["images.file"] = str(bank.absolute())
-    config = gdfq.Config.load(preset, overrides, effort=args.effort)
+    config = gdfq.Config.load(args.preset, overrides, effort=args.effort)
     return quantized(what, config, bank, images)
 
 
@@ -90,7 +90,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         changed = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
-        name = f"{row['network']}, {row['images']}, {row['method']}, {row['bits']}, {row['target']}, {row['effort']}"
+        name = f"{row['network']}, {row['images']}, {row['method']}, {row['bits']}, {row['target']}, {row['preset']}"
+        name += "" if row["effort"] == "default" else f", {row['effort']}"
         groups.setdefault(", ".join(filter(None, (name, changed))), []).append(row)
     for name, own in groups.items():
         top1 = [row["top1"] for row in own]
@@ -121,13 +122,14 @@ def main() -> None:
     facts = provenance(args.threads)
     what = subject(args.cifar)
     kind, images = images_of(what, args.cifar, args.training_images)
+    args.preset = args.preset or default_preset(what.network, what.image_size)
     float_top1 = gdfq.evaluate(what.network, images).top1
     rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     for method, bits, seed in ((m, b, s) for m in args.methods for b in args.bits for s in args.seeds):
         row = {
             "network": what.name, "images": kind, "method": method, "bits": "W{}A{}".format(*bits.split(":")),
-            "target": args.target, "seed": seed, "settings": dict(map(parse_override, args.set)),
-            "effort": args.effort, "float": float_top1, "gdfq_commit": facts["gdfq_commit"],
+            "preset": args.preset, "effort": args.effort, "target": args.target, "seed": seed,
+            "settings": dict(map(parse_override, args.set)), "float": float_top1, "gdfq_commit": facts["gdfq_commit"],
         }  # fmt: skip
         row |= measured(what, args, images, method, bits, seed)
         rows = [other for other in rows if any(other[key] != row[key] for key in SAME)] + [row]
