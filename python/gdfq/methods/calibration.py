@@ -3,12 +3,17 @@
 import time
 from collections.abc import Callable, Iterable
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from gdfq.calibrate import calibrate
+from gdfq.clip_values import Rule
+from gdfq.graph import quantizer_of
+from gdfq.graph.nodes import is_image
 from gdfq.images.real import calibration_batches
 from gdfq.methods.method import Data, Method, Outcome, Task
 from gdfq.methods.training import images_of, learned, source_of
+from gdfq.nn import FakeQuantize
+from gdfq.observers import Histogram
 
 
 def calibrating(
@@ -33,6 +38,13 @@ def calibrating(
         return Outcome(images.held_out(), time.monotonic() - start, same_source=not is_given)
 
     return run
+
+
+def clipped_by(rule: Rule, student: fx.GraphModule) -> Callable[[FakeQuantize], Histogram]:
+    """What `calibrate` has to observe with so that activations are clipped by a rule of `gdfq.clip_values`. The image
+    keeps its minimum and maximum: pixels have few different values, and none of them is an outlier."""
+    of_images = {quantizer_of(student, node) for node in student.graph.nodes if is_image(node)}
+    return lambda quantizer: Histogram(None if quantizer in of_images else rule, quantizer.scheme)
 
 
 def _calibrate(task: Task, batches: Iterable[Tensor]) -> None:

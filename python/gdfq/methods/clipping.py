@@ -13,12 +13,9 @@ from torch import Tensor, fx
 
 from gdfq.calibrate import calibrate
 from gdfq.clip_values import RULES, kl
-from gdfq.graph import quantized_layers, quantizer_of
-from gdfq.graph.nodes import is_image
-from gdfq.methods.calibration import calibrating
+from gdfq.graph import quantized_layers
+from gdfq.methods.calibration import calibrating, clipped_by
 from gdfq.methods.method import Data, Method
-from gdfq.nn import FakeQuantize
-from gdfq.observers import Histogram
 
 
 @torch.no_grad()
@@ -38,12 +35,7 @@ def clip(student: fx.GraphModule, batches: Iterable[Tensor], rule: str) -> None:
         lower, upper = choose(rows, None, layer.bits, layer.scheme)
         shape = (-1, *(1 for _ in weight.shape[1:]))
         weight.clamp_(lower.view(shape), upper.view(shape))
-    of_images = {quantizer_of(student, node) for node in student.graph.nodes if is_image(node)}
-
-    def observer(quantizer: FakeQuantize) -> Histogram:
-        return Histogram(None if quantizer in of_images else choose, quantizer.scheme)
-
-    calibrate(student, list(batches), observer)
+    calibrate(student, list(batches), clipped_by(choose, student))
 
 
 def _method(rule: str, by: str) -> Method:

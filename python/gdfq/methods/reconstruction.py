@@ -15,17 +15,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gdfq.calibrate import calibrate
-from gdfq.clip_values import RULES
+from gdfq.clip_values import mse
 from gdfq.config import Config, Section
 from gdfq.errors import GdfqError
 from gdfq.graph.blocks import Block, find_blocks
 from gdfq.images.bank import seed_of_part
 from gdfq.memory import explained, images_at_once
+from gdfq.methods.calibration import clipped_by
 from gdfq.methods.method import Method, Outcome, Task, source_name
 from gdfq.methods.squant import rounding
 from gdfq.methods.training import bank_of, identity
-from gdfq.nn import FakeQuantize, per_channel, to_channels_last
-from gdfq.observers import Histogram
+from gdfq.nn import per_channel, to_channels_last
 from gdfq.progress import LONG_ON_A_CPU, Pace, say, say_what_is_left
 from gdfq.random_state import RandomState
 from gdfq.registry import SECTIONS
@@ -219,7 +219,7 @@ def reconstruct(task: Task) -> Outcome:
     to_channels_last(task.student)
     run = Reconstruction(task, source.bank)
     if not (task.resume and run.resume()):
-        observer = _least_squared_error if run.settings.ranges == "mse" else None
+        observer = clipped_by(mse, task.student) if run.settings.ranges == "mse" else None
         calibrate(task.student, source.calibration(), observer)
     made = time.monotonic() - start
     run.run()
@@ -234,10 +234,6 @@ def nearest(weight: Tensor, grid: Grid) -> Tensor:
 
 
 BEGINNINGS = {"squant": rounding, "nearest": nearest}
-
-
-def _least_squared_error(quantizer: FakeQuantize) -> Histogram:
-    return Histogram(RULES["mse"], quantizer.scheme)
 
 
 def _relative_error(given: Activations, wanted: Activations, at_once: int, block: Block) -> float:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.calibrate import calibrate
+from gdfq.clip_values import mse
 from gdfq.graph import quantized_layers
-from gdfq.methods.calibration import calibrating
+from gdfq.methods.calibration import calibrating, clipped_by
 from gdfq.methods.method import Method
 from gdfq.nn import per_channel
 from gdfq_ext import Grid
@@ -25,8 +26,8 @@ from gdfq_ext import Grid
 
 @torch.no_grad()
 def squant(student: fx.GraphModule, batches: Iterable[Tensor]) -> None:
-    """Round the weights of `student` so, on the grids that their ranges give, and observe its activation ranges on
-    `batches` of images `(N, C, H, W)`, in place.
+    """Round the weights of `student` so, on the grids that their ranges give, and clip its activations by the squared
+    error on `batches` of images `(N, C, H, W)`, in place.
 
     Raises:
         GdfqError: a range came out NaN or infinite.
@@ -35,7 +36,7 @@ def squant(student: fx.GraphModule, batches: Iterable[Tensor]) -> None:
         weight = student.get_parameter(layer.weight)
         grid = layer.quantizer.grid(layer.index, weight)
         layer.quantizer.store(layer.index, grid.step, grid.zero_point, rounding(weight, grid))
-    calibrate(student, batches)
+    calibrate(student, list(batches), clipped_by(mse, student))
 
 
 def rounding(weight: Tensor, grid: Grid) -> Tensor:
@@ -70,7 +71,7 @@ def flips(errors: Tensor, can_flip: Tensor) -> Tensor:
 
 SQUANT = Method(
     "squant",
-    "no training; weights rounded so that errors cancel, ranges from inverted images",
+    "no training; weights rounded so that errors cancel, activations clipped by the squared error on inverted images",
     calibrating(lambda task, batches: squant(task.student, batches)),
     source="inverted",
 )
