@@ -242,8 +242,6 @@ def _images(method: Method, config: Config, calibrate_on: Any) -> str | None:
         return None
     if config.images.file is not None:
         return f"images of {config.images.file}"
-    if method.data is Data.IMAGES:
-        return f"images made as calibration.images = '{config.calibration.images}' says"
     return f"images from '{source_name(config)}'"
 
 

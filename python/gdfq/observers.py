@@ -112,8 +112,9 @@ class LearnedStep(Observer):
 
         y = clamp(round(x / step), lowest - zero_point, highest - zero_point) * step
 
-    Gradients are LSQ's, whatever `quantizer.straight_through` says: straight through where nothing was clamped, the
-    step's scaled by 1 / sqrt(numel * (2^k - 1)). It begins at the range that has been observed by its moving average.
+    Gradients are LSQ's, whatever `quantizer.straight_through` says: straight through where nothing was clamped, behind
+    the rounding, the step's scaled by 1 / sqrt(numel * (2^k - 1)). It begins at the range that has been observed by its
+    moving average.
 
     Args:
         scheme: what a range is made into levels by, see `gdfq_ext.fake_quantize`.

@@ -114,13 +114,13 @@ def test_the_folder_of_a_run(method, tmp_path):
     short = dict(gdfq.parse_override(option.removeprefix("--set=")) for option in SHORT)
     config = gdfq.Config.load("cifar", {**short, "method": method, "zeroq.iterations": 2, "zeroq.images": 8})
     result = gdfq.quantize(model, config, run_dir=tmp_path / "run", progress=False)
-    quantized = Quantized.of_run(tmp_path / "run", model, count=32)
+    quantized = Quantized.of_run(tmp_path / "run", model, count=12)
     images = torch.cat(list(quantized.images))
-    assert images.shape == (32, 3, 8, 8)
+    assert images.shape == (12, 3, 8, 8)
     with torch.no_grad():
         assert torch.equal(quantized.student(images), result.model(images))
-    quantized = Quantized.of_run(tmp_path / "run", model, count=32)
-    assert gdfq.export(quantized, tmp_path / "q.onnx").verification.argmax["synthetic"].images == 32
+    quantized = Quantized.of_run(tmp_path / "run", model, count=12)
+    assert gdfq.export(quantized, tmp_path / "q.onnx").verification.argmax["synthetic"].images == 12
     (tmp_path / "run" / "report.json").unlink()
     with pytest.raises(GdfqError, match="no result yet"):
         Quantized.of_run(tmp_path / "run", model)
