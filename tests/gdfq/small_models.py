@@ -1,8 +1,12 @@
 """Small networks with everything that users write: for tests that need a model and not its accuracy."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from gdfq.graph import CapturedModel, Pixels, capture
 
 
 def randomize_batch_norm(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -27,6 +31,16 @@ def remembering(images: torch.Tensor) -> nn.Module:
             module.momentum = None
     model(images)
     return model.eval()
+
+
+PIXELS = Pixels.around((0.3, -0.2, 0.1), (0.5, 0.6, 0.4), "set")
+
+
+def capture_remembering_smooth_images() -> CapturedModel:
+    """That of smooth images, whose pixels are `PIXELS`."""
+    torch.manual_seed(0)
+    smooth = F.interpolate(torch.randn(500, 3, 3, 3), (8, 8), mode="bilinear")
+    return replace(capture(remembering(PIXELS.scaled(1.6 * smooth))), pixels=PIXELS)
 
 
 class Plain(nn.Module):

@@ -44,16 +44,24 @@ class Block:
         student: Q.
         entry, exit: the values going in and coming out, `(N, ...)` both.
         nodes: what is computed from the one on the way to the other.
+        layers: Q's, `quantized_layers`.
 
     Attributes:
         layers: whose weights are quantized and parameters.
         quantizers: of activations computed in it, the image's left out.
     """
 
-    def __init__(self, student: fx.GraphModule, entry: fx.Node, exit: fx.Node, nodes: list[fx.Node]) -> None:
+    def __init__(
+        self,
+        student: fx.GraphModule,
+        entry: fx.Node,
+        exit: fx.Node,
+        nodes: list[fx.Node],
+        layers: list[QuantizedLayer],
+    ) -> None:
         self.student, self.entry, self.exit = student, entry, exit
         inside = set(nodes)
-        self.layers: list[QuantizedLayer] = [layer for layer in quantized_layers(student) if layer.node in inside]
+        self.layers = [layer for layer in layers if layer.node in inside]
         found = (quantizer_of(student, node) for node in nodes if not node.meta["image"])
         self.quantizers: list[FakeQuantize] = [quantizer for quantizer in found if quantizer is not None]
 
@@ -142,6 +150,7 @@ def find_blocks(student: fx.GraphModule) -> list[Block]:
     cuts = _cuts(student, nodes)
     pieces = [nodes[start + 1 : end + 1] for start, end in pairwise(cuts)]
     with_layers = [index for index, piece in enumerate(pieces) if any(node.target in WEIGHTED for node in piece)]
+    layers = quantized_layers(student)
     begins, has_layer = [0], False  # the first piece of every block
     for index, piece in enumerate(pieces):
         pools = index < max(with_layers, default=0) and any(average_pool_inputs(node) for node in piece)
@@ -150,7 +159,7 @@ def find_blocks(student: fx.GraphModule) -> list[Block]:
             has_layer = False
         has_layer |= index in with_layers
     return [
-        Block(student, nodes[cuts[begin]], nodes[cuts[end]], nodes[cuts[begin] + 1 : cuts[end] + 1])
+        Block(student, nodes[cuts[begin]], nodes[cuts[end]], nodes[cuts[begin] + 1 : cuts[end] + 1], layers)
         for begin, end in pairwise([*begins, len(pieces)])
     ]
 

@@ -55,7 +55,6 @@ class Store:
         self.budget = budget
         self.folder = folder
         self.files: tempfile.TemporaryDirectory | None = None
-        self.count = 0
 
     def __enter__(self) -> "Store":
         return self
@@ -83,8 +82,7 @@ class Store:
         if size * 4 * self.AT_ONCE <= self.budget:
             return torch.empty(shape, device=device)
         self.files = self.files or tempfile.TemporaryDirectory(prefix="activations-", dir=self.folder)
-        self.count += 1
-        path = Path(self.files.name) / str(self.count)
+        path = Path(self.files.name) / "rows"
         rows = torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
         path.unlink()  # its space is free when nobody holds the tensor any more
         return rows

@@ -113,7 +113,8 @@ class BlockTrainer:
         self.module = block.learning(dict(self.roundings))
         self.own = {quantizer: quantizer.observer for quantizer in block.quantizers}
         self.steps = [self._step(quantizer) for quantizer in block.quantizers]
-        self.runner = IterationRunner(config.run.cuda_graph, self.device, random, given.obstacle(self.device))
+        obstacles = [activations.obstacle(self.device) for activations in (given, exact, wanted)]
+        self.runner = IterationRunner(config.run.cuda_graph, self.device, random, next(filter(None, obstacles), None))
 
     def run(self, after_iteration: Callable[[], None] = lambda: None) -> None:
         """Train what there is to the end, and hand over to Q's quantizers. The callback may look, or raise to stop."""

@@ -1,26 +1,21 @@
 """Distilled images fit the BN statistics the better the longer it takes, at the scale of the pixels."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from small_models import remembering
+from small_models import PIXELS, capture_remembering_smooth_images
 from torch import nn
 
 from gdfq.config import Config
 from gdfq.fit import fit, mean_distances
-from gdfq.graph import Pixels, build_teacher, capture
+from gdfq.graph import build_teacher
 from gdfq.images.distilled import Decoder, DistillationConfig, distill, distilled
 
 CPU = torch.device("cpu")
-PIXELS = Pixels.around((0.3, -0.2, 0.1), (0.5, 0.6, 0.4), "set")
 
 
 @pytest.fixture(scope="module")
 def captured():
-    torch.manual_seed(0)
-    smooth = nn.functional.interpolate(torch.randn(500, 3, 3, 3), (8, 8), mode="bilinear")
-    return replace(capture(remembering(PIXELS.scaled(1.6 * smooth))), pixels=PIXELS)
+    return capture_remembering_smooth_images()
 
 
 @pytest.fixture(scope="module")

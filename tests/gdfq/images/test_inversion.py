@@ -4,27 +4,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import remembering
-from torch import nn
+from small_models import PIXELS, capture_remembering_smooth_images
 
 from gdfq.config import Config
 from gdfq.errors import GdfqError
 from gdfq.fit import fit, mean_distances
-from gdfq.graph import Pixels, build_teacher, capture
+from gdfq.graph import build_teacher
 from gdfq.graph.sizes import ImageSizes
 from gdfq.images import inversion
 from gdfq.images.inversion import InversionConfig, balanced_labels, hard_sample_loss, invert, inverted
 
 CPU = torch.device("cpu")
-PIXELS = Pixels.around((0.3, -0.2, 0.1), (0.5, 0.6, 0.4), "set")
 
 
 @pytest.fixture(scope="module")
 def captured():
-    """Of a network that remembers smooth images."""
-    torch.manual_seed(0)
-    smooth = nn.functional.interpolate(torch.randn(500, 3, 3, 3), (8, 8), mode="bilinear")
-    return replace(capture(remembering(PIXELS.scaled(1.6 * smooth))), pixels=PIXELS)
+    return capture_remembering_smooth_images()
 
 
 @pytest.fixture(scope="module")
