@@ -42,16 +42,17 @@ class Unrounded:
     def quantized(self, quantizer: FakeQuantize) -> Tensor:
         """On the quantizer's grid, in float32."""
         step, zero_point, lowest, highest = quantizer.grid()
-        level = self.code(step, zero_point).clamp(lowest, highest) - zero_point
+        level = self.code(step, zero_point).clamp_(lowest, highest).sub_(zero_point)
         if self.act != "none":
             low, high = BOUNDS[self.act]
-            level = level.clamp(low, None if high is None else float((high / step).round()))
-        return level * step
+            level.clamp_(low, None if high is None else float((high / step).round()))
+        return level.mul_(step)
 
 
 @dataclass(frozen=True)
 class Scaled(Unrounded):
-    """Whole numbers `(N, C, ...)` in float64, and their unit in float32, shaped to go with them."""
+    """Whole numbers `(N, C, ...)`, in float64 where float32 does not have them all, and their unit in float32, shaped
+    to go with them."""
 
     integers: Tensor
     unit: Tensor
@@ -60,7 +61,7 @@ class Scaled(Unrounded):
         return self.integers.float() * self.unit
 
     def code(self, step: Tensor, zero_point: Tensor) -> Tensor:
-        return (self.integers.float() * (self.unit / step)).round() + zero_point
+        return (self.integers.float() * (self.unit / step)).round_().add_(zero_point)
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,20 @@ class Sum(Unrounded):
         offsets = [grid.zero_point for grid in self.grids]
         sum_ = zero_point - _multiply_add(offsets[0], ratios[0], offsets[1] * ratios[1])
         for term, grid, ratio in zip(self.terms, self.grids, ratios, strict=True):
-            sum_ = _multiply_add((term / grid.step).round() + grid.zero_point, ratio, sum_)
-        return sum_.round()
+            sum_ = _multiply_add((term / grid.step).round_().add_(grid.zero_point), ratio, sum_)
+        return sum_.round_()
 
 
 def _multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a * b + c in float32, rounded once, as processors have it."""
-    return (a.double() * b + c).float()
+    return a.double().mul_(b).add_(c).float()
+
+
+def _plus(integers: Tensor, largest: Tensor, others: Tensor) -> Tensor:
+    """The sum of whole numbers of at most `largest`, which are overwritten where they can be, and of `others`."""
+    if integers.dtype == torch.float32 and largest + others.abs().max() >= _EXACT:
+        integers = integers.double()
+    return integers.add_(others.to(integers.dtype))
 
 
 def _pads(pool: fx.Node) -> bool:
@@ -94,12 +102,13 @@ def _pads(pool: fx.Node) -> bool:
 
 
 class _Prepared(NamedTuple):
-    """What no image changes of a layer: steps of its input and of its weight's channels, the weight in these steps, and
-    its bias as it is before it is rounded."""
+    """What no image changes of a layer: steps of its input and of its weight's channels, the weight in these steps, the
+    largest sum of their sizes in a channel, and its bias as it is before it is rounded."""
 
     step_x: Tensor
     step_w: Tensor
     carriers: Tensor
+    most: Tensor
     bias: Tensor | None
 
 
@@ -169,41 +178,42 @@ class IntegerSimulation(fx.Interpreter):
         carriers = (layer.quantizer.quantized(layer.index, weight) / per_channel(step, weight)).round()
         bias = unrounded(self.student, layer.node.args[2]) if layer.bias else None
         bias = None if bias is None else self.fetch_attr(bias.target)
-        return _Prepared(self._quantizer(layer.node.args[0]).grid().step, step, carriers, bias)
+        most = carriers.abs().flatten(1).sum(1).max()
+        return _Prepared(self._quantizer(layer.node.args[0]).grid().step, step, carriers, most, bias)
 
     def _layer(self, node: fx.Node) -> Any:
-        step_x, step_w, carriers, _ = self.layers[node]
+        step_x, step_w, carriers, most, _ = self.layers[node]
         (x, weight, *others), _ = self.fetch_args_kwargs_from_env(node)
         bias, *how = others or [None]
-        codes = (x / step_x).round()
-
-        def products(codes: Tensor) -> Tensor:
-            return node.target(codes, carriers, None, *how).double()
-
-        if carriers.abs().flatten(1).sum(1).max() * codes.abs().max() < _EXACT:
-            sums = products(codes)
+        codes = (x / step_x).round_()
+        largest = most * codes.abs().max()
+        if largest < _EXACT:
+            sums = node.target(codes, carriers, None, *how)
         else:
-            high = (codes / 16).floor()
-            sums = 16 * products(high) + products(codes - 16 * high)
+            high = (codes / 16).floor_()
+            low = codes.sub_(high, alpha=16)
+            high, low = (node.target(part, carriers, None, *how) for part in (high, low))
+            sums = high.double().mul_(16).add_(low)
         if any(user in self.folded for user in node.users):
-            return sums
+            return sums, largest
         shape = (-1, *[1] * (weight.dim() - 2)) if node.target in CONVOLUTIONS else (-1,)
         unit = step_x * step_w
         if bias is not None:
-            sums = sums + (bias.double() / unit).round().view(shape)
+            sums = _plus(sums, largest, (bias.double() / unit).round().view(shape))
         result = Scaled(sums, unit.view(shape))
         return result if self._is_rounded(node) else result.values()
 
     def _batch_norm(self, node: fx.Node) -> Any:
-        step_x, step_w, _, bias = self.layers[node.args[0]]
+        step_x, step_w, *_, bias = self.layers[node.args[0]]
         module = batch_norm_of(self.student, node)
-        sums, mean, variance, gamma, beta = (None if arg is None else self.env[arg] for arg in node.args)
+        (sums, largest), mean, variance, gamma, beta = (None if arg is None else self.env[arg] for arg in node.args)
         mean = mean.double() if bias is None else mean.double() - bias.double()
         factor = (variance.double() + module.eps).rsqrt() * (1.0 if gamma is None else gamma.double())
         shift = (0.0 if beta is None else beta.double()) - mean * factor
         unit = step_x * (step_w.double() * factor.abs()).float()
         shape = (-1, *[1] * (sums.dim() - 2))
-        integers = sums * factor.sign().view(shape) + (shift / unit).round().view(shape)
+        signed = sums.mul_(factor.sign().to(sums.dtype).view(shape))
+        integers = _plus(signed, largest, (shift / unit).round().view(shape))
         result = Scaled(integers, unit.view(shape), act=module.act)
         quantizer = quantizer_of(self.student, node)
         if quantizer is not None:
