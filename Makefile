@@ -1,5 +1,5 @@
 # make demo    quantize the built-in network and print what each method reaches
-# make test    run every test; make test-reference: without the native kernels
+# make test    run the tests; make test-long: those that take long; make test-reference: without the native kernels
 # make lint    check style and types of the code
 # make docs    build the pages of docs/ and the API into build/site
 # make clean   remove what was built and measured; .venv stays
@@ -34,13 +34,16 @@ INSTALL_PACKAGE := GDFQ_BUILD=off $(INSTALL) --no-build-isolation --editable
 # The wheel's, in the version that constraints.txt pins.
 CLANG_FORMAT := $(INTERPRETER) -c 'import clang_format; clang_format.clang_format()'
 
-.PHONY: demo test test-reference lint docs clean check-runtime check-development check-documentation
+.PHONY: demo test test-long test-reference lint docs clean check-runtime check-development check-documentation
 
 demo: $(RUNTIME) $(BUILT)
 	$(INTERPRETER) -m gdfq.demo --out demo-output
 
 test: $(DEVELOPMENT) $(BUILT)
 	OMP_NUM_THREADS=1 $(INTERPRETER) -m pytest $(PYTEST_ARGS)
+
+test-long: PYTEST_ARGS += -m long
+test-long: test
 
 test-reference: export GDFQ_EXT := reference
 test-reference: test

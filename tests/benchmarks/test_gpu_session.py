@@ -371,7 +371,7 @@ def test_preparing(machine):
 # --- all of it on a CPU ---
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_dry_run(tmp_path):
     """Nothing is carried for the first call, which builds; for the second, the library that lies in the tree is."""
     variables = {**os.environ, "PYTHON": sys.executable, "TMPDIR": str(tmp_path)}

@@ -119,7 +119,7 @@ def test_wrong_names_of_providers(capsys, name):
     assert "each also with @float32, @tf32, @bfloat16 (one of them) and @contiguous behind it" in message
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_compiled_providers_agree_with_ours_again_and_again():
     """Of the iterations, the second runs what the first compiled, with gradients left from before."""
     subjects = {name: new_provider(name, TINY) for name in ("ours", "compile", "compile-reduce-overhead")}

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
 def test_library_and_its_tests(tmp_path):
     cuda = ["-DGDFQ_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=90"] if shutil.which("nvcc") else []

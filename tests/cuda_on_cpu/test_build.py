@@ -39,6 +39,7 @@ print(json.dumps(gdfq_ext.backend_report().as_dict()))
 """
 
 
+@pytest.mark.long
 def test_a_build_with_cuda_works_without_a_gpu(tmp_path):
     package = tmp_path / "lib" / "gdfq_ext"
     shutil.copytree(emulation.ROOT / "gdfq_ext", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))

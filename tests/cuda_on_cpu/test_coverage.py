@@ -6,7 +6,7 @@ import kernel_coverage
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("gcov") is None, reason="gcov is not installed")
 def test_nearly_every_line_is_executed():
     assert kernel_coverage.main() == 0

@@ -22,6 +22,7 @@ os._exit(0)  # cleaning up would surprise the sanitizer, which came late
 """
 
 
+@pytest.mark.long
 def test_kernels_stay_inside_their_memory():
     runtime = [run(["g++", f"-print-file-name={name}"]).stdout.strip() for name in ("libasan.so", "libubsan.so")]
     if not all(map(os.path.isabs, runtime)):

@@ -104,6 +104,7 @@ def limited(folder: Path, cases: list) -> list:
     return answers
 
 
+@pytest.mark.long
 def test_on_the_cpu(tmp_path):
     quantize = ["quantize", "--model", MODEL, *SHORT, "--out"]
     refused = [

@@ -71,7 +71,7 @@ def small(network: type[nn.Module], **arguments) -> nn.Module:
     return randomize_batch_norm(model)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", PAPER)
 def test_networks_of_the_paper(name):
     check_that_it_works(zoo.new_member(name))

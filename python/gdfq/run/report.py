@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from gdfq.config import Config
@@ -113,17 +114,22 @@ def save_picture(path: str | Path, rows: list[Tensor], names: list[str]) -> None
         names: one per row.
     """
     columns = max(len(row) for row in rows)
-    figure = new_figure(figsize=(columns * 0.7 + 1.5, len(rows) * 0.75))
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for row, name, line in zip(rows, names, axes, strict=True):
-        for axis in line:
-            axis.axis("off")
-        for axis, image in zip(line, row.cpu().float(), strict=False):
+    _, height, width = rows[0].shape[1:]
+    gap = max(1, height // 16)
+    mosaic = torch.ones(len(rows) * (height + gap), columns * (width + gap), 3)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row.cpu().float()):
             low, high = image.min(), image.max()
-            pixels = ((image - low) / (high - low).clamp_min(1e-6)).permute(1, 2, 0).numpy()
-            axis.imshow(pixels.mean(2) if pixels.shape[2] < 3 else pixels[..., :3], cmap="gray", vmin=0, vmax=1)
-        line[0].text(-0.3, 0.5, name, ha="right", va="center", transform=line[0].transAxes)
-    figure.subplots_adjust(
-        left=1.5 / (columns * 0.7 + 1.5), right=0.99, top=0.99, bottom=0.01, wspace=0.05, hspace=0.08
-    )
+            pixels = ((image - low) / (high - low).clamp_min(1e-6)).permute(1, 2, 0)
+            pixels = pixels.mean(2, keepdim=True) if pixels.shape[2] < 3 else pixels[..., :3]
+            top, left = i * (height + gap), j * (width + gap)
+            mosaic[top : top + height, left : left + width] = pixels
+    inches = 1.5 + columns * 0.7  # the names take the first part
+    figure = new_figure(figsize=(inches, len(rows) * 0.75))
+    axis = figure.add_axes((1.5 / inches, 0.01, 0.99 - 1.5 / inches, 0.98))
+    axis.imshow(mosaic)
+    axis.spines[:].set_visible(False)
+    axis.set_xticks([])
+    axis.set_yticks([i * (height + gap) + height / 2 for i in range(len(rows))], names)
+    axis.tick_params(length=0)
     save_figure(figure, path)

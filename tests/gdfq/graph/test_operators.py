@@ -86,7 +86,7 @@ def _is_ordinary(value: Tensor) -> bool:
     return value.layout is torch.strided and value.numel() > 0 and bool(value.isfinite().all())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_operators_that_move_values_are_known_and_no_others(samples):

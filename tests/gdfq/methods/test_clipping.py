@@ -138,6 +138,7 @@ def test_activations_that_overflow_are_named():
         clip(student, [images * 1e10 for images in BATCHES], "mse")
 
 
+@pytest.mark.long
 def test_searches_for_resnet18_take_seconds():
     """Below the promised 10 s on a CPU; two images will do, since a search sees only histograms of them."""
     captured = capture(load_model("pytorchcv:resnet18"))
