@@ -78,7 +78,8 @@ class Sum(Unrounded):
         ratios = [grid.step / step for grid in self.grids]
         offsets = [grid.zero_point for grid in self.grids]
         sum_ = zero_point - _multiply_add(offsets[0], ratios[0], offsets[1] * ratios[1])
-        for term, grid, ratio in zip(self.terms, self.grids, ratios, strict=True):
+        # The second first, as onnxruntime does: one sum in a million is another the other way around.
+        for term, grid, ratio in reversed(list(zip(self.terms, self.grids, ratios, strict=True))):
             sum_ = _multiply_add((term / grid.step).round_().add_(grid.zero_point), ratio, sum_)
         return sum_.round_()
 

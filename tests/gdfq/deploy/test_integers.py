@@ -2,8 +2,10 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from small_models import Plain, Residual, TwoHeads, randomize_batch_norm
 from torch import nn
 from torch.nn import functional as F
@@ -11,9 +13,10 @@ from torch.nn import functional as F
 from gdfq.calibrate import calibrate
 from gdfq.config import Config
 from gdfq.deploy import write
-from gdfq.deploy.integers import IntegerSimulation
+from gdfq.deploy.integers import IntegerSimulation, Sum
 from gdfq.deploy.runtime import session
 from gdfq.graph import build_quantized, capture
+from gdfq_ext import Grid
 
 
 class Pools(nn.Module):
@@ -57,3 +60,30 @@ def test_it_computes_what_onnxruntime_does(make, bits, target):
     (logits,) = session(write(student, (3, 8, 8)).model).run(None, {"images": images.numpy()})
     found = IntegerSimulation(student).run(images)
     torch.testing.assert_close(found, torch.from_numpy(logits), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_sum_of_any_two_codes_is_onnxruntimes(seed):
+    random = np.random.default_rng(seed)
+    steps = random.uniform(0.005, 0.05, 3).astype(np.float32)
+    zero_points = random.integers(0, 256, 3).astype(np.uint8)
+    codes = [of.ravel() for of in np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))]
+    given = {"a": codes[0], "b": codes[1]}
+    constants = {f"step{i}": steps[i] for i in range(3)} | {f"zero{i}": zero_points[i] for i in range(3)}
+    names = ["a", "step0", "zero0", "b", "step1", "zero1", "step2", "zero2"]
+    node = helper.make_node("QLinearAdd", names, ["sum"], domain="com.microsoft")
+    values = [helper.make_tensor_value_info(name, TensorProto.UINT8, ["n"]) for name in ("a", "b", "sum")]
+    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph([node], "sum", values[:2], values[2:], tensors)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    (expected,) = session(helper.make_model(graph, opset_imports=opsets, ir_version=9)).run(None, given)
+
+    grids = [
+        Grid(torch.tensor(step), torch.tensor(float(zero)), 0, 255)
+        for step, zero in zip(steps, zero_points, strict=True)
+    ]
+    terms = [
+        (torch.from_numpy(of).float() - grid.zero_point) * grid.step for of, grid in zip(codes, grids[:2], strict=True)
+    ]
+    found = Sum(tuple(terms), tuple(grids[:2])).code(grids[2].step, grids[2].zero_point).clamp(0, 255)
+    assert torch.equal(found, torch.from_numpy(expected).float())
