@@ -62,7 +62,7 @@ def test_it_computes_what_onnxruntime_does(make, bits, target):
     torch.testing.assert_close(found, torch.from_numpy(logits), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [13, 20, 32, 34])  # in each, a sum depends on which term is added first
 def test_a_sum_of_any_two_codes_is_onnxruntimes(seed):
     random = np.random.default_rng(seed)
     steps = random.uniform(0.005, 0.05, 3).astype(np.float32)
