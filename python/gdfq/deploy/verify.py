@@ -6,7 +6,7 @@ import io
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ FLOAT32_OF = 256
 LEVELS_OF = 32
 """Images whose levels are compared."""
 _SMALLEST = 1e-30  # logit that differences are compared with, where all of them are zero
-_AT_ONCE = 8 * 224 * 224  # pixels of images whose levels are held together
+_AT_ONCE = 8 * 224 * 224  # pixels of images that are computed together: what they give is in memory that is used again
 _MOST_AT_ONCE = 64
 
 
@@ -191,20 +191,29 @@ def verify(
         return result
     file = OnnxClassifier(path, threads=result.threads)
     student = _on_cpu(student)
-    batches = [batch.detach().cpu().float() for batch in images]
-    if not batches or not len(batches[0]):
+    batches = list(_parts(images))
+    if not batches:
         raise GdfqError("there are no images to verify the file on")
     result.operators = operators(path, {layer.node for layer in written.layers})
     _check_levels(result, student, written, file, torch.cat(batches)[:LEVELS_OF])
     simulation = IntegerSimulation(student).run if rounds_biases(student) else student
     result.argmax["synthetic"] = _argmax(simulation, file, batches)
     if real_images is not None:
-        result.argmax["real"] = _argmax(simulation, file, real_images)
-    few = torch.cat(batches)[:FLOAT32_OF].split(len(batches[0]))
+        result.argmax["real"] = _argmax(simulation, file, _parts(real_images))
+    few = _parts([torch.cat(batches)[:FLOAT32_OF]])
     result.argmax["synthetic, Q's sums in float32,"] = _argmax(student, file, few)
     _compare_with_float(result, file, float_model, batches[0][:1], seconds)
     result.saturating = [layer.name for layer in written.layers if layer.can_saturate]
     return result
+
+
+def _parts(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Batches `(N, C, H, W)`, on the CPU in float32, a few images at a time."""
+    for batch in batches:
+        if len(batch):
+            height, width = batch.shape[2:]
+            count = max(1, min(_MOST_AT_ONCE, _AT_ONCE // (height * width)))
+            yield from batch.detach().cpu().float().split(count)
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:
@@ -220,9 +229,8 @@ def _check_levels(
     simulation = Simulation(student, written.codes)
     names = layers_before(written.model, written.codes)
     result.last_layer = names["logits"]
-    height, width = images.shape[2:]
     apart = []
-    for part in images.split(max(1, min(_MOST_AT_ONCE, _AT_ONCE // (height * width)))):
+    for part in _parts([images]):
         part, feed = as_file_takes(file, part)
         levels, logits = simulation.levels(part)
         computed, of_file = computed_levels(plain, levels, written.codes, feed)
@@ -257,7 +265,7 @@ def as_file_takes(file: OnnxClassifier, images: Tensor) -> tuple[Tensor, dict]:
 def _argmax(simulation: Callable[[Tensor], Tensor], file: OnnxClassifier, batches: Iterable[Tensor]) -> Argmax:
     equal = count = 0
     for batch in batches:
-        images, feed = as_file_takes(file, batch.detach().cpu().float())
+        images, feed = as_file_takes(file, batch)
         (given,) = feed.values()
         logits = file(torch.from_numpy(given).float())
         equal += int((simulation(images).argmax(1) == logits.argmax(1)).sum())
