@@ -15,6 +15,6 @@ def test_a_row_says_what_was_found(tmp_path, monkeypatch, capsys):
     (found,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     verification = found["verification"]
     assert (found["network"], found["bits"], found["counts"]) == ("demonstration", "W4A4", True)
-    assert verification["argmax"]["synthetic"] == {"equal": 32, "images": 32}
+    assert verification["argmax"]["synthetic"] == {"equal": 32, "images": 32, "classes": found["classes_seen"]}
     assert not any(check["wrong"] for check in verification["layers"].values())
     assert "| demonstration, W4A4 | 21 of 21, 1 of 1, 9 of 9, 1 of 1, - | 0 / " in capsys.readouterr().out

@@ -46,13 +46,14 @@ _MOST_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Argmax:
-    """On how many of the images the file and the simulation say the same class."""
+    """On how many of the images the file and the simulation say the same class, and how many classes the file says."""
 
     equal: int
     images: int
+    classes: int
 
     def __str__(self) -> str:
-        return f"{self.equal} of {self.images} equal ({self.equal / self.images:.2%})"
+        return f"{self.equal} of {self.images} equal ({self.equal / self.images:.2%}), {self.classes} classes"
 
 
 @dataclass
@@ -264,13 +265,15 @@ def as_file_takes(file: OnnxClassifier, images: Tensor) -> tuple[Tensor, dict]:
 @torch.inference_mode()
 def _argmax(simulation: Callable[[Tensor], Tensor], file: OnnxClassifier, batches: Iterable[Tensor]) -> Argmax:
     equal = count = 0
+    classes: set[int] = set()
     for batch in batches:
         images, feed = as_file_takes(file, batch)
         (given,) = feed.values()
-        logits = file(torch.from_numpy(given).float())
-        equal += int((simulation(images).argmax(1) == logits.argmax(1)).sum())
+        said = file(torch.from_numpy(given).float()).argmax(1)
+        equal += int((simulation(images).argmax(1) == said).sum())
+        classes.update(said.tolist())
         count += len(images)
-    return Argmax(equal, count)
+    return Argmax(equal, count, len(classes))
 
 
 def _compare_with_float(
