@@ -122,7 +122,7 @@ def quantize(
         ):
             say(line)
     with memory.explained("the run", _sizes(config, captured), folder):
-        teacher = build_teacher(captured)
+        teacher = build_teacher(captured, config.run.checkpointing)
         inferred = infer(teacher, captured.image_shape)
         captured = replace(captured, pixels=pixels_of(model, inferred, config.model))
         captured = method.prepare(captured)
@@ -193,7 +193,9 @@ def _top1(task: Task, outcome: Outcome, dataset: Any) -> dict[str, float]:
         models["choice"] = copy.deepcopy(task.student)
         models["choice"].load_state_dict(outcome.choice_state)
     return {
-        name: evaluate(model, dataset, batch_size=size, device=task.device, progress=progress).top1
+        name: evaluate(
+            model, dataset, batch_size=size, device=task.device, workers=task.config.run.workers, progress=progress
+        ).top1
         for name, model in models.items()
     }
 
