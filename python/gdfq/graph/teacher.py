@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import gdfq_ext
+from gdfq import ranks
 from gdfq.graph.added import call_ahead
 from gdfq.graph.capture import CapturedModel
 from gdfq.graph.nodes import batch_norm_act, name_of
@@ -50,6 +51,22 @@ class Reader:
     def __call__(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         logits, values = self._forward(x)
         return logits, {name: READINGS[name](value) for name, value in zip(self.names, values, strict=True)}
+
+    def shared(self) -> "Reader":
+        """The same for a rank's share of a batch; what it reads of statistics are those of the whole batch."""
+        return SharedReader(self.module, self.names)
+
+
+class SharedReader(Reader):
+    """See `Reader.shared`."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        logits, readings = super().__call__(x)
+        for name, value in readings.items():
+            if isinstance(value, BatchNormStatistics):
+                means, variances = ranks.moments(value.means, value.variances, value.running_means, len(x))
+                readings[name] = value._replace(means=means, variances=variances)
+        return logits, readings
 
 
 class Teacher(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdfq import ranks
 from gdfq.batch import Batch
 from gdfq.config import Config
 from gdfq.data import LabeledImages
@@ -75,44 +76,51 @@ class RealImages(ImageSource):
     ) -> None:
         super().__init__(teacher, shape, config, device)
         _check_dataset("train_on", dataset)
+        if len(dataset) < ranks.count():
+            raise GdfqError(f"`train_on` holds {len(dataset)} images, less than the {ranks.count()} ranks: start fewer")
         self.dataset = dataset
         self.num_classes = num_classes
         self.drawn = 0
-        self._count, self._ahead = 0, iter(())
-        self._order = functools.lru_cache(maxsize=1)(self._order)
+        self._kind, self._ahead = (0, False), iter(())
+        self._order = functools.lru_cache(maxsize=2)(self._order)  # of now, and of what is read ahead
 
     @torch.no_grad()
     def draw(self, count: int) -> Batch:
         with autocast(self.config.run.precision, self.device):
-            return super().draw(count)
+            return self.labeled(*self._next(count, shared=True))
 
     def images(self, count: int) -> tuple[Tensor, Tensor]:
         """The next `count` images, less where the data set is smaller, and labels `(N,)` int64."""
+        return self._next(count, shared=False)
+
+    def _next(self, count: int, shared: bool) -> tuple[Tensor, Tensor]:
+        """The same; `shared` gives this rank's share of them."""
         count = min(count, len(self.dataset))
-        if count != self._count:
-            self._count, self._ahead = count, self._batches(count)
-        images, labels = next(self._ahead)
+        numbers = self._numbers(self.drawn, count)
+        numbers = ranks.shard(numbers) if shared else numbers
+        if isinstance(self.dataset, LabeledImages) and len(self.dataset.labels):
+            if (count, shared) != self._kind:
+                self._kind, self._ahead = (count, shared), self._read_ahead(count, shared)
+            images, labels = next(self._ahead), self.dataset.labels[numbers].tolist()
+        else:
+            items = [self.dataset[number] for number in numbers.tolist()]
+            if not all(isinstance(item, (tuple, list)) and len(item) == 2 for item in items):
+                raise GdfqError("`train_on`: every item must be a pair (image, label)")
+            images, labels = zip(*items, strict=True)
         self.drawn += 1
         batch = _stack("train_on", images, self.shape), _checked_labels("train_on", labels, self.num_classes)
         return self.transform(batch[0].to(self.device)), batch[1].to(self.device)
 
-    def _batches(self, count: int) -> Iterator[tuple[Iterable[Any], Sequence[Any]]]:
-        """Images and labels, from where `drawn` stands; what the package knows is read ahead."""
-        if isinstance(self.dataset, LabeledImages) and len(self.dataset.labels):
-            ahead, numbers = itertools.tee(self._numbers(count))
-            labels = (self.dataset.labels[chosen].tolist() for chosen in numbers)
-            yield from zip(read(self.dataset, ahead, self.config.run.workers), labels, strict=True)
-        for chosen in self._numbers(count):
-            items = [self.dataset[index] for index in chosen]
-            if not all(isinstance(item, (tuple, list)) and len(item) == 2 for item in items):
-                raise GdfqError("`train_on`: every item must be a pair (image, label)")
-            yield tuple(zip(*items, strict=True))
+    def _read_ahead(self, count: int, shared: bool) -> Iterator[Tensor]:
+        """Batches from where `drawn` stands."""
+        whole = (self._numbers(drawn, count) for drawn in itertools.count(self.drawn))
+        batches = ((ranks.part(numbers) if shared else numbers).tolist() for numbers in whole)
+        return read(self.dataset, batches, self.config.run.workers)
 
-    def _numbers(self, count: int) -> Iterator[list[int]]:
-        """Of the images in each batch."""
-        for drawn in itertools.count(self.drawn):
-            number, place = divmod(drawn, len(self.dataset) // count)
-            yield self._order(number)[place * count :][:count].tolist()
+    def _numbers(self, drawn: int, count: int) -> Tensor:
+        """Of the images in a batch `(count,)`, before which so many were drawn."""
+        number, place = divmod(drawn, len(self.dataset) // count)
+        return self._order(number)[place * count :][:count]
 
     def _order(self, number: int) -> Tensor:
         """Of the images in a pass over all of them."""
@@ -127,7 +135,7 @@ class RealImages(ImageSource):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.drawn, self._count = state["drawn"], 0
+        self.drawn, self._kind = state["drawn"], (0, False)
 
 
 def check_labeled(name: str, dataset: Any, shape: tuple[int, int, int], num_classes: int) -> None:

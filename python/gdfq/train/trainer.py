@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from gdfq import ranks
 from gdfq.batch import Batch
 from gdfq.calibrate import calibrate, end_pass
 from gdfq.config import Config
@@ -65,6 +66,7 @@ class Trainer:
         self.averages = Averages(self.objective.names, self.device)
         self.optimizer = OPTIMIZERS[config.student.optimizer](student, config)
         obstacle = source.obstacle or getattr(self.optimizer, "obstacle", None)
+        ranks.check_batch("schedule.batch_size", config.schedule.batch_size)
         self.runner = IterationRunner(config.run.cuda_graph, self.device, source.random, obstacle)
         if config.run.compile:
             self._forward = torch.compile(self._forward, dynamic=False)
@@ -135,6 +137,7 @@ class Trainer:
             loss, logged = self._forward(batch)
         self.optimizer.zero_grad()
         loss.backward()
+        ranks.add_up_gradients(self.optimizer, logged)
         self.optimizer.step()
         self.averages.add(logged)
 

@@ -1,0 +1,173 @@
+"""Several processes of one group compute what one does: two and four of gloo, on batches that they do not divide."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from unittest import mock
+
+import pytest
+import rank_cases
+import torch
+from short_run import SHORT
+
+from gdfq import ranks
+from gdfq.errors import GdfqError
+from gdfq.run.training_run import TrainingRun
+
+COUNTS = (2, 4)
+SEEDS = range(2)
+NEAR = 1e-5
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["rank_cases"])
+# By the BN behind, or nearly: these gradients are what rounding leaves of nothing.
+TAKEN_OUT = ("G linear.bias", "G conv1.bias", "G conv2.bias", "G conv3.bias", "Q activation_quantizers.x.observer.step")
+
+
+def run(function, count, *args) -> list[int]:
+    """Exit codes of so many processes that run `function(rank, count, *args)`."""
+    processes = [PROCESSES.Process(target=function, args=(rank, count, *args)) for rank in range(count)]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # else nothing is found to be preloaded
+        for process in processes:
+            process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory):
+    """Results by count of ranks, rank, and what is computed from which seed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for count in (2, 1, 4):  # two begin what others go on with
+        assert run(rank_cases.work, count, folder, SEEDS) == [0] * count
+    return {count: [torch.load(folder / f"{count}-{rank}.pt") for rank in range(count)] for count in (1, 2, 4)}
+
+
+def difference(one: dict, other: dict, taken_out: tuple[str, ...] = TAKEN_OUT) -> float:
+    """The largest, as a share of the largest value of its tensor."""
+    assert one.keys() == other.keys()
+    differences = [0.0]
+    for name, value in one.items():
+        if name.endswith(taken_out) or not value.numel():
+            continue
+        equal = value.isfinite() & other[name].isfinite()
+        assert torch.equal(value[~equal].nan_to_num(), other[name][~equal].nan_to_num()), name
+        if equal.any():
+            scale = other[name][equal].abs().max().clamp_min(1e-12)
+            differences.append(((value - other[name])[equal].abs().max() / scale).item())
+    return max(differences)
+
+
+def nearer(computed, count, name, case=None) -> float:
+    """Of the seeds, how far from one rank: with one of them a value may come to lie across a rounding boundary."""
+    one = computed[1][0]
+    taken_out = TAKEN_OUT + (("Q depthwise.bias", "Q grouped.bias") if name == "moving statistics" else ())
+    results = [(computed[count][0][name, seed], one[case or name, seed]) for seed in SEEDS]
+    return min(difference(*pair, taken_out) for pair in results)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("case", rank_cases.CASES)
+def test_one_iteration_is_that_of_one_rank(computed, count, case):
+    assert nearer(computed, count, case) < (0.3 if case == "bfloat16" else NEAR)
+
+
+@pytest.mark.parametrize("bug", rank_cases.BUGS)
+def test_a_planted_bug_is_found(computed, bug):
+    assert nearer(computed, 2, bug, rank_cases.BUGS[bug][0]) > 10 * NEAR
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_all_ranks_have_the_same_bit_for_bit(computed, count):
+    first, *others = computed[count]
+    for name, result in first.items():
+        if name[0] not in rank_cases.BUGS:
+            for other in others:
+                assert all(
+                    torch.equal(value.nan_to_num(), other[name][key].nan_to_num()) for key, value in result.items()
+                ), name
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_bank_is_bit_for_bit_that_of_one_rank(computed, count):
+    for seed in SEEDS:
+        one, other = computed[1][0]["bank", seed], computed[count][0]["bank", seed]
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert one["bank"].shape == (11, 3, 8, 8)
+        assert torch.equal(one["bank"][4:8], torch.full((4, 3, 8, 8), 0.5))  # found by the first rank alone
+        assert one["parts left"].tolist() == [0, 1, 2, 3]
+
+
+def distance(one: dict, other: dict) -> float:
+    squares = [
+        ((one[name] - other[name]).square().sum(), other[name].square().sum()) for name in one if "observer" not in name
+    ]
+    return (sum(a for a, _ in squares) / sum(b for _, b in squares)).sqrt().item()
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_after_twenty_iterations_no_further_from_one_rank_than_another_order_of_its_images(computed, count):
+    one = computed[1][0]
+    apart = [distance(computed[count][0]["trained", seed], one["trained", seed]) for seed in SEEDS]
+    reordered = [distance(one["reversed", seed], one["trained", seed]) for seed in SEEDS]
+    assert 0 < max(apart) < 3 * max(reordered)
+    assert max(reordered) < 0.05
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_another_number_of_ranks_goes_on(computed, count):
+    assert difference(computed[count][0]["interrupted", 0], computed[2][0]["interrupted", 0]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("raised", ["8 LostRank: rank 1 of 2: ValueError: planted", "7 ValueError: planted"]),
+        ("killed", ["8 LostRank: rank 1 of 2 is gone; what was saved is whole: --resume goes on", None]),
+        ("late", ["8 LostRank: rank 1 of 2 did not answer in time", "8 LostRank: rank 1 of 2 did not answer in time"]),
+        ("full disk", ["7 GdfqError: cannot write to ", "8 LostRank: rank 0 of 2: cannot write to "]),
+        ("terminated", ["8 Stopped: stopped after iteration 8 of 30; everything is saved"] * 2),
+    ],
+)
+def test_what_stops_one_rank_stops_all_and_is_said(fault, said, tmp_path):
+    codes = run(rank_cases.train, 2, tmp_path, fault)
+    assert codes == [0, -9 if fault == "killed" else 0]
+    for rank, words in enumerate(said):
+        path = tmp_path / f"{rank}.txt"
+        assert path.read_text().startswith(words) if words else not path.exists()
+    trainer = rank_cases.new_trainer()
+    again = TrainingRun(trainer, tmp_path, {})
+    again.resume()  # with one rank
+    assert trainer.iteration == (8 if fault == "terminated" else 5)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) >= 7
+
+
+def free_port() -> int:
+    with socket.socket() as here:
+        here.bind(("127.0.0.1", 0))
+        return here.getsockname()[1]
+
+
+def test_the_first_rank_of_the_command_line_writes_and_speaks(spec, tmp_path):
+    arguments = ["quantize", "--model", spec, "--image-size", "8", "--out", str(tmp_path / "run"), "--preset", "demo"]
+    assert run(rank_cases.command, 2, tmp_path, free_port(), [*arguments, *SHORT]) == [0, 0]
+    written, *silent = [(tmp_path / name).read_text() for name in ("0.out", "1.out", "1.err")]
+    assert f"written      {tmp_path / 'run'}" in written
+    assert silent == ["", ""]
+    assert (tmp_path / "run/report.json").exists()
+
+
+def test_what_all_ranks_have_to_say_is_said_once(spec, tmp_path):
+    arguments = ["quantize", "--model", spec, "--out", str(tmp_path / "run"), "--set", "run.speed=1"]
+    assert run(rank_cases.command, 2, tmp_path, free_port(), arguments) == [2, 2]
+    said, silent = [(tmp_path / f"{rank}.err").read_text() for rank in range(2)]
+    assert said.startswith("gdfq: unknown setting 'run.speed'")
+    assert silent == ""
+
+
+def test_a_batch_has_an_image_for_every_rank(monkeypatch):
+    monkeypatch.setattr(ranks, "count", lambda: 4)
+    ranks.check_batch("schedule.batch_size", 4)
+    with pytest.raises(GdfqError, match=r"'schedule.batch_size' = 3 gives 4 ranks less than an image each"):
+        ranks.check_batch("schedule.batch_size", 3)
