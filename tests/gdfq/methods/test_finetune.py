@@ -91,8 +91,8 @@ def test_the_loss_on_real_images_falls(labeled):
 def test_ranges_first_then_only_q_is_trained(labeled):
     trainer = new_trainer(labeled)
     teacher, source = snapshot(trainer.teacher), trainer.source
-    images, asked_for = source.images, []
-    source.images = lambda count: asked_for.append((source.drawn, count)) or images(count)
+    draw, asked_for = source.draw, []
+    source.draw = lambda count: asked_for.append((source.drawn, count)) or draw(count)
     history = [(trainer.phase, snapshot(trainer.student))]
     trainer.run(lambda: history.append((trainer.phase, snapshot(trainer.student))))
     assert [phase for phase, _ in history[:-1]] == ["ranges"] * 8 + ["training"] * 32
