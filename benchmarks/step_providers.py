@@ -127,8 +127,9 @@ def new_trainer(task: Task, overrides: dict[str, Any] | None = None) -> Trainer:
     """
     captured = capture(new_model(task), task.image_size, device=task.device)
     settings = {"run.precision": task.precision, "run.channels_last": task.channels_last}
-    settings |= {"quantizer.weight_bits": task.bits, "quantizer.activation_bits": task.bits}
-    return trainer_of(captured, build_teacher(captured), task.preset, task.batch, settings | (overrides or {}))[0]
+    settings |= {"quantizer.weight_bits": task.bits, "quantizer.activation_bits": task.bits} | (overrides or {})
+    teacher = build_teacher(captured, settings.get("run.checkpointing", False))
+    return trainer_of(captured, teacher, task.preset, task.batch, settings)[0]
 
 
 def trainer_of(
@@ -168,7 +169,8 @@ class Gdfq:
         trainer, source = self.trainer, self.trainer.source
         optimizers = (source.optimizer, trainer.optimizer)
         networks = Networks(source.generator, source.read.module, trainer.student, optimizers)
-        self.networks = None if trainer.config.run.compile else networks
+        run = trainer.config.run
+        self.networks = None if run.compile or run.checkpointing else networks  # passes that are told apart by module
 
     def backend(self) -> str:
         """Which kernels run and whether from a CUDA graph, in words; to be asked after the warm-up.
@@ -333,6 +335,7 @@ PROVIDERS = {
     "ours": Gdfq,
     "ours-eager": lambda task: Gdfq(task, {"run.cuda_graph": False}),
     "ours-graph": lambda task: Gdfq(task, {"run.cuda_graph": True}),
+    "ours-checkpointing": lambda task: Gdfq(task, {"run.checkpointing": True}),
     "ours-compile": lambda task: Gdfq(task, {"run.compile": True}),
     "floor": lambda task: Floor(Gdfq(task).trainer),
 }

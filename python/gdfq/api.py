@@ -122,7 +122,7 @@ def quantize(
         ):
             say(line)
     with memory.explained("the run", _sizes(config, captured), folder):
-        teacher = build_teacher(captured)
+        teacher = build_teacher(captured, config.run.checkpointing)
         inferred = infer(teacher, captured.image_shape)
         captured = replace(captured, pixels=pixels_of(model, inferred, config.model))
         captured = method.prepare(captured)

@@ -264,6 +264,11 @@ class RunConfig(Section):
     cuda_graph: bool | Literal["auto"] = Field(
         "auto", description="each phase's iteration is captured as a CUDA graph and replayed; auto: on a GPU"
     )
+    checkpointing: bool = Field(
+        False,
+        description="what P and G compute on the way is not kept for backward, but computed again there: less memory, "
+        "more time, the same result",
+    )
     compile: bool = Field(False, description="torch.compile the forward passes and losses of both steps")
     log_every: int = Field(20, ge=1, description="iterations between two entries of the log")
     checkpoint_every: int = Field(200, ge=1, description="iterations between two checkpoints")

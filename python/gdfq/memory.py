@@ -33,10 +33,12 @@ class OutOfMemory(GdfqError):  # noqa: N818 - as torch's own
     def __init__(self, doing: str, settings: Mapping[str, Any], reason: str, folder: Path | None = None) -> None:
         self.doing, self.settings, self.reason = doing, settings, reason
         values = ", ".join(f"{name} = {value}" for name, value in settings.items())
-        lower = [name for name, value in settings.items() if isinstance(value, int)]
+        lower = [name for name, value in settings.items() if type(value) is int]
         advice = f"lower {' or '.join(lower)}" if lower else "take smaller images, or a machine with more"
         if settings.get("run.precision") == "float32":
             advice += ", or take run.precision=bfloat16"
+        if settings.get("run.checkpointing") is False:
+            advice += ", or set run.checkpointing=true, which takes longer"
         if folder is not None:
             halved = [
                 f" --set {name}={settings[name] // 2}" for name in lower if name in MAY_CHANGE and settings[name] > 3

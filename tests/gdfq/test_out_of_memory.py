@@ -165,6 +165,7 @@ def test_a_run_goes_on_with_smaller_batches(gdfq, run, tmp_path, monkeypatch, it
     code, _, err = gdfq(*run)
     assert code == 2
     assert "not enough memory for the run, with schedule.batch_size = 8, run.held_out_images = 16" in err
+    assert "run.held_out_images, or take run.precision=bfloat16, or set run.checkpointing=true, which takes" in err
     assert f"gdfq quantize --resume {folder} --set schedule.batch_size=4 (CUDA out of memory" in err
     assert (folder / run_folder.CHECKPOINT).exists() == bool(iteration)
     before = (folder / run_folder.CONFIG).read_text()

@@ -61,7 +61,7 @@ def swinging(reader: Reader, random: torch.Generator) -> Reader:
         with graph.inserting_before(reads):
             reads.update_arg(0, graph.call_module(name, (reads.args[0],)))
     module.recompile()
-    return Reader(module, reader.names)
+    return Reader(module, reader.names, reader.checkpointing)
 
 
 def _strides(node: fx.Node) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import gdfq_ext
 from gdfq.graph.added import call_ahead
 from gdfq.graph.capture import CapturedModel
 from gdfq.graph.nodes import batch_norm_act, name_of
+from gdfq.recompute import in_pieces
 
 FAR = 10.0  # times as large or as small
 
@@ -37,14 +38,17 @@ class Reader:
     Args:
         module: gives the logits and a value for each name.
         names: of `READINGS`.
+        checkpointing: what the pass computes on the way is not kept for backward, but computed again there.
     """
 
-    def __init__(self, module: fx.GraphModule, names: tuple[str, ...]) -> None:
+    def __init__(self, module: fx.GraphModule, names: tuple[str, ...], checkpointing: bool = False) -> None:
         self.module = module
         self.names = names
+        self.checkpointing = checkpointing
+        self._forward = in_pieces(module) if checkpointing else module
 
     def __call__(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        logits, values = self.module(x)
+        logits, values = self._forward(x)
         return logits, {name: READINGS[name](value) for name, value in zip(self.names, values, strict=True)}
 
 
@@ -55,21 +59,25 @@ class Teacher(nn.Module):
         module: the captured model, every BN of which also gives the moments of its input, in the same pass.
         readings: what can be read in a forward pass, as nodes of its graph: see `READINGS`.
         layers: names of the BN layers, in the order of "statistics".
+        checkpointing: see `Reader`.
     """
 
-    def __init__(self, module: fx.GraphModule, readings: dict[str, Any], layers: list[str]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, readings: dict[str, Any], layers: list[str], checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.layers = layers
         self.module = module.requires_grad_(False)
         self._readings = readings
-        self._rewritten: dict[tuple[str, ...], fx.GraphModule] = {}
+        self._checkpointing = checkpointing
+        self._readers: dict[tuple[str, ...], Reader] = {}
 
     def reader(self, names: Iterable[str]) -> Reader:
         """A forward pass that gives the logits and what `names` of `READINGS` stand for, with gradients to images."""
         names = tuple(sorted(set(names)))
-        if names not in self._rewritten:
-            self._rewritten[names] = self._rewrite(names)
-        return Reader(self._rewritten[names], names)
+        if names not in self._readers:
+            self._readers[names] = Reader(self._rewrite(names), names, self._checkpointing)
+        return self._readers[names]
 
     def read(self, x: Tensor, names: Iterable[str]) -> tuple[Tensor, dict[str, Any]]:
         return self.reader(names)(x)
@@ -106,8 +114,12 @@ READINGS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def build_teacher(captured: CapturedModel) -> Teacher:
-    """Rewrite the captured model so that every BN also gives the moments of its input, in the same pass."""
+def build_teacher(captured: CapturedModel, checkpointing: bool = False) -> Teacher:
+    """Rewrite the captured model so that every BN also gives the moments of its input, in the same pass.
+
+    Args:
+        checkpointing: see `Reader`.
+    """
     module = copy.deepcopy(captured.module)
     graph = module.graph
     statistics, first = BatchNormStatistics([], [], [], []), BatchNormStatistics([], [], [], [])
@@ -138,7 +150,7 @@ def build_teacher(captured: CapturedModel) -> Teacher:
     call_ahead(module, "image_sizes", captured.sizes)
     graph.lint()
     readings = {"statistics": tuple(statistics), "first_statistics": tuple(first), "features": features}
-    return Teacher(module, readings, layers)
+    return Teacher(module, readings, layers, checkpointing)
 
 
 def _bring_to_scale(module: fx.GraphModule, statistics: BatchNormStatistics, first: BatchNormStatistics) -> None:

@@ -69,7 +69,10 @@ def distilled(
     own = config.distillation
 
     def make(count: int, part: int) -> Tensor:
-        with explained("distilling images", {"distillation.batch_size": own.batch_size}):
+        with explained(
+            "distilling images",
+            {"distillation.batch_size": own.batch_size, "run.checkpointing": config.run.checkpointing},
+        ):
             return distill(teacher, captured, own, count, seed_of_part(config, part), device, progress)
 
     settings = {"distillation": own.model_dump(mode="json")}

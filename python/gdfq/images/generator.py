@@ -176,7 +176,11 @@ def generator(
 ) -> GeneratorImages:
     """With the paper's generator, its parameters drawn from the seed."""
     shape, num_classes = captured.image_shape, captured.num_classes
-    network = seeded(config, device, lambda: Generator(shape, num_classes, config.generator, captured.pixels))
+    network = seeded(
+        config,
+        device,
+        lambda: Generator(shape, num_classes, config.generator, captured.pixels, config.run.checkpointing),
+    )
     return GeneratorImages(teacher, shape, num_classes, config, device, network)
 
 

@@ -59,7 +59,9 @@ def inverted(
     own = config.inversion
 
     def make(count: int, part: int) -> Tensor:
-        with explained("inverting images", {"inversion.batch_size": own.batch_size}):
+        with explained(
+            "inverting images", {"inversion.batch_size": own.batch_size, "run.checkpointing": config.run.checkpointing}
+        ):
             seed, what = seed_of_part(config, part), f"inverted images, part {part + 1}"
             return invert(teacher, captured, own, count, seed, device, progress, what)
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import gdfq_ext
 from gdfq.config import GeneratorConfig
 from gdfq.graph import Pixels
+from gdfq.recompute import recompute
 
 
 class ConditionalBatchNorm(nn.Module):
@@ -123,6 +124,7 @@ class Generator(nn.Module):
         pixels: the scale of the images, see `ToPixels`; default: standardized.
         config: `architecture` is `embedding` (the noise is multiplied by an embedding of the label; the paper's for
             CIFAR) or `conditional` (the BNs are conditional on the label; the paper's for ImageNet).
+        checkpointing: what a stage computes on the way is not kept for backward, but computed again there.
     """
 
     def __init__(
@@ -131,8 +133,10 @@ class Generator(nn.Module):
         num_classes: int,
         config: GeneratorConfig,
         pixels: Pixels | None = None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.checkpointing = checkpointing
         channels, self.height, self.width = image_shape
         self.conditional = config.architecture == "conditional"
         stages = max(2, math.ceil(math.log2(max(self.height, self.width) / LARGEST_START)))
@@ -171,12 +175,18 @@ class Generator(nn.Module):
         x = self.linear(noise).view(len(noise), 128, *self.start)
         x = x.contiguous(memory_format=_memory_format(self.conv1))
         x = self.norm0(x, labels)
-        x = self.norm1(self.conv1(x), labels)
-        x = self.norm2(self.conv2(x), labels)
+        x = self._stage(self.conv1, self.norm1, x, labels)
+        x = self._stage(self.conv2, self.norm2, x, labels)
         for stage in self.stages:
-            x = stage["norm"](stage["conv"](x), labels)
+            x = self._stage(stage["conv"], stage["norm"], x, labels)
         x = torch.tanh(self.conv3(x)[:, :, : self.height, : self.width])
         return self.to_pixels(x)
+
+    def _stage(self, convolution: nn.Module, norm: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+        def stage(x: Tensor, labels: Tensor) -> Tensor:
+            return norm(convolution(x), labels)
+
+        return recompute(stage, x, labels, buffers=norm.buffers()) if self.checkpointing else stage(x, labels)
 
 
 def _memory_format(convolution: nn.Conv2d) -> torch.memory_format:

@@ -59,7 +59,11 @@ def qimera(
 ) -> QimeraImages:
     shape, num_classes = captured.image_shape, captured.num_classes
     settings = config.generator.model_copy(update={"architecture": "embedding"})
-    network = seeded(config, device, lambda: SuperposedGenerator(shape, num_classes, settings, captured.pixels))
+    network = seeded(
+        config,
+        device,
+        lambda: SuperposedGenerator(shape, num_classes, settings, captured.pixels, config.run.checkpointing),
+    )
     return QimeraImages(teacher, shape, num_classes, config, device, network)
 
 

@@ -28,7 +28,9 @@ def zeroq(
     shape, own = captured.image_shape, config.zeroq
 
     def make(part: int) -> Tensor:
-        with explained("making ZeroQ's images", {"zeroq.images": own.images}):
+        with explained(
+            "making ZeroQ's images", {"zeroq.images": own.images, "run.checkpointing": config.run.checkpointing}
+        ):
             return invert(teacher, shape, own, config.run.seed + part, device, progress, captured.pixels)
 
     bank = Bank(teacher, shape, config, device, make, settings={"zeroq": own.model_dump(mode="json")})

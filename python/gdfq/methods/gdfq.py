@@ -47,5 +47,5 @@ GDFQ = Method(
     source="generator",
     trains=True,
     amount=training_amount,
-    sizes=TRAINING_SIZES,
+    sizes=(*TRAINING_SIZES, "run.checkpointing"),
 )

@@ -266,5 +266,5 @@ RECONSTRUCTION = Method(
     reconstruct,
     source="inverted",
     amount=amount,
-    sizes=("reconstruction.batch_size", "inversion.images", "inversion.batch_size"),
+    sizes=("reconstruction.batch_size", "inversion.images", "inversion.batch_size", "run.checkpointing"),
 )

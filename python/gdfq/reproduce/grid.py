@@ -33,7 +33,9 @@ from gdfq.run.files import write_text
 from gdfq.run.training_run import Stopped
 
 # Settings of the section `run` that a result does not depend on, and the seed, which its file's name has anyway.
-_WITHOUT_EFFECT = {"seed", "device", "channels_last", "cuda_graph", "compile", "log_every", "checkpoint_every"}
+_WITHOUT_EFFECT = {
+    "seed", "device", "channels_last", "cuda_graph", "checkpointing", "compile", "log_every", "checkpoint_every"
+}  # fmt: skip
 _OF_THE_REPORT = ("data_free", "choice", "selected", "iterations", "seconds", "versions", "config")
 
 
