@@ -193,7 +193,9 @@ def _top1(task: Task, outcome: Outcome, dataset: Any) -> dict[str, float]:
         models["choice"] = copy.deepcopy(task.student)
         models["choice"].load_state_dict(outcome.choice_state)
     return {
-        name: evaluate(model, dataset, batch_size=size, device=task.device, progress=progress).top1
+        name: evaluate(
+            model, dataset, batch_size=size, device=task.device, workers=task.config.run.workers, progress=progress
+        ).top1
         for name, model in models.items()
     }
 

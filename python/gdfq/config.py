@@ -255,6 +255,9 @@ class RunConfig(Section):
 
     seed: int = 0
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    workers: int | None = Field(
+        None, ge=0, description="processes that decode image files ahead; default: one for each CPU, at most 8"
+    )
     channels_last: bool = Field(True, description="memory format of the images and convolution weights")
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32",
@@ -264,11 +267,7 @@ class RunConfig(Section):
     cuda_graph: bool | Literal["auto"] = Field(
         "auto", description="each phase's iteration is captured as a CUDA graph and replayed; auto: on a GPU"
     )
-    checkpointing: bool = Field(
-        False,
-        description="what P and G compute on the way is not kept for backward, but computed again there: less memory, "
-        "more time, the same result",
-    )
+    checkpointing: bool = Field(False, description="activations of P and G are computed again in backward, not kept")
     compile: bool = Field(False, description="torch.compile the forward passes and losses of both steps")
     log_every: int = Field(20, ge=1, description="iterations between two entries of the log")
     checkpoint_every: int = Field(200, ge=1, description="iterations between two checkpoints")

@@ -2,16 +2,18 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tqdm import tqdm
 
+from gdfq.data import LabeledImages
+from gdfq.data.reading import errors_of_workers, read
 from gdfq.errors import GdfqError
 from gdfq.memory import explained, is_out_of_memory
 from gdfq.precision import products_in_tf32
@@ -38,7 +40,7 @@ def evaluate(
     *,
     batch_size: int = 256,
     device: torch.device | str | None = None,
-    workers: int = 0,
+    workers: int | None = None,
     progress: bool = False,
     num_classes: int | None = None,
     channels_last: bool = True,
@@ -50,7 +52,8 @@ def evaluate(
         dataset: yields `(image, label)`, a float32 tensor `(C, H, W)` and an int, as those of `load_dataset`.
         batch_size: images per forward pass.
         device: where to run; the model is moved there and stays. None: where the model's parameters are.
-        workers: processes that decode images; 0 decodes in this one.
+        workers: processes that decode images ahead; 0 decodes in this one. None: for files one for each CPU, at most 8;
+            for any other data set 0.
         progress: a bar on standard error.
         num_classes: how many logits the model must return; None takes what it returns.
         channels_last: hand the images over in channels-last memory format.
@@ -66,13 +69,14 @@ def evaluate(
         model.to(device)
     parameter = next((value for value in model.parameters() if value.is_floating_point()), torch.empty(0))
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=parameter.device.type == "cuda")
+    batches = _batches(dataset, batch_size, workers, parameter.device)
+    count = len(dataset)
     start = time.perf_counter()
     top1 = top5 = 0
     classes = len(getattr(dataset, "classes", ()))
     settings = {"the batch size": batch_size}
-    with explained("evaluating", settings), _eval_mode(model), torch.inference_mode():
-        for images, labels in tqdm(_batches(loader), "evaluating", len(loader), disable=not progress):
+    with closing(batches), explained("evaluating", settings), _eval_mode(model), torch.inference_mode():
+        for images, labels in tqdm(batches, "evaluating", -(-count // batch_size), disable=not progress):
             images = images.to(parameter.device, parameter.dtype, non_blocking=True, memory_format=memory_format)
             logits = _checked_logits(_forward(model, images), labels, num_classes)
             if classes not in (0, logits.shape[1]):
@@ -85,7 +89,6 @@ def evaluate(
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.to(logits.device)[:, None]
             top1 += int(best[:, 0].sum())
             top5 += int(best.sum())
-    count = len(dataset)
     return Evaluation(100 * top1 / count, 100 * top5 / count, count, time.perf_counter() - start)
 
 
@@ -117,12 +120,17 @@ def agreement(teacher: nn.Module, student: nn.Module, batches: Iterable[Tensor])
     return Agreement(100 * alike.item() / count, divergence.item() / count, count)
 
 
-def _batches(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    try:
-        yield from loader
-    except GdfqError as error:
-        # A worker process sends its whole traceback as the message; the user needs the end of it.
-        raise GdfqError(str(error).rpartition("GdfqError: ")[2].strip()) from error
+def _batches(
+    dataset: Dataset, batch_size: int, workers: int | None, device: torch.device
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    if isinstance(dataset, LabeledImages):
+        numbers = BatchSampler(range(len(dataset)), batch_size, drop_last=False)
+        yield from zip(read(dataset, numbers, workers, device), dataset.labels.split(batch_size), strict=True)
+        return
+    with errors_of_workers():
+        yield from DataLoader(
+            dataset, batch_size=batch_size, num_workers=workers or 0, pin_memory=device.type == "cuda"
+        )
 
 
 def _forward(model: nn.Module, images: torch.Tensor) -> torch.Tensor:

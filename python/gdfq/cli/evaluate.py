@@ -42,6 +42,10 @@ def evaluate(
     image_size: ImageSizeOption = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="processes that decode image files ahead; default: one for each CPU, at most 8"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Top-1 and top-5 on real labeled images, of a quantized or a float model, or an ONNX file in onnxruntime.
@@ -80,9 +84,8 @@ def evaluate(
     dataset = inputs.data_of(source, network, settings)
     if quantized is not None:
         network = gdfq.load_quantized(quantized, network)
-    figures = gdfq.evaluate(
-        network, dataset, batch_size=batch_size, device=device, progress=not as_json and sys.stderr.isatty()
-    )
+    progress = not as_json and sys.stderr.isatty()
+    figures = gdfq.evaluate(network, dataset, batch_size=batch_size, device=device, workers=workers, progress=progress)
     text = f"top-1 {figures.top1:.2f}%  top-5 {figures.top5:.2f}%  {figures.images} images  {figures.seconds:.1f} s"
     prepared = dataset.preparation
     typer.echo(json.dumps(asdict(figures) | {"preparation": asdict(prepared)}) if as_json else f"{text}\n{prepared}")

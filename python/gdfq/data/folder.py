@@ -42,7 +42,8 @@ class ImageFolder(LabeledImages):
             with Image.open(path) as image:
                 if image.mode.startswith(("I", "F")):
                     raise GdfqError(f"{path} has more than 8 bits a pixel (mode {image.mode}): convert it to 8 bits")
-                image = self.transform(image.convert("RGB" if len(self.mean) == 3 else "L"))
+                mode = "RGB" if len(self.mean) == 3 else "L"
+                image = self.transform(image if image.mode == mode else image.convert(mode))
         except UNREADABLE_IMAGE as error:
             raise GdfqError(f"cannot decode the image {path}: {error}") from error
         pixels = torch.from_numpy(np.array(image))

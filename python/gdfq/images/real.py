@@ -1,8 +1,9 @@
 """Real images that the user gives: to calibrate on, and labeled ones to train on."""
 
 import functools
+import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from gdfq.batch import Batch
 from gdfq.config import Config
 from gdfq.data import LabeledImages
+from gdfq.data.reading import read
 from gdfq.errors import GdfqError
 from gdfq.graph import Teacher
 from gdfq.images.noise import GaussianImages
@@ -31,10 +33,19 @@ def calibration_batches(
     """
     _check_dataset("calibrate_on", dataset)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.run.seed))
-    for chosen in order[: config.calibration_images].split(config.schedule.batch_size):
-        items = [dataset[index] for index in chosen.tolist()]
-        images = [item[0] if isinstance(item, (tuple, list)) else item for item in items]
+    parts = order[: config.calibration_images].split(config.schedule.batch_size)
+    for images in _images(dataset, (part.tolist() for part in parts), config):
         yield _stack("calibrate_on", images, shape).to(device)
+
+
+def _images(dataset: Any, batches: Iterable[list[int]], config: Config) -> Iterator[Iterable[Any]]:
+    """Those of each batch; what the package knows is read ahead."""
+    if isinstance(dataset, LabeledImages):
+        yield from read(dataset, batches, config.run.workers)
+        return
+    for numbers in batches:
+        items = [dataset[number] for number in numbers]
+        yield [item[0] if isinstance(item, (tuple, list)) else item for item in items]
 
 
 class RealImages(ImageSource):
@@ -67,6 +78,7 @@ class RealImages(ImageSource):
         self.dataset = dataset
         self.num_classes = num_classes
         self.drawn = 0
+        self._count, self._ahead = 0, iter(())
         self._order = functools.lru_cache(maxsize=1)(self._order)
 
     @torch.no_grad()
@@ -77,15 +89,30 @@ class RealImages(ImageSource):
     def images(self, count: int) -> tuple[Tensor, Tensor]:
         """The next `count` images, less where the data set is smaller, and labels `(N,)` int64."""
         count = min(count, len(self.dataset))
-        number, place = divmod(self.drawn, len(self.dataset) // count)
+        if count != self._count:
+            self._count, self._ahead = count, self._batches(count)
+        images, labels = next(self._ahead)
         self.drawn += 1
-        chosen = self._order(number)[place * count :][:count]
-        items = [self.dataset[index] for index in chosen.tolist()]
-        if not all(isinstance(item, (tuple, list)) and len(item) == 2 for item in items):
-            raise GdfqError("`train_on`: every item must be a pair (image, label)")
-        images, labels = zip(*items, strict=True)
         batch = _stack("train_on", images, self.shape), _checked_labels("train_on", labels, self.num_classes)
         return self.transform(batch[0].to(self.device)), batch[1].to(self.device)
+
+    def _batches(self, count: int) -> Iterator[tuple[Iterable[Any], Sequence[Any]]]:
+        """Images and labels, from where `drawn` stands; what the package knows is read ahead."""
+        if isinstance(self.dataset, LabeledImages) and len(self.dataset.labels):
+            ahead, numbers = itertools.tee(self._numbers(count))
+            labels = (self.dataset.labels[chosen].tolist() for chosen in numbers)
+            yield from zip(read(self.dataset, ahead, self.config.run.workers), labels, strict=True)
+        for chosen in self._numbers(count):
+            items = [self.dataset[index] for index in chosen]
+            if not all(isinstance(item, (tuple, list)) and len(item) == 2 for item in items):
+                raise GdfqError("`train_on`: every item must be a pair (image, label)")
+            yield tuple(zip(*items, strict=True))
+
+    def _numbers(self, count: int) -> Iterator[list[int]]:
+        """Of the images in each batch."""
+        for drawn in itertools.count(self.drawn):
+            number, place = divmod(drawn, len(self.dataset) // count)
+            yield self._order(number)[place * count :][:count].tolist()
 
     def _order(self, number: int) -> Tensor:
         """Of the images in a pass over all of them."""
@@ -100,7 +127,7 @@ class RealImages(ImageSource):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.drawn = state["drawn"]
+        self.drawn, self._count = state["drawn"], 0
 
 
 def check_labeled(name: str, dataset: Any, shape: tuple[int, int, int], num_classes: int) -> None:
@@ -130,7 +157,8 @@ def _check_dataset(name: str, dataset: Any) -> None:
         raise GdfqError(f"`{name}` holds no images; give at least one")
 
 
-def _stack(name: str, images: Sequence[Any], shape: tuple[int, int, int]) -> Tensor:
+def _stack(name: str, images: Iterable[Any], shape: tuple[int, int, int]) -> Tensor:
+    images = list(images)
     for image in images:
         if not isinstance(image, Tensor) or not image.is_floating_point():
             given = f"a tensor of {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
@@ -143,7 +171,7 @@ def _stack(name: str, images: Sequence[Any], shape: tuple[int, int, int]) -> Ten
                 f"`{name}` holds an image of shape {tuple(image.shape)}, the model takes {shape} (channels, height, "
                 "width); prepare it as those that the model was trained on"
             )
-    batch = torch.stack(list(images)).float()
+    batch = torch.stack(images).float()
     if not batch.isfinite().all():
         raise GdfqError(f"`{name}` holds an image with NaN or Inf; leave it out or mend it")
     return batch

@@ -27,14 +27,15 @@ from gdfq.registry import METHODS
 from gdfq.reproduce import render
 from gdfq.reproduce.recipe import owned_settings, recipe
 from gdfq.reproduce.scale import check_scale
-from gdfq.reproduce.sources import Sources, named_paths, reading_workers
+from gdfq.reproduce.sources import Sources, named_paths
 from gdfq.reproduce.tables import TABLES, Cell, Network, Table, offline
 from gdfq.run.files import write_text
 from gdfq.run.training_run import Stopped
 
 # Settings of the section `run` that a result does not depend on, and the seed, which its file's name has anyway.
 _WITHOUT_EFFECT = {
-    "seed", "device", "channels_last", "cuda_graph", "checkpointing", "compile", "log_every", "checkpoint_every"
+    "seed", "device", "workers", "channels_last", "cuda_graph", "checkpointing", "compile", "log_every",
+    "checkpoint_every",
 }  # fmt: skip
 _OF_THE_REPORT = ("data_free", "choice", "selected", "iterations", "seconds", "versions", "config")
 
@@ -293,7 +294,7 @@ class Grid:
 
 
 def _top1(model: nn.Module, images: Dataset, progress: bool) -> float:
-    return evaluate(model, images, workers=reading_workers(images), progress=progress).top1
+    return evaluate(model, images, progress=progress).top1
 
 
 def _read(path: Path) -> dict:

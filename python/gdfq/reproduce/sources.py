@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
@@ -13,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from gdfq.data import ImageFolder, load_dataset
+from gdfq.data import load_dataset
 from gdfq.demo import test_set
 from gdfq.errors import GdfqError
 from gdfq.methods import Data
@@ -165,11 +164,6 @@ def pytorchcv_file(network: Network) -> Path:
 
     error, digest, _ = get_model_name_suffix_data(network.key)
     return PYTORCHCV_CACHE.expanduser() / f"{network.key}-{error}-{digest[:8]}.pth"
-
-
-def reading_workers(images: Dataset) -> int:
-    """Processes that decode images while they are evaluated: none for those that lie in memory."""
-    return min(16, os.cpu_count() or 1) if isinstance(images, ImageFolder) else 0
 
 
 def named_paths(option: str, items: Iterable[str], names: Iterable[str]) -> dict[str, Path]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from gdfq.errors import GdfqError
 from gdfq.reproduce import sources
-from gdfq.reproduce.sources import Sources, named_paths, reading_workers
+from gdfq.reproduce.sources import Sources, named_paths
 from gdfq.reproduce.tables import CIFAR10, CIFAR100, INCEPTION, RESNET18, SHIPPED, Cell
 
 
@@ -62,8 +62,6 @@ def test_imagenet_is_prepared_as_each_network_was_trained(tmp_path):
             [0.229, 0.224, 0.225]
         )
         torch.testing.assert_close(image[:, 100, 100], expected)
-    assert reading_workers(images) >= 1
-    assert reading_workers(given.test_images(SHIPPED)) == 0
     # Without train/ it is good for methods that need no images.
     assert given.missing_images(Cell(RESNET18, "ours", "gdfq", 4)) == []
     (reason,) = given.missing_images(Cell(RESNET18, "FT", "finetune", 4))
