@@ -29,6 +29,9 @@ def reproduce(
     ] = None,
     models: Annotated[list[str] | None, typer.Option(help="only this NETWORK; may be repeated")] = None,
     cell: Annotated[int | None, typer.Option(help="only the cell of this number, for a scheduler; see --list")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="I/N, the I-th of N tasks that share --out: every N-th cell alone")
+    ] = None,
     seeds: Annotated[list[int] | None, typer.Option(help="default 0; may be repeated")] = None,
     scale: Annotated[float, typer.Option(help="factor on the length of training, below 1 for a trial")] = 1.0,
     settings: Annotated[
@@ -50,7 +53,7 @@ def reproduce(
 
     progress = not as_json and sys.stderr.isatty()
     if name == "figure1":
-        if data or weights or models or cell is not None or settings or list_cells or len(seeds or []) > 1:
+        if data or weights or models or cell is not None or shard or settings or list_cells or len(seeds or []) > 1:
             raise GdfqError("figure1 has no cells and takes no data: give --out, --scale, --json and one --seeds alone")
         result = figure1(out, *(seeds or []), scale=scale, progress=progress)
         typer.echo(json.dumps(result) if as_json else f"written to {out}: figure1.png, figure1.json")
@@ -63,6 +66,7 @@ def reproduce(
         weights=weights or (),
         models=models or (),
         number=cell,
+        shard=shard,
         seeds=seeds or (0,),
         scale=scale,
         settings=dict(parse_override(text) for text in settings or []),

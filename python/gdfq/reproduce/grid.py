@@ -52,6 +52,7 @@ class Grid:
         weights: `KEY=FILE`, in place of pytorchcv's weights for the network KEY.
         models: keys of networks to do; none: all.
         number: of one cell to do, from 1, as `listing` gives it; None: all.
+        shard: `I/N`: every N-th cell alone, from the I-th on, as one of N tasks; None: all.
         seeds, scale, settings: see `gdfq.reproduce.recipe`.
 
     Raises:
@@ -69,6 +70,7 @@ class Grid:
         weights: Iterable[str] = (),
         models: Iterable[str] = (),
         number: int | None = None,
+        shard: str | None = None,
         seeds: Iterable[int] = (0,),
         scale: float = 1.0,
         settings: Mapping[str, Any] | None = None,
@@ -82,7 +84,7 @@ class Grid:
         self.sources = _sources(self.table, is_offline, list(data), list(weights))
         cells = dict(enumerate(self.table.cells, start=1))
         self.cells = _of_models(cells, list(models))
-        self.chosen = _of_number(self.cells, number)
+        self.chosen = _of_shard(_of_number(self.cells, number), shard)
         self.configs = {
             (of, seed): recipe(cell, seed, scale, self.settings)
             for of, cell in self.cells.items()
@@ -161,7 +163,7 @@ class Grid:
                 self.write()
         notes = [f"left out {render.cells(numbers)}: {reason}" for reason, numbers in self.skipped.items()]
         notes += [f"failed: {where}: {reason}" for where, reason in self.failed.items()]
-        if not any(self.path(number, seed).exists() for number in self.chosen for seed in self.seeds):
+        if self.chosen and not any(self.path(number, seed).exists() for number in self.chosen for seed in self.seeds):
             raise GdfqError("\n".join([f"no cell of {self.name} could be run", *notes]))
         for note in notes:
             say(note)
@@ -247,7 +249,8 @@ class Grid:
         Returns:
             JSON values: `table`, `title`, `offline`, `seeds`, `scale`, `settings`, `machines`; `cells` with what each
             is, the `published` figures, the `results` by seed and their `summary` (`gdfq.reproduce.render.summary`);
-            `orderings` (`gdfq.reproduce.render.orderings`).
+            `missing`, numbers of cells that have not all of their results; `orderings`
+            (`gdfq.reproduce.render.orderings`).
         """
         cells, records = [], []
         for number, cell in self.cells.items():
@@ -273,14 +276,18 @@ class Grid:
             "settings": self.settings,
             "machines": sorted({render.machine(record["provenance"]) for record in records}),
             "cells": cells,
+            "missing": [cell["number"] for cell in cells if len(cell["results"]) < len(self.seeds)],
             "orderings": render.orderings(cells),
         }
 
     def write(self) -> dict:
-        """Write `NAME.json` and `NAME.md`; returns `result()`."""
-        result = self.result()
-        write_text(self.out / f"{self.name}.json", json.dumps(result, indent=2) + "\n")
-        write_text(self.out / f"{self.name}.md", render.markdown(result))
+        """Write `NAME.json` and `NAME.md`; returns `result()`. Other tasks write them, too: what they have finished in
+        the meantime is not written over."""
+        result, written = self.result(), None
+        while result != written:
+            write_text(self.out / f"{self.name}.json", json.dumps(result, indent=2) + "\n")
+            write_text(self.out / f"{self.name}.md", render.markdown(result))
+            result, written = self.result(), result
         return result
 
     def _check_new(self, resume: bool) -> None:
@@ -344,3 +351,12 @@ def _of_number(cells: dict[int, Cell], number: int | None) -> dict[int, Cell]:
     if number is not None and number not in cells:
         raise GdfqError(f"--cell {number}: there are the {render.cells(list(cells))}; --list says what they are")
     return cells if number is None else {number: cells[number]}
+
+
+def _of_shard(cells: dict[int, Cell], shard: str | None) -> dict[int, Cell]:
+    if shard is None:
+        return cells
+    first, _, count = shard.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise GdfqError(f"--shard {shard}: it must be I/N, I from 1 to N, as 3/8 for the third of eight tasks")
+    return dict(list(cells.items())[int(first) - 1 :: int(count)])

@@ -145,6 +145,8 @@ def markdown(result: dict) -> str:
         f"Seeds {seeds}{'; mean ± standard deviation' if len(result['seeds']) > 1 else ''}. "
         f"Scale {result['scale']:g}{settings}. Seconds: of the quantization, without measuring top-1.\n"
     )
+    if result["missing"]:
+        parts.append(f"Not all there yet: {cells(result['missing'])}.\n")
     parts += [f"Measured on {line}.\n" for line in result["machines"]]
     parts.append(_orderings(result["orderings"]))
     return "\n".join(parts)

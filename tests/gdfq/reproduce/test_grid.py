@@ -104,6 +104,34 @@ def test_one_cell_per_process_and_then_the_table(quantizer, tmp_path):
     assert len(quantizer.calls) == 3
 
 
+def test_tasks_share_a_table(quantizer, tmp_path):
+    assert [list(offline("table1", tmp_path, shard=f"{task}/2").chosen) for task in (1, 2)] == [[1, 3], [2]]
+    for _ in range(2):  # the second time as when tasks are requeued
+        result = offline("table1", tmp_path, shard="1/2").run(resume=True)
+        assert [len(cell["results"]) for cell in result["cells"]] == [1, 0, 1]
+        assert "Not all there yet: cell 2." in (tmp_path / "table1.md").read_text()
+    assert offline("table1", tmp_path, shard="5/5").run(resume=True)["missing"] == [2]  # more tasks than cells
+    assert offline("table1", tmp_path, shard="2/2").run(resume=True)["missing"] == []
+    assert "Not all" not in (tmp_path / "table1.md").read_text()
+    assert [call.config.method for call in quantizer.calls] == ["finetune", "gdfq", "zeroq"]
+
+
+def test_what_another_task_finishes_while_a_table_is_written_is_in_it(quantizer, tmp_path, monkeypatch):
+    second = offline("table1", tmp_path, shard="2/2")
+    write, written = grid_module.write_text, []
+
+    def slow(path, text):
+        written.append(path.name)
+        if written == ["table1.json"]:  # just before the first task writes it
+            second._run_cell(2, 0, False)
+        write(path, text)
+
+    first = offline("table1", tmp_path, shard="1/2")
+    monkeypatch.setattr(grid_module, "write_text", slow)
+    first.write()
+    assert [len(cell["results"]) for cell in json.loads((tmp_path / "table1.json").read_text())["cells"]] == [0, 1, 0]
+
+
 def test_tables_share_what_they_have_in_common(quantizer, tmp_path):
     offline("table2", tmp_path).run()
     shared = offline("table3", tmp_path).run(resume=True)
@@ -266,6 +294,7 @@ def test_listing_names_cells_and_what_they_lack_and_runs_nothing(quantizer, down
         ("table2", {"weights": ["resnet18=."]}, ["--weights resnet18=.", "resnet20_cifar100"]),
         ("table1", {"models": ["resnet20"]}, ["--models resnet20", "resnet20_cifar10"]),
         ("table2", {"number": 5}, ["--cell 5", "cells 1, 2, 3, 4"]),
+        *(("table2", {"shard": shard}, [f"--shard {shard}", "I/N"]) for shard in ("3", "0/2", "3/2", "-1/2", "a/b")),
         ("table2", {"scale": 0.0}, ["scale is 0.0"]),
         ("table2", {"settings": {"generator.bns_weight": 1}}, ["generator.bns_weight", "table2"]),
         ("table2", {"settings": {"run.seed": 1}}, ["run.seed", "--seeds"]),

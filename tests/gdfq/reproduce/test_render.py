@@ -82,7 +82,7 @@ def test_the_page_has_ours_beside_the_papers():
         )  # fmt: skip
     result = {
         "table": "table1", "title": "Comparisons", "offline": True, "seeds": [0], "scale": 0.5,
-        "settings": {"schedule.iterations": 3}, "machines": [render.machine(provenance)], "cells": cells,
+        "settings": {"schedule.iterations": 3}, "machines": [render.machine(provenance)], "cells": cells, "missing": [],
         "orderings": [
             {"network": "n", "bits": 4, "higher": "ours", "lower": "ZeroQ", "holds": holds, "ours": [90.0, 79.256]}
             for holds in (True, True, False, None)
