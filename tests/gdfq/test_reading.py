@@ -112,7 +112,7 @@ from small_models import Plain
 class Interrupted(Plain):
     def forward(self, x):
         os.killpg(0, signal.SIGINT)
-        time.sleep(60)
+        time.sleep(600)
 
 class WithoutWorkers(Plain):
     def forward(self, x):
@@ -140,5 +140,5 @@ def evaluated(model: str, data: Path, *options: str) -> tuple[int, str, str]:
     command = [sys.executable, "-c", code, "evaluate", f"--model={model}", f"--data={data}", "--workers=2", *options]
     paths = os.pathsep.join(map(str, (ROOT / "python", ROOT, MODELS.parent)))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=40, env=environment, start_new_session=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, start_new_session=True)
     return done.returncode, done.stdout, done.stderr
