@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from gdfq import ranks
 from gdfq.errors import GdfqError
 from gdfq.nn import FakeQuantize, activation_quantizers, observing
 from gdfq.observers import Observer
@@ -33,7 +34,7 @@ def calibrate(
         for _ in range(passes):
             with observing(student):
                 for images in batches:
-                    student(images)
+                    student(ranks.shard(images))
             end_pass(student)
     finally:
         for quantizer, before in own.items():

@@ -4,6 +4,7 @@ They hold what quantization adds (ranges, steps) and nothing of the user's: weig
 where the user's model has them and are passed in by the graph.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gdfq_ext
+from gdfq import ranks
 from gdfq.observers import LearnedStep, MovingAverage, Observer
 from gdfq_ext import Grid, Scheme, code_bounds, quantizer_grid
 
@@ -239,7 +241,11 @@ class BatchNormAct(nn.Module):
     def forward(
         self, x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        x = F.batch_norm(x, running_mean, running_var, weight, bias, not self.frozen, self.momentum, self.eps)
+        if self.frozen or ranks.count() == 1:
+            x = F.batch_norm(x, running_mean, running_var, weight, bias, not self.frozen, self.momentum, self.eps)
+        else:
+            x = batch_norm_of_all_ranks(x, running_mean, running_var, self.momentum, self.eps)
+            x = F.batch_norm(x, torch.zeros_like(running_mean), torch.ones_like(running_var), weight, bias, eps=0.0)
         return _ACTIVATIONS[self.act](x)
 
     def extra_repr(self) -> str:
@@ -326,6 +332,21 @@ class BiasFakeQuantize(nn.Module):
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
+
+
+def batch_norm_of_all_ranks(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
+) -> Tensor:
+    """A rank's share `(N, C, ...)` of a batch, normalized by the moments of the whole batch, which move the running
+    statistics: BatchNorm in training, without parameters."""
+    variance, mean = torch.var_mean(x.float(), [dim for dim in range(x.dim()) if dim != 1], correction=0)
+    means, variances = ranks.moments([mean], [variance], [running_mean], len(x))
+    count = ranks.rows(len(x)) * math.prod(x.shape[2:])
+    with torch.no_grad():
+        running_mean.lerp_(means[0], momentum)
+        running_var.lerp_(variances[0] * (count / (count - 1)), momentum)
+    shape = (-1, *[1] * (x.dim() - 2))
+    return ((x - means[0].view(shape)) * (variances[0] + eps).rsqrt().view(shape)).to(x.dtype)
 
 
 _ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "relu6": F.relu6}

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import gdfq_ext
+from gdfq import ranks
 from gdfq.batch import Batch
 from gdfq.config import GeneratorConfig, StudentConfig
 from gdfq.errors import GdfqError
@@ -38,10 +39,12 @@ class Term:
     Attributes:
         reads: names of `gdfq.graph.teacher.READINGS`.
         parts: names of what the log gets in place of the term.
+        is_mean: whether it is a mean over images; or else is of statistics of the whole batch, which all ranks have.
     """
 
     reads: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
+    is_mean = True
 
     def __call__(self, outputs: Outputs) -> Any:
         raise NotImplementedError
@@ -66,11 +69,15 @@ class Objective:
         self.names = [f"{name}/{part}" for part in logged]
 
     def __call__(self, outputs: Outputs) -> tuple[Tensor, list[Tensor]]:
-        """The loss, `()` with its gradient, and what the log gets of it, `()` each without."""
+        """The loss, `()` with its gradient, and what the log gets of it, `()` each without: of both this rank's part,
+        which is to be added up over ranks."""
         total: Tensor | None = None
         logged = []
+        of_mean, of_whole = ranks.share(len(outputs.logits)), 1 / ranks.count()
         for weight, term in self.terms.values():
             value, *parts = term(outputs) if term.parts else (term(outputs),)
+            if ranks.count() > 1:
+                value, *parts = ((of_mean if term.is_mean else of_whole) * part for part in (value, *parts))
             logged += [part.detach() for part in parts or [value]]
             value = value if weight == 1 else weight * value
             total = value if total is None else total + value
@@ -93,6 +100,7 @@ class BatchNormStatisticsLoss(Term):
     """
 
     reads = ("statistics",)
+    is_mean = False
 
     def __init__(self, reduction: str) -> None:
         self.reduction = reduction

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import gdfq_ext
+from gdfq import ranks
 from gdfq.clip_values import Rule
 from gdfq.random_state import RandomState, random_bytes
 from gdfq_ext import Grid, Scheme, code_bounds, quantizer_grid
@@ -50,7 +51,7 @@ class MovingAverage(Observer):
         self.register_buffer("state", torch.zeros(3))
 
     def observe(self, x: Tensor, range: Tensor) -> None:
-        range.copy_(gdfq_ext.observe_range(x, self.state))
+        range.copy_(gdfq_ext.observe_range(ranks.extremes(x), self.state))
 
     def reset(self) -> None:
         self.state.zero_()
@@ -82,7 +83,7 @@ class Histogram(Observer):
 
     def observe(self, x: Tensor, range: Tensor) -> None:
         if self.reach is None:
-            low, high = x.aminmax()
+            low, high = ranks.extremes(x).aminmax()
             if self.bounds is not None:
                 low, high = torch.minimum(self.bounds[0], low), torch.maximum(self.bounds[1], high)
             self.bounds = torch.stack([low, high])
@@ -95,6 +96,8 @@ class Histogram(Observer):
         if self.reach is None:
             self.reach = max(self.bounds.abs().max().item(), 1e-30)
         elif self.rule is not None:
+            assert isinstance(self.counts, Tensor)
+            ranks.add_up([self.counts])
             lower, upper = self.rule(*self.values_and_counts(), bits, self.scheme)
             range.copy_(torch.cat([lower, upper]).clamp(*self.bounds))
 
@@ -155,7 +158,7 @@ class LearnedStep(Observer):
         with torch.no_grad():
             range.copy_(torch.stack([lowest - zero_point, highest - zero_point]) * self.step)
         choice = None if self.random is None else random_bytes(x, self.random)
-        scale = 1 / math.sqrt(max(x.numel(), 1) * (2**bits - 1))
+        scale = 1 / math.sqrt(max(ranks.numel(x), 1) * (2**bits - 1))
         return gdfq_ext.fake_quantize_learned(
             x, self.step, self.zero_point, bits,
             scheme=self.scheme, choice=choice, keep=self.keep, step_gradient_scale=scale,

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from gdfq import ranks
+
 
 class RandomState:
     """A random state of its own, on a device, that can be saved.
@@ -23,7 +25,13 @@ class RandomState:
 
 
 def random_bytes(like: Tensor, random: RandomState) -> Tensor:
-    """uint8 of the shape and the layout of `like`, eight at a time."""
-    count = -(-like.numel() // 8)
-    whole = torch.randint(-(2**63), 2**63 - 1, (count,), generator=random.generator, device=random.device)
-    return whole.view(torch.uint8).as_strided(like.shape, torch.empty_like(like, device="meta").stride())
+    """uint8 of the shape and the layout of `like`, eight at a time. Where that is a rank's share of a batch, they are
+    drawn for the whole batch."""
+    whole = torch.empty_like(like, device="meta")
+    if ranks.numel(like) > like.numel():
+        order = sorted(range(like.dim()), key=whole.stride, reverse=True)
+        whole = torch.empty_permuted((ranks.rows(len(like)), *like.shape[1:]), order, device="meta")
+    count = -(-whole.numel() // 8)
+    words = torch.randint(-(2**63), 2**63 - 1, (count,), generator=random.generator, device=random.device)
+    drawn = words.view(torch.uint8).as_strided(whole.shape, whole.stride())
+    return drawn if len(drawn) == len(like) else ranks.shard(drawn)

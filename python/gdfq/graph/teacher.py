@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import gdfq_ext
+from gdfq import ranks
 from gdfq.graph.added import call_ahead
 from gdfq.graph.capture import CapturedModel
 from gdfq.graph.nodes import batch_norm_act, name_of
@@ -46,6 +47,15 @@ class Reader:
     def __call__(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         logits, values = self.module(x)
         return logits, {name: READINGS[name](value) for name, value in zip(self.names, values, strict=True)}
+
+    def of_all_ranks(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The same for this rank's share of a batch, the statistics being those of the whole batch."""
+        logits, readings = self(x)
+        for name, value in readings.items():
+            if isinstance(value, BatchNormStatistics):
+                means, variances = ranks.moments(value.means, value.variances, value.running_means, len(x))
+                readings[name] = value._replace(means=means, variances=variances)
+        return logits, readings
 
 
 class Teacher(nn.Module):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gdfq import ranks
 from gdfq.batch import Batch, labels_of
 from gdfq.config import Config
 from gdfq.graph import CapturedModel, Teacher
@@ -85,7 +86,7 @@ class GeneratorImages(ImageSource):
 
     def set_reads(self, names: Iterable[str]) -> None:
         super().set_reads(names)
-        self.read = self.teacher.reader({*self.reads, *self.objective.reads})
+        self.read = self.teacher.reader({*self.reads, *self.objective.reads}).of_all_ranks
 
     @property
     def learns(self) -> bool:  # type: ignore[override]
@@ -94,18 +95,24 @@ class GeneratorImages(ImageSource):
 
     def step(self, count: int) -> Batch:
         """A step of G; gives the images that it was for, as they were before."""
-        loss, logged, batch = self._forward(self.latents(count, self.random))
+        loss, logged, batch = self._forward(self._share(count))
         self.optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
         batch = batch.detached()
         hits = 100 * (batch.teacher_logits.argmax(1) == batch.labels).float().mean()
-        self.averages.add([*logged, hits])
+        logged.append(hits * ranks.share(len(batch.images)))
+        ranks.add_up_gradients(self.optimizer, logged)
+        self.optimizer.step()
+        self.averages.add(logged)
         return batch
 
     @torch.no_grad()
     def draw(self, count: int) -> Batch:
-        return self._forward(self.latents(count, self.random))[-1]
+        return self._forward(self._share(count))[-1]
+
+    def _share(self, count: int) -> Latents:
+        """This rank's, of `count` new latents."""
+        return tuple(map(ranks.shard, self.latents(count, self.random)))
 
     def _forward(self, latents: Latents) -> tuple[Tensor, list[Tensor], Batch]:
         targets = self.targets(latents)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gdfq_ext
+from gdfq import ranks
 from gdfq.config import GeneratorConfig
 from gdfq.graph import Pixels
+from gdfq.nn import batch_norm_of_all_ranks
 
 
 class ConditionalBatchNorm(nn.Module):
@@ -40,13 +42,16 @@ class ConditionalBatchNorm(nn.Module):
         self.negative_slope = negative_slope
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        if self.training:
+        if self.training and ranks.count() == 1:
             return gdfq_ext.conditional_batch_norm_act(
                 x, self.gamma, self.beta, labels, self.running_mean, self.running_var,
                 momentum=self.momentum, eps=self.eps, negative_slope=self.negative_slope,
             )  # fmt: skip
         gamma, beta = (F.embedding(labels, table)[:, :, None, None] for table in (self.gamma, self.beta))
-        x = F.batch_norm(x, self.running_mean, self.running_var, eps=self.eps)
+        if self.training:
+            x = batch_norm_of_all_ranks(x, self.running_mean, self.running_var, self.momentum, self.eps)
+        else:
+            x = F.batch_norm(x, self.running_mean, self.running_var, eps=self.eps)
         return F.leaky_relu(torch.addcmul(beta, x, gamma), self.negative_slope)
 
     def extra_repr(self) -> str:
@@ -96,12 +101,18 @@ class ToPixels(nn.BatchNorm2d):
             self.log_gain = nn.Parameter(torch.zeros(channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        standard = x = super().forward(x)
+        standard = x = self._standardized(x)
         if self.shift is not None and self.log_gain is not None:
             x = x * self.log_gain.exp() + self.shift
         if not self.standardized:
             x = x * self.std + self.mean
         return x.to(standard.dtype)
+
+    def _standardized(self, x: Tensor) -> Tensor:
+        if not self.training or ranks.count() == 1:
+            return super().forward(x)
+        self.num_batches_tracked += 1
+        return batch_norm_of_all_ranks(x, self.running_mean, self.running_var, self.momentum, self.eps)
 
 
 LARGEST_START = 64  # side of the grid that G starts at; the paper's for 224 pixels is 56

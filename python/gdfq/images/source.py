@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdfq import ranks
 from gdfq.batch import Batch
 from gdfq.config import Config
 from gdfq.graph import Teacher
@@ -27,7 +28,7 @@ class ImageSource:
     Attributes:
         random: what `step` and `draw` draw from.
         reads: what `Batch.readings` holds.
-        read: P's forward pass, with all that is read.
+        read: P's forward pass, with all that is read, of a rank's share of a batch.
         learns: whether `step` changes anything.
         held_out_setting: the setting that says how many images `held_out` has.
         obstacle: why an iteration on these images cannot be a CUDA graph, or None.
@@ -49,12 +50,12 @@ class ImageSource:
     def set_reads(self, names: Iterable[str]) -> None:
         """Say what `Batch.readings` has to hold, by the names of `gdfq.graph.teacher.READINGS`."""
         self.reads = tuple(names)
-        self.read = self.teacher.reader(self.reads)
+        self.read = self.teacher.reader(self.reads).of_all_ranks
 
     # --- to be had from every source ---
 
     def images(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """New images and their targets; None: the class that P gives each."""
+        """New images and their targets, the same ones on all ranks; None: the class that P gives each."""
         raise NotImplementedError
 
     def held_out(self) -> Iterator[Tensor]:
@@ -65,11 +66,12 @@ class ImageSource:
 
     @torch.no_grad()
     def draw(self, count: int) -> Batch:
-        """A batch to train Q on."""
-        return self.labeled(*self.images(count))
+        """A batch to train Q on: of one of `count` images, this rank's share."""
+        images, targets = self.images(count)
+        return self.labeled(ranks.shard(images), None if targets is None else ranks.shard(targets))
 
     def step(self, count: int) -> Batch:
-        """Learn from a batch, and give it."""
+        """Learn from a batch, and give it, as `draw` does."""
         return self.draw(count)
 
     def calibration(self) -> Iterator[Tensor]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from gdfq import ranks
 from gdfq.batch import Batch
 from gdfq.calibrate import calibrate, end_pass
 from gdfq.config import Config
@@ -135,6 +136,7 @@ class Trainer:
             loss, logged = self._forward(batch)
         self.optimizer.zero_grad()
         loss.backward()
+        ranks.add_up_gradients(self.optimizer, logged)
         self.optimizer.step()
         self.averages.add(logged)
 
