@@ -86,7 +86,7 @@ def milliseconds_of_an_iteration(what: Subject, batch: int, device: str) -> floa
 def train(what: Subject, run: Path, seconds: float, settings: dict[str, Any]) -> int:
     """`gdfq quantize` into `run`, stopped after `seconds`, though not before it has begun; returns its exit code."""
     options = [option for key, value in settings.items() for option in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "gdfq.cli", "quantize", *what.arguments, "--image-size", str(what.image_size)]
+    command = [sys.executable, "-m", "gdfq", "quantize", *what.arguments, "--image-size", str(what.image_size)]
     process = subprocess.Popen([*command, "--preset", RECIPE, *options, "--out", str(run)])
     end = time.monotonic() + seconds
     try:

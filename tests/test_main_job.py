@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 def test_shipped_model_to_four_bits(kernels, tmp_path):
     """A third of the demonstration. The floor is what min-max calibration on noise does not reach."""
     short = ["schedule.epochs=5", "schedule.iterations=50", "schedule.warmup_epochs=3", "schedule.milestones=[4]"]
-    command = [sys.executable, "-m", "gdfq.cli", "quantize", "--model", "gdfq.demo:teacher", "--preset", "demo"]
+    command = [sys.executable, "-m", "gdfq", "quantize", "--model", "gdfq.demo:teacher", "--preset", "demo"]
     command += ["--method", "gdfq", "--out", str(tmp_path / "run"), "--data", "fashion-mnist", "--json"]
     command += [f"--set={setting}" for setting in short]
     path = os.pathsep.join(map(str, (ROOT / "python", ROOT)))

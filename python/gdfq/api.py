@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdfq import ambient, memory
+from gdfq import ambient, memory, ranks
 from gdfq.config import Config
 from gdfq.errors import GdfqError
 from gdfq.evaluate import Agreement, agreement, evaluate
@@ -66,6 +66,7 @@ class Result:
 
 @products_in_tf32(False)
 @ambient.of_its_own()
+@ranks.one_run()
 def quantize(
     model: nn.Module,
     config: Config | None = None,
@@ -80,6 +81,9 @@ def quantize(
     source: dict[str, Any] | None = None,
 ) -> Result:
     """Quantize `model`, without data unless a baseline is given some. The model itself is not changed.
+
+    In a process group of torch.distributed all processes call it alike, share the work and return the same; the first
+    one alone writes and speaks.
 
     Args:
         model: a trained classifier with BatchNorm layers, images `(N, C, H, W)` to logits `(N, classes)`.
@@ -108,11 +112,14 @@ def quantize(
     with memory.explained("the model alone", {"model.image_size": config.model.image_size or stated_size(model)}):
         captured = capture(model, config.model.image_size, config.model.channels, device)
     _check_classes(captured, config)
+    ranks.check_alike("weights and settings", [captured.digest, run_folder.deciding_settings(config)])
     if evaluate_on is not None:  # looked at before anything takes long
         check_labeled("evaluate_on", evaluate_on, captured.image_shape, captured.num_classes)
-    folder = None if run_dir is None else Path(run_dir)
-    if folder is not None:
-        run_folder.open_run(folder, config, device, resume, source)
+    folder = Path(run_dir) if run_dir is not None and ranks.is_first() else None
+    progress = progress and ranks.is_first()
+    with ranks.together():
+        if folder is not None:
+            run_folder.open_run(folder, config, device, resume, source)
 
     if progress:
         images = _images(method, config, calibrate_on)
@@ -182,7 +189,7 @@ def _add_top1(task: Task, outcome: Outcome, dataset: Any, report: Report) -> Non
         report.top1 = _top1(task, outcome, dataset)
     except Exception as error:
         again = f"; mend it, then: gdfq evaluate {task.folder}" if task.folder is not None else ""
-        warnings.warn(f"top-1 was not measured: {str(error) or type(error).__name__}{again}", stacklevel=5)
+        warnings.warn(f"top-1 was not measured: {str(error) or type(error).__name__}{again}", stacklevel=6)
 
 
 def _top1(task: Task, outcome: Outcome, dataset: Any) -> dict[str, float]:
@@ -220,7 +227,7 @@ def _write_extras(folder: Path, result: Result, task: Task, bank: Tensor | None)
         try:
             write()
         except Exception as error:
-            warnings.warn(f"{name} was not {what}: {error}", stacklevel=5)
+            warnings.warn(f"{name} was not {what}: {error}", stacklevel=6)
 
 
 def _save_generator(folder: Path, generator: Generator) -> None:
@@ -255,6 +262,8 @@ def _sizes(config: Config, captured: CapturedModel) -> dict[str, Any]:
 
 def device_named(name: str) -> torch.device:
     """The device of the setting `run.device`; raises `GdfqError` where it cannot be used."""
+    if name in ("auto", "cuda") and ranks.device() is not None:
+        return ranks.device()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

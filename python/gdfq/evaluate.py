@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from gdfq import ranks
 from gdfq.errors import GdfqError
 from gdfq.memory import explained, is_out_of_memory
 from gdfq.precision import products_in_tf32
@@ -59,6 +60,8 @@ def evaluate(
 
     Raises `GdfqError` for an empty data set, labels that exceed the number of logits, NaN or Inf among the logits, an
     output that is not `(N, classes)`, and images that the model rejects.
+
+    In a process group of torch.distributed all processes call it alike, each sees its share, and all get the figures.
     """
     if len(dataset) == 0:
         raise GdfqError("there are no images to evaluate on")
@@ -66,12 +69,13 @@ def evaluate(
         model.to(device)
     parameter = next((value for value in model.parameters() if value.is_floating_point()), torch.empty(0))
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=parameter.device.type == "cuda")
+    own = dataset if ranks.count() == 1 else Subset(dataset, range(ranks.rank(), len(dataset), ranks.count()))
+    loader = DataLoader(own, batch_size=batch_size, num_workers=workers, pin_memory=parameter.device.type == "cuda")
     start = time.perf_counter()
     top1 = top5 = 0
     classes = len(getattr(dataset, "classes", ()))
     settings = {"the batch size": batch_size}
-    with explained("evaluating", settings), _eval_mode(model), torch.inference_mode():
+    with ranks.one_run(), ranks.together(), explained("evaluating", settings), _eval_mode(model), torch.inference_mode():
         for images, labels in tqdm(_batches(loader), "evaluating", len(loader), disable=not progress):
             images = images.to(parameter.device, parameter.dtype, non_blocking=True, memory_format=memory_format)
             logits = _checked_logits(_forward(model, images), labels, num_classes)
@@ -85,6 +89,7 @@ def evaluate(
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.to(logits.device)[:, None]
             top1 += int(best[:, 0].sum())
             top5 += int(best.sum())
+    top1, top5 = ranks.totals([top1, top5])
     count = len(dataset)
     return Evaluation(100 * top1 / count, 100 * top5 / count, count, time.perf_counter() - start)
 
@@ -106,14 +111,18 @@ class Agreement:
 
 @torch.no_grad()
 def agreement(teacher: nn.Module, student: nn.Module, batches: Iterable[Tensor]) -> Agreement:
-    """Compare the logits of P and Q on `batches` of images `(N, C, H, W)`."""
+    """Compare the logits of P and Q on `batches` of images `(N, C, H, W)`, the same ones on all ranks."""
     alike = divergence = torch.zeros((), dtype=torch.float64)
     count = 0
-    for images in batches:
+    for whole in batches:
+        images = ranks.shard(whole)
         log_p, log_q = (F.log_softmax(model(images).double(), 1).cpu() for model in (teacher, student))
         alike = alike + (log_p.argmax(1) == log_q.argmax(1)).sum()
         divergence = divergence + F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-        count += len(images)
+        count += len(whole)
+    sums = torch.stack([alike.double(), divergence])
+    ranks.add_up([sums])
+    alike, divergence = sums
     return Agreement(100 * alike.item() / count, divergence.item() / count, count)
 
 

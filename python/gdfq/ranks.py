@@ -70,6 +70,17 @@ def on_this_machine() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if count() > 1 else 1
 
 
+def obstacle() -> str | None:
+    """Why an iteration cannot be a CUDA graph, or None."""
+    return f"{count()} ranks exchange sums in it" if count() > 1 else None
+
+
+def device() -> torch.device | None:
+    """The GPU that is this rank's, where there are some and several ranks; else None."""
+    is_one = count() > 1 and torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if is_one else None
+
+
 # --- batches in shares ---
 
 _rows = 0  # of the batch that was shared out last
@@ -133,6 +144,11 @@ def add_up(tensors: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
+
+
+def totals(counts: Sequence[int]) -> list[int]:
+    """The sums over ranks."""
+    return [sum(values) for values in zip(*_gathered(list(counts)), strict=True)]
 
 
 def add_up_gradients(optimizer: torch.optim.Optimizer, others: Sequence[Tensor] = ()) -> None:
@@ -408,7 +424,8 @@ def started() -> Iterator[None]:
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     try:
-        yield
+        with one_run():
+            yield
     except GdfqError as error:
         error.is_said = rank() != getattr(error, "speaker", 0)
         raise

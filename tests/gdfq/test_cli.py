@@ -384,7 +384,7 @@ def test_help_names_every_command(gdfq):
 
 @pytest.mark.slow
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(weights, tmp_path):
-    command = [sys.executable, "-m", "gdfq.cli", "quantize", "--model", f"{MODELS}:Plain", "--weights", str(weights)]
+    command = [sys.executable, "-m", "gdfq", "quantize", "--model", f"{MODELS}:Plain", "--weights", str(weights)]
     command += ["--out", str(tmp_path / "run"), *SHORT]
 
     def small_disk() -> None:

@@ -25,9 +25,9 @@ def main() -> None:
         if app(prog_name="gdfq", standalone_mode=False) == 130:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
     except Stopped as stopped:
-        leave(str(stopped), 130)
+        leave(str(stopped), 130, stopped.is_said)
     except GdfqError as error:
-        leave(f"gdfq: {error}", 2)
+        leave(f"gdfq: {error}", 2, error.is_said)
     except KeyboardInterrupt:
         leave("gdfq: interrupted", 130)
     except typer.Abort:
@@ -48,6 +48,7 @@ def _one_line(message: Warning | str, category: type[Warning], *where: Any) -> s
     return f"gdfq: {message}\n" if category is UserWarning else _standard_format(message, category, *where)
 
 
-def leave(message: str, code: int) -> None:
-    typer.echo(message, err=True)
+def leave(message: str, code: int, is_said: bool = False) -> None:
+    if not is_said:
+        typer.echo(message, err=True)
     sys.exit(code)

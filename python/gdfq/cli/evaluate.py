@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gdfq import ranks
 from gdfq.cli.app import app
 from gdfq.cli.options import (
     DataArgsOption,
@@ -25,6 +26,7 @@ from gdfq.errors import GdfqError
 
 
 @app.command()
+@ranks.started()
 def evaluate(
     run: Annotated[
         Path | None, typer.Argument(help="folder of a run, whose quantized model is evaluated, or an ONNX file")
@@ -81,8 +83,11 @@ def evaluate(
     if quantized is not None:
         network = gdfq.load_quantized(quantized, network)
     figures = gdfq.evaluate(
-        network, dataset, batch_size=batch_size, device=device, progress=not as_json and sys.stderr.isatty()
-    )
+        network, dataset, batch_size=batch_size, device=device,
+        progress=not as_json and sys.stderr.isatty() and ranks.is_first(),
+    )  # fmt: skip
+    if not ranks.is_first():
+        return
     text = f"top-1 {figures.top1:.2f}%  top-5 {figures.top5:.2f}%  {figures.images} images  {figures.seconds:.1f} s"
     prepared = dataset.preparation
     typer.echo(json.dumps(asdict(figures) | {"preparation": asdict(prepared)}) if as_json else f"{text}\n{prepared}")

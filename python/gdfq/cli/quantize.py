@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from gdfq import ranks
 from gdfq.cli.app import app
 from gdfq.cli.options import (
     CalibrationDataArgsOption,
@@ -29,6 +30,7 @@ from gdfq.registry import METHODS, TARGETS
 
 
 @app.command()
+@ranks.started()
 def quantize(
     out: Annotated[Path | None, typer.Option(help="new folder for models, log, checkpoints and report")] = None,
     model: ModelOption = None,
@@ -86,6 +88,8 @@ def quantize(
     """Quantize a trained model without data.
 
     Example: gdfq quantize --model pytorchcv:resnet20_cifar10 --model-arg pretrained=True --out runs/resnet20
+
+    On several GPUs: torchrun --nproc-per-node 8 -m gdfq quantize ...
     """
     from gdfq import inputs
     from gdfq.api import default_preset
@@ -129,14 +133,15 @@ def quantize(
         network,
         config,
         run_dir=folder,
-        resume=resume is not None,
+        resume=resume is not None or ranks.is_restarted(),
         calibrate_on=inputs.data_of(source, network, config.model, inputs.CALIBRATION),
         train_on=inputs.data_of(source, network, config.model, inputs.TRAINING),
         evaluate_on=inputs.data_of(source, network, config.model),
         progress=not as_json,
         source=source,
     )
-    typer.echo(result.report.to_json() if as_json else f"{result.report}\nwritten      {folder}")
+    if ranks.is_first():
+        typer.echo(result.report.to_json() if as_json else f"{result.report}\nwritten      {folder}")
 
 
 def _nothing_but_settings(**options: object) -> None:

@@ -3,15 +3,24 @@
 import random
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gdfq import ranks
 from gdfq.config import Config
 from gdfq.errors import GdfqError
 from gdfq.graph import Teacher
 from gdfq.images.source import ImageSource
+
+
+class Kept(Protocol):
+    """Where a bank's parts are, when they have been made."""
+
+    def find(self, part: int) -> Tensor | None: ...
+
+    def leave(self, part: int, images: Tensor) -> None: ...
 
 
 class Bank(ImageSource):
@@ -24,6 +33,7 @@ class Bank(ImageSource):
         settings: by which they are made, JSON values.
 
     Attributes:
+        kept: where parts are found again and left, or None.
         bank: all images that are not held out, `(N, *shape)` float32, behind the transforms.
     """
 
@@ -43,6 +53,8 @@ class Bank(ImageSource):
         self.make = make
         self.parts = parts
         self.settings = settings or {}
+        self.kept: Kept | None = None
+        self._of_all_ranks: dict[int, Tensor] = {}
 
     @classmethod
     def in_parts(
@@ -88,8 +100,31 @@ class Bank(ImageSource):
 
     def _part(self, number: int) -> Tensor:
         """In one layout, whether it was made or read."""
-        images = self.make(number).to(self.device)
-        return self.transform(images.contiguous(memory_format=torch.channels_last))
+        if ranks.count() == 1:
+            images = self._found(number)
+            images = self._made(number, self.make(number)) if images is None else images
+        else:
+            self._of_all_ranks = self._of_all_ranks or self._together()
+            images = self._of_all_ranks.pop(number)
+        return self.transform(images.to(self.device).contiguous(memory_format=torch.channels_last))
+
+    def _together(self) -> dict[int, Tensor]:
+        """All parts and what is held out: found by the first rank, or made by all ranks, several at a time."""
+        numbers = range(self.parts + 1)
+        found = {number: self._found(number) for number in numbers}
+        missing = ranks.from_first(lambda: [number for number in numbers if found[number] is None])
+        parts = {number: ranks.broadcast(found[number]) for number in numbers if number not in missing}
+        for number, images in ranks.spread(missing, self.make):
+            parts[number] = self._made(number, images)
+        return parts
+
+    def _found(self, number: int) -> Tensor | None:
+        return None if self.kept is None else self.kept.find(number)
+
+    def _made(self, number: int, images: Tensor) -> Tensor:
+        if self.kept is not None:
+            self.kept.leave(number, images)
+        return images
 
     def images(self, count: int) -> tuple[Tensor, None]:
         chosen = torch.randint(len(self.bank), (count,), generator=self.random.generator, device=self.device)

@@ -130,7 +130,7 @@ class GeneratorImages(ImageSource):
         """See whether the stopping condition is met."""
         enough = self.config.generator.stop_accuracy
         if enough is not None and not self.stopped:
-            self.stopped = self.held_out_accuracy() > enough
+            self.stopped = ranks.from_first(self.held_out_accuracy) > enough
 
     @torch.no_grad()
     def held_out_accuracy(self) -> float:

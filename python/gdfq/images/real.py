@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdfq import ranks
 from gdfq.batch import Batch
 from gdfq.config import Config
 from gdfq.data import LabeledImages
@@ -64,6 +65,8 @@ class RealImages(ImageSource):
     ) -> None:
         super().__init__(teacher, shape, config, device)
         _check_dataset("train_on", dataset)
+        if len(dataset) < ranks.count():
+            raise GdfqError(f"`train_on` holds {len(dataset)} images, less than the {ranks.count()} ranks: start fewer")
         self.dataset = dataset
         self.num_classes = num_classes
         self.drawn = 0
@@ -72,14 +75,20 @@ class RealImages(ImageSource):
     @torch.no_grad()
     def draw(self, count: int) -> Batch:
         with autocast(self.config.run.precision, self.device):
-            return super().draw(count)
+            return self.labeled(*self._read(ranks.shard(self._next(count))))
 
     def images(self, count: int) -> tuple[Tensor, Tensor]:
         """The next `count` images, less where the data set is smaller, and labels `(N,)` int64."""
+        return self._read(self._next(count))
+
+    def _next(self, count: int) -> Tensor:
+        """Which ones."""
         count = min(count, len(self.dataset))
         number, place = divmod(self.drawn, len(self.dataset) // count)
         self.drawn += 1
-        chosen = self._order(number)[place * count :][:count]
+        return self._order(number)[place * count :][:count]
+
+    def _read(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         items = [self.dataset[index] for index in chosen.tolist()]
         if not all(isinstance(item, (tuple, list)) and len(item) == 2 for item in items):
             raise GdfqError("`train_on`: every item must be a pair (image, label)")

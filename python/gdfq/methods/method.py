@@ -29,7 +29,7 @@ class Task:
 
     Attributes:
         captured: what teacher and student were built from.
-        folder: of the run, or None: then nothing is written.
+        folder: of the run, or None: then nothing is written. Of several ranks only the first has one.
         resume: go on from the folder's checkpoint.
         progress: show bars.
         calibrate_on, train_on: data sets of the user's, or None.

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from gdfq import ranks
 from gdfq.calibrate import calibrate
 from gdfq.clip_values import mse
 from gdfq.config import Config, Section
@@ -63,8 +64,8 @@ class ReconstructionConfig(Section):
     memory_gib: float | None = Field(
         None,
         gt=0,
-        description="for the activations of all images at a block's two ends; what is more goes to a file; default: an "
-        "eighth of the machine's, or a quarter of the GPU's",
+        description="for the activations of all images at a block's two ends, of each rank; what is more goes to a file; "
+        "default: an eighth of the machine's, shared by its ranks, or a quarter of the GPU's",
     )
 
 
@@ -89,9 +90,9 @@ class Reconstruction:
     def resume(self) -> bool:
         """Go on behind the last block that was finished; false where there is none yet."""
         path = self.task.folder and self.task.folder / run_folder.BLOCKS
-        if not path or not path.exists():
+        state = ranks.from_first(lambda: load_checkpoint(path, self.identity) if path and path.exists() else None)
+        if state is None:
             return False
-        state = load_checkpoint(path, self.identity)
         self.student.load_state_dict(state["student"])
         self.student.to(self.task.device)
         self.done, self.seconds = state["blocks"], state["seconds"]
@@ -115,8 +116,8 @@ class Reconstruction:
 
             def after_iteration() -> None:
                 monitor.advance()
-                if stop.is_set():
-                    raise Stopped(self._how_to_go_on())
+                if ranks.any_of(stop.is_set()):
+                    raise Stopped(ranks.from_first(self._how_to_go_on))
 
             self.student.requires_grad_(False)
             given = exact = store.keep(len(self.images), iter(self.images.split(self._at_once)))
@@ -198,7 +199,7 @@ class Reconstruction:
             return int(self.settings.memory_gib * 2**30)
         if self.task.device.type == "cuda":
             return torch.cuda.mem_get_info(self.task.device)[1] // 4
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8 // ranks.on_this_machine()
 
     def _check_budget(self, block: Block, given: Activations, wanted: Activations) -> None:
         needed = 4 * self.settings.batch_size * (2 * given.rows[0].numel() + wanted.rows[0].numel())
@@ -215,6 +216,7 @@ class Reconstruction:
 
 def reconstruct(task: Task) -> Outcome:
     start = time.monotonic()
+    ranks.check_batch("reconstruction.batch_size", task.config.reconstruction.batch_size)
     source = bank_of(task)
     to_channels_last(task.student)
     run = Reconstruction(task, source.bank)

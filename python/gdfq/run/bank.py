@@ -6,7 +6,6 @@ transforms, and metadata that say what they were made for and how.
 
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,30 +42,30 @@ def keep(bank: Bank, folder: Path, captured: CapturedModel, source: str) -> None
         "settings": bank.settings,
         "parts": bank.parts,
     }
-    bank.make = _Kept(bank.make, bank.parts, folder, about)
+    bank.kept = _Kept(bank.parts, folder, about)
 
 
 class _Kept:
-    """`kept(part)` is a part that is read, or else made and written."""
+    """Parts in files of a folder."""
 
-    def __init__(self, make: Callable[[int], Tensor], parts: int, folder: Path, about: dict[str, Any]) -> None:
-        self.make = make
+    def __init__(self, parts: int, folder: Path, about: dict[str, Any]) -> None:
         self.parts = parts
         self.folder = folder
         self.metadata = {"format": FORMAT, "made": json.dumps(about, sort_keys=True)}
         self.whole: list[Tensor] = []
 
-    def __call__(self, part: int) -> Tensor:
+    def find(self, part: int) -> Tensor | None:
         self.whole = self.whole or self._read_whole()
         if self.whole:
             return self.whole[part]
-        path = self._path(part)
-        images = self._read(path).get("images")
-        if images is None:
-            images = self.make(part)
-            self._write(path, {"images": images})
-        self._join()
+        images = self._read(self._path(part)).get("images")
+        if images is not None:
+            self._join()
         return images
+
+    def leave(self, part: int, images: Tensor) -> None:
+        self._write(self._path(part), {"images": images})
+        self._join()
 
     def _read_whole(self) -> list[Tensor]:
         """All parts of the finished file, the one that is held out last; none where it is not there."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from gdfq import ranks
 from gdfq.errors import GdfqError
 from gdfq.progress import draws_bars
 from gdfq.run import folder as run_folder
@@ -111,7 +112,8 @@ def disk_errors(folder: Path | None) -> Iterator[None]:
 def stop_requests() -> Iterator[threading.Event]:
     """Turn Ctrl-C and SIGTERM inside the block into an event to be looked at between iterations.
 
-    A second Ctrl-C interrupts at once. Outside the main thread signals are left alone.
+    A second Ctrl-C interrupts at once, but for several ranks: torchrun passes on the one that they have seen already.
+    Outside the main thread signals are left alone.
     """
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -119,7 +121,7 @@ def stop_requests() -> Iterator[threading.Event]:
         return
 
     def request(number: int, frame: object) -> None:
-        if requested.is_set():
+        if requested.is_set() and ranks.count() == 1:
             raise KeyboardInterrupt
         requested.set()
 

@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from gdfq import ranks
 from gdfq.errors import GdfqError
 from gdfq.progress import Estimate, say
 from gdfq.run import folder as run_folder
@@ -20,7 +21,8 @@ class TrainingRun:
 
     Args:
         trainer: trained in place.
-        folder: of the run, or None: then nothing is written and nothing can be resumed.
+        folder: of the run, or None: then nothing is written and nothing can be resumed. Of several ranks only the first
+            has one, and all resume with what it reads.
         identity: JSON values that a checkpoint must have been saved with, see `gdfq.run.checkpoint`.
 
     Attributes:
@@ -36,8 +38,8 @@ class TrainingRun:
     def resume(self) -> None:
         """Continue from the last checkpoint; from the start if the run was killed before its first."""
         path = self.folder and self.folder / run_folder.CHECKPOINT
-        if path and path.exists():
-            state = load_checkpoint(path, self.identity)
+        state = ranks.from_first(lambda: load_checkpoint(path, self.identity) if path and path.exists() else None)
+        if state is not None:
             self.trainer.load_state_dict(state["trainer"])
             self.seconds = state["seconds"]
 
@@ -65,10 +67,11 @@ class TrainingRun:
                 if done % run.log_every == 0 or finished:
                     how = trainer.runner.description
                     monitor.write(done, trainer.epoch, trainer.phase, how, trainer.read_metrics())
-                if done % run.checkpoint_every == 0 or finished or stop_requested.is_set():
+                is_stopped = ranks.any_of(stop_requested.is_set())
+                if done % run.checkpoint_every == 0 or finished or is_stopped:
                     self._save()
-                if stop_requested.is_set() and not finished:
-                    raise Stopped(self._how_to_go_on())
+                if is_stopped and not finished:
+                    raise Stopped(ranks.from_first(self._how_to_go_on))
 
             trainer.run(after_iteration)
 

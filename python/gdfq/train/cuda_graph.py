@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from gdfq import ranks
 from gdfq.random_state import RandomState
 
 # Iterations of a kind before its capture: gradients, optimizer state and the libraries' workspaces come into being in
@@ -71,7 +72,7 @@ class IterationRunner:
     ) -> None:
         self.device = device
         self.random = random
-        obstacle = CudaGraph.obstacle(device) or obstacle
+        obstacle = CudaGraph.obstacle(device) or obstacle or ranks.obstacle()
         self.wanted = bool(wanted) and obstacle is None
         self.description = f"eager: {obstacle}" if wanted is True and obstacle else "eager"
         self.restart()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
+from gdfq import ranks
 from gdfq.batch import Batch
 from gdfq.config import Config
 from gdfq.graph import Teacher, quantized_layers
@@ -36,7 +37,7 @@ class FineTuner:
         self.teacher, self.student, self.images, self.config = teacher, student, images, config
         self.random = random
         self.objective = student_objective(config.student)
-        self.read = teacher.reader(self.objective.reads)
+        self.read = teacher.reader(self.objective.reads).of_all_ranks
         _settle(student)
         self.optimizer = OPTIMIZERS[config.student.optimizer](student, config)
         obstacle = getattr(self.optimizer, "obstacle", None)
@@ -56,7 +57,7 @@ class FineTuner:
             chosen = torch.randint(
                 len(self.images), (settings.batch_size,), generator=self.random.generator, device=self.random.device
             )
-            images = self.images.index_select(0, chosen)
+            images = self.images.index_select(0, ranks.shard(chosen))
             with autocast(run.precision, self.random.device):
                 with torch.no_grad():
                     logits, readings = self.read(images)
@@ -65,6 +66,7 @@ class FineTuner:
             loss, _ = self.objective(Outputs(batch, answers, readings))
             self.optimizer.zero_grad()
             loss.backward()
+            ranks.add_up_gradients(self.optimizer)
             self.optimizer.step()
 
 

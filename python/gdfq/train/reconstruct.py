@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import gdfq_ext
+from gdfq import ranks
 from gdfq.clip_values import shrunk
 from gdfq.config import Config
 from gdfq.graph.blocks import Block
@@ -147,18 +148,21 @@ class BlockTrainer:
             chosen = torch.randint(
                 len(self.wanted), (self.settings.batch_size,), generator=self.random.generator, device=self.device
             )
+            chosen = ranks.shard(chosen)
             x = self.given.select(chosen)
             if self.exact is not self.given and self.settings.keep:
                 is_kept = random_bytes(x, self.random) < round(256 * self.settings.keep)
                 x = torch.where(is_kept, self.exact.select(chosen), x)
             with autocast(self.precision, self.device):
                 y = self.module(x)
-            error = (y.float() - self.wanted.select(chosen)).square().sum(1).mean()
-            loss = error + self.penalty_weight * sum(learned.penalty for learned in self.roundings.values())
+            error = (y.float() - self.wanted.select(chosen)).square().sum(1).mean() * ranks.share(len(chosen))
+            penalty = sum(learned.penalty for learned in self.roundings.values()) / ranks.count()  # the same on all
+            loss = error + self.penalty_weight * penalty
             self.optimizer.zero_grad()
             loss.backward()
-            self.optimizer.step()
             self.error.copy_(error.detach())
+            ranks.add_up_gradients(self.optimizer, [self.error])
+            self.optimizer.step()
 
     def _rounding(
         self, weight: Tensor, layer: QuantizedLayer, begin: Callable[[Tensor, Grid], Tensor]

@@ -66,6 +66,7 @@ class Trainer:
         self.averages = Averages(self.objective.names, self.device)
         self.optimizer = OPTIMIZERS[config.student.optimizer](student, config)
         obstacle = source.obstacle or getattr(self.optimizer, "obstacle", None)
+        ranks.check_batch("schedule.batch_size", config.schedule.batch_size)
         self.runner = IterationRunner(config.run.cuda_graph, self.device, source.random, obstacle)
         if config.run.compile:
             self._forward = torch.compile(self._forward, dynamic=False)

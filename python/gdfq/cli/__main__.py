@@ -1,4 +1,0 @@
-from gdfq.cli import main
-
-if __name__ == "__main__":
-    main()
