@@ -75,7 +75,13 @@ def evaluate(
     top1 = top5 = 0
     classes = len(getattr(dataset, "classes", ()))
     settings = {"the batch size": batch_size}
-    with ranks.one_run(), ranks.together(), explained("evaluating", settings), _eval_mode(model), torch.inference_mode():
+    with (
+        ranks.one_run(),
+        ranks.together(),
+        explained("evaluating", settings),
+        _eval_mode(model),
+        torch.inference_mode(),
+    ):
         for images, labels in tqdm(_batches(loader), "evaluating", len(loader), disable=not progress):
             images = images.to(parameter.device, parameter.dtype, non_blocking=True, memory_format=memory_format)
             logits = _checked_logits(_forward(model, images), labels, num_classes)

@@ -126,7 +126,7 @@ class _Summed(torch.autograd.Function):
         return _all_reduced(x, "moments")
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _all_reduced(grad, "moments' gradients")
 
 
@@ -205,7 +205,7 @@ def from_first(make: Callable[[], Value]) -> Value:
     with together():
         values = [make() if is_first() else None]
     _exchange("objects", 0, lambda: dist.broadcast_object_list(values))
-    return values[0]  # type: ignore[return-value]
+    return values[0]
 
 
 def check_alike(what: str, value: Any) -> None:
@@ -254,7 +254,7 @@ def broadcast(tensor: Tensor | None, source: int = 0) -> Tensor:
         return tensor
     about = [(tensor.shape, tensor.dtype, tensor.device.type) if tensor is not None else None]
     _exchange("objects", 0, lambda: dist.broadcast_object_list(about, source))
-    shape, dtype, device = about[0]  # type: ignore[misc]
+    shape, dtype, device = about[0]
     given = tensor.contiguous() if rank() == source and tensor is not None else None
     result = torch.empty(shape, dtype=dtype, device=device) if given is None else given
     _exchange("images", result.numel() * result.element_size(), lambda: dist.broadcast(result, source))
@@ -300,9 +300,11 @@ class _SignsOfLife(threading.Thread):
 
     def __init__(self, number: int) -> None:
         super().__init__(daemon=True)
-        store = dist.distributed_c10d._get_default_store()
+        store: Any = dist.distributed_c10d._get_default_store()
         # A store is one connection, and who waits for something in it holds it: the thread has its own.
-        self.store, self.own = (dist.PrefixStore(f"gdfq/{number}", one) for one in (store, store.clone()))
+        self.store, self.own = (
+            dist.distributed_c10d.PrefixStore(f"gdfq/{number}", one) for one in (store, store.clone())
+        )
         self.waits = itertools.count()
         self.seen: dict[int, tuple[str, float]] = {}
         self.is_over = threading.Event()

@@ -64,8 +64,8 @@ class ReconstructionConfig(Section):
     memory_gib: float | None = Field(
         None,
         gt=0,
-        description="for the activations of all images at a block's two ends, of each rank; what is more goes to a file; "
-        "default: an eighth of the machine's, shared by its ranks, or a quarter of the GPU's",
+        description="for the activations of all images at a block's two ends; what is more goes to a file; default: an "
+        "eighth of the machine's, shared by its ranks, or a quarter of the GPU's",
     )
 
 

@@ -1,0 +1,290 @@
+"""What ranks compute, for `test_ranks.py`: every case from an equal state, on a small network, as tensors by name."""
+
+import functools
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from small_models import Residual, randomize_batch_norm
+from torch import Tensor
+
+import gdfq
+from gdfq import ranks
+from gdfq.calibrate import calibrate
+from gdfq.clip_values import mse
+from gdfq.config import Config
+from gdfq.evaluate import agreement
+from gdfq.graph import build_quantized, build_teacher, capture
+from gdfq.graph.blocks import find_blocks
+from gdfq.images.generator import GeneratorImages
+from gdfq.images.real import RealImages
+from gdfq.methods.calibration import clipped_by
+from gdfq.methods.reconstruction import nearest
+from gdfq.nn import activation_quantizers
+from gdfq.random_state import RandomState
+from gdfq.registry import SOURCES
+from gdfq.run.checkpoint import load_checkpoint, save_checkpoint
+from gdfq.train.activations import Store
+from gdfq.train.finetune import FineTuner
+from gdfq.train.reconstruct import BlockTrainer
+from gdfq.train.trainer import Trainer
+
+CPU = torch.device("cpu")
+SETTINGS = {
+    "method": "gdfq",
+    "schedule.epochs": 6,
+    "schedule.iterations": 5,
+    "schedule.batch_size": 9,  # two ranks do not divide it, nor do four
+    "schedule.range_epochs": 1,
+    "schedule.warmup_epochs": 2,
+    "schedule.range_batches": 2,
+    "schedule.milestones": [5],
+    "run.held_out_images": 10,
+    "run.device": "cpu",
+    "reconstruction.batch_size": 9,
+    "student.temperature": 1.0,
+    "quantizer.weight_bits": 3,
+    "quantizer.activation_bits": 3,
+    "student.learning_rate": 1e-2,
+}
+FIRST = {"ranges": 0, "warm-up": 5, "training": 10}  # iterations of the phases
+TRAINING: dict[str, dict[str, Any]] = {
+    "embedding": {},
+    "conditional": {"generator.architecture": "conditional"},
+    "sums": {"generator.bns_reduction": "sum", "student.kd_reduction": "batchmean"},
+    "qimera": {"images.source": "qimera"},
+    "generator that is trained": {"schedule.generator_epochs": 1},
+    "noise": {"images.source": "gaussian"},
+    "ait": {"student.optimizer": "ait"},
+    "learned steps": {"quantizer.observer": "learned_step"},
+    "moving statistics": {"student.fixed_bns": False},
+    "bfloat16": {"run.precision": "bfloat16"},
+}
+
+
+def new_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = randomize_batch_norm(Residual())
+    model.fc.weight.data *= 20  # so that P and Q are sure enough to disagree
+    return model
+
+
+CAPTURED = capture(new_model())  # once, for all processes that are forked of one that has imported this
+
+
+def new_config(seed: int = 0, **settings: Any) -> Config:
+    return Config.load("cifar", SETTINGS | {"run.seed": seed} | settings)
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def labeled(count: int) -> list[tuple[Tensor, int]]:
+    return [(image, number % 5) for number, image in enumerate(images(count))]
+
+
+def networks(config: Config) -> tuple[Any, Any]:
+    teacher, student = build_teacher(CAPTURED), build_quantized(CAPTURED, config.quantizer)[0]
+    calibrate(student, [images(8), images(5, 1)])
+    return teacher, student
+
+
+def new_trainer(seed: int = 0, real: int = 0, **settings: Any) -> Trainer:
+    config = new_config(seed, **settings)
+    teacher, student = networks(config)
+    if real:
+        source: Any = RealImages(labeled(real), teacher, (3, 8, 8), 5, config, CPU)
+    else:
+        source = SOURCES[config.images.source or "generator"](teacher, CAPTURED, config, CPU)
+    return Trainer(teacher, student, source, config)
+
+
+def gradients(**modules: Any) -> dict[str, Tensor]:
+    return {
+        f"gradient of {name} {key}": parameter.grad.clone()
+        for name, module in modules.items()
+        for key, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def ranges(student: Any) -> dict[str, Tensor]:
+    return {f"range of {name}": quantizer.range.clone() for name, quantizer in activation_quantizers(student).items()}
+
+
+def numbers(values: dict[str, float | None]) -> dict[str, Tensor]:
+    return {name: torch.tensor(value) for name, value in values.items() if value is not None}
+
+
+# --- one iteration of every kind ---
+
+
+def iteration(phase: str, seed: int, **settings: Any) -> dict[str, Tensor]:
+    trainer = new_trainer(seed, **settings)
+    trainer.iteration = FIRST[phase]
+    trainer.source.begin_epoch(trainer.epoch, 1.0)
+    trainer.step()
+    source, student = trainer.source, trainer.student
+    result = gradients(Q=student) | ranges(student) | numbers(trainer.read_metrics())
+    result |= {f"buffer {name}": value.float().clone() for name, value in student.named_buffers()}
+    if isinstance(source, GeneratorImages):
+        result |= gradients(G=source.generator)
+        result |= {f"G's {name}": value.float().clone() for name, value in source.generator.named_buffers()}
+    return result
+
+
+def block(seed: int) -> dict[str, Tensor]:
+    config = new_config(seed)
+    _, student = networks(config)
+    student.requires_grad_(False)
+    first, second = find_blocks(student)[:2]
+    with torch.no_grad(), Store(2**30) as store:
+        bank = images(20, seed)
+        given, exact = (store.keep(20, iter([piece(bank)])) for piece in (first.quantized(), first.exact()))
+        wanted = store.keep(20, iter([second.exact()(exact.select(torch.arange(20)))]))
+    trainer = BlockTrainer(second, config, given, exact, wanted, RandomState(seed, CPU), nearest)
+    trainer.optimizer = trainer._optimizer()
+    trainer._schedule(0.5)  # with the penalty
+    trainer._iteration()
+    steps = {f"gradient of step {number}": step.grad for number, step in enumerate(trainer.steps)}
+    return gradients(**trainer.roundings) | steps | {"error": trainer.error}
+
+
+def finetune(seed: int) -> dict[str, Tensor]:
+    config = new_config(seed, **{"generator.terms": {}})
+    teacher, student = networks(config)
+    tuner = FineTuner(teacher, student, images(20, seed), config, RandomState(seed, CPU))
+    tuner._iteration()
+    return gradients(Q=student)
+
+
+def calibrated(rule: Any, seed: int) -> dict[str, Tensor]:
+    """Of batches of which the last has no image for every one of four ranks."""
+    student = networks(new_config())[1]
+    calibrate(student, [images(9, seed), images(2, seed + 9)], rule and clipped_by(rule, student))
+    return ranges(student)
+
+
+def bank(seed: int) -> dict[str, Tensor]:
+    settings = {"inversion.images": 11, "inversion.batch_size": 4, "inversion.iterations": 3}
+    source = SOURCES["inverted"](build_teacher(CAPTURED), CAPTURED, new_config(seed, **settings), CPU)
+    return {"bank": source.bank, "held out": source.held_out_part}
+
+
+def figures(seed: int) -> dict[str, Tensor]:
+    teacher, student = networks(new_config())
+    agreed = agreement(teacher, student, [images(9, seed), images(3, seed)])
+    measured = gdfq.evaluate(student, labeled(13), batch_size=3)
+    return numbers({name: getattr(agreed, name) for name in ("top1", "kl", "images")}) | numbers(
+        {f"measured {name}": getattr(measured, name) for name in ("top1", "top5", "images")}
+    )
+
+
+CASES: dict[str, Callable[[int], dict[str, Tensor]]] = {
+    "ranges": functools.partial(iteration, "ranges"),
+    "warm-up": functools.partial(iteration, "warm-up"),
+    **{name: functools.partial(iteration, "training", **settings) for name, settings in TRAINING.items()},
+    "real images": functools.partial(iteration, "training", real=30),
+    "block": block,
+    "fine-tuning": finetune,
+    "minimum and maximum": functools.partial(calibrated, None),
+    "histogram": functools.partial(calibrated, mse),
+    "bank": bank,
+    "figures": figures,
+}
+
+
+# --- many iterations ---
+
+
+def state(trainer: Trainer) -> dict[str, Tensor]:
+    modules = {"Q": trainer.student, "G": trainer.source.generator}
+    return {f"{name} {key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+
+
+def trained(seed: int, reverse: bool = False) -> dict[str, Tensor]:
+    """After twenty iterations; where it is reversed, with the images of each batch the other way around."""
+    trainer = new_trainer(seed)
+    trainer.iteration = 10
+    share = trainer.source._share
+    if reverse:
+        trainer.source._share = lambda count: tuple(values.flip(0) for values in share(count))
+    trainer.run()
+    return state(trainer)
+
+
+def interrupted(folder: Path, count: int) -> dict[str, Tensor]:
+    """What two ranks have begun, carried on by any number of them."""
+    trainer, path = new_trainer(), folder / "checkpoint.safetensors"
+    if count == 2:
+        for _ in range(12):
+            trainer.step()
+            trainer.iteration += 1
+        saved = trainer.state_dict()
+        if ranks.is_first():
+            save_checkpoint(path, saved, {})
+    with ranks.together():
+        pass
+    trainer = new_trainer()
+    trainer.load_state_dict(load_checkpoint(path, {}))
+    for _ in range(2):
+        trainer.step()
+        trainer.iteration += 1
+    return state(trainer) | numbers(trainer.read_metrics())
+
+
+# --- bugs that the comparison has to find ---
+
+
+def _own_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    return grad
+
+
+def _mean(tensors: Any, add_up: Any = ranks.add_up) -> None:
+    add_up(tensors)
+    for tensor in tensors:
+        tensor.detach().div_(ranks.count())
+
+
+# Name -> case that finds it, what of `gdfq.ranks` is replaced, by what.
+BUGS: dict[str, tuple[str, Any, str, Any]] = {
+    "gradients averaged": ("embedding", ranks, "add_up", _mean),
+    "no gradient of others": ("warm-up", ranks._Summed, "backward", staticmethod(_own_gradient)),
+    "moments of the rank's own images": ("warm-up", ranks, "moments", lambda means, vars, about, own: (means, vars)),
+    "ranges of the rank's own images": ("ranges", ranks, "extremes", lambda x: x),
+    "histogram of the rank's own images": ("histogram", ranks, "add_up", lambda tensors: None),
+    "shares all alike": ("noise", ranks, "share", lambda own: 1 / ranks.count()),
+    "steps' gradients by the rank's own count": ("learned steps", ranks, "numel", lambda x: x.numel()),
+    "masks of the rank's own": ("block", ranks, "rows", lambda own: own),
+    "all images on all ranks": ("noise", ranks, "shard", lambda batch: batch),
+}
+
+
+def work(rank: int, count: int, folder: Path, seeds: range) -> None:
+    """Be a rank of a group that computes all of it, and leave what comes out in a file."""
+    torch.set_num_threads(1)
+    if count > 1:
+        join(rank, count, folder)
+    with ranks.one_run():
+        results: dict[Any, dict[str, Tensor]] = {
+            (name, seed): case(seed) for name, case in CASES.items() for seed in seeds
+        }
+        results |= {("trained", seed): trained(seed) for seed in seeds}
+        if count == 1:
+            results |= {("reversed", seed): trained(seed, reverse=True) for seed in seeds}
+        results["interrupted", 0] = interrupted(folder, count)
+        if count == 2:
+            for name, (case, of, attribute, instead) in BUGS.items():
+                with mock.patch.object(of, attribute, instead):
+                    results |= {(name, seed): CASES[case](seed) for seed in seeds}
+    torch.save(results, folder / f"{count}-{rank}.pt")
+
+
+def join(rank: int, count: int, folder: Path, seconds: int = 60) -> None:
+    method = f"file://{folder}/group-{count}"
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=count, timeout=timedelta(seconds=seconds))
