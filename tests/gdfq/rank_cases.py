@@ -1,6 +1,11 @@
 """What ranks compute, for `test_ranks.py`: every case from an equal state, on a small network, as tensors by name."""
 
+import errno
 import functools
+import os
+import signal
+import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +20,7 @@ from torch import Tensor
 import gdfq
 from gdfq import ranks
 from gdfq.calibrate import calibrate
+from gdfq.cli import main
 from gdfq.clip_values import mse
 from gdfq.config import Config
 from gdfq.evaluate import agreement
@@ -28,6 +34,7 @@ from gdfq.nn import activation_quantizers
 from gdfq.random_state import RandomState
 from gdfq.registry import SOURCES
 from gdfq.run.checkpoint import load_checkpoint, save_checkpoint
+from gdfq.run.training_run import TrainingRun
 from gdfq.train.activations import Store
 from gdfq.train.finetune import FineTuner
 from gdfq.train.reconstruct import BlockTrainer
@@ -288,3 +295,68 @@ def work(rank: int, count: int, folder: Path, seeds: range) -> None:
 def join(rank: int, count: int, folder: Path, seconds: int = 60) -> None:
     method = f"file://{folder}/group-{count}"
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=count, timeout=timedelta(seconds=seconds))
+
+
+# --- what goes wrong ---
+
+
+def train(rank: int, count: int, folder: Path, fault: str) -> None:
+    """Be a rank of a run in which something happens in iteration 7, and leave in words how it ended."""
+    torch.set_num_threads(1)
+    join(rank, count, folder, seconds=3 if fault == "late" else 60)
+    trainer = new_trainer(**{"run.checkpoint_every": 5, "run.log_every": 1})
+    step = trainer.step
+
+    def step_and_fault() -> None:
+        step()
+        if trainer.iteration == 7:
+            FAULTS[fault](rank)
+
+    trainer.step = step_and_fault  # type: ignore[method-assign]
+    try:
+        with ranks.one_run():
+            TrainingRun(trainer, folder if ranks.is_first() else None, {}).train(False)
+    except Exception as error:
+        (folder / f"{rank}.txt").write_text(f"{trainer.iteration} {type(error).__name__}: {error}")
+
+
+def _raise(rank: int) -> None:
+    if rank == 1:
+        raise ValueError("planted")
+
+
+def _send(number: int, rank: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), number)
+
+
+def _fill_disk(rank: int) -> None:
+    if rank == 0:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _be_late(rank: int) -> None:
+    if rank == 1:
+        time.sleep(9)
+
+
+FAULTS: dict[str, Callable[[int], None]] = {
+    "raised": _raise,
+    "killed": functools.partial(_send, signal.SIGKILL),
+    "terminated": functools.partial(_send, signal.SIGTERM),
+    "full disk": _fill_disk,
+    "late": _be_late,
+}
+
+
+# --- the command line ---
+
+
+def command(rank: int, count: int, folder: Path, port: int, arguments: list[str]) -> None:
+    """Be a rank that torchrun has started with `python -m gdfq`, its output in files."""
+    torch.set_num_threads(1)
+    started = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in started.items()}
+    sys.argv = ["gdfq", *arguments]
+    sys.stdout, sys.stderr = ((folder / f"{rank}.{name}").open("w", buffering=1) for name in ("out", "err"))
+    main()

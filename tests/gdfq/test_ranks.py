@@ -1,10 +1,19 @@
 """Several processes of one group compute what one does: two and four of gloo, on batches that they do not divide."""
 
 import multiprocessing
+import os
+import socket
+import sys
+from unittest import mock
 
 import pytest
 import rank_cases
 import torch
+from short_run import SHORT
+
+from gdfq import ranks
+from gdfq.errors import GdfqError
+from gdfq.run.training_run import TrainingRun
 
 COUNTS = (2, 4)
 SEEDS = range(2)
@@ -18,8 +27,9 @@ TAKEN_OUT = ("G linear.bias", "G conv1.bias", "G conv2.bias", "G conv3.bias", "Q
 def run(function, count, *args) -> list[int]:
     """Exit codes of so many processes that run `function(rank, count, *args)`."""
     processes = [PROCESSES.Process(target=function, args=(rank, count, *args)) for rank in range(count)]
-    for process in processes:
-        process.start()
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # else nothing is found to be preloaded
+        for process in processes:
+            process.start()
     for process in processes:
         process.join(120)
     return [process.exitcode for process in processes]
@@ -99,12 +109,63 @@ def test_after_twenty_iterations_no_further_from_one_rank_than_another_order_of_
     one = computed[1][0]
     apart = [distance(computed[count][0]["trained", seed], one["trained", seed]) for seed in SEEDS]
     reordered = [distance(one["reversed", seed], one["trained", seed]) for seed in SEEDS]
-    print(apart, reordered)
     assert 0 < max(apart) < 3 * max(reordered)
     assert max(reordered) < 0.05
 
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_another_number_of_ranks_goes_on(computed, count):
-    print(difference(computed[count][0]["interrupted", 0], computed[2][0]["interrupted", 0]))
     assert difference(computed[count][0]["interrupted", 0], computed[2][0]["interrupted", 0]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("raised", ["8 LostRank: rank 1 of 2: ValueError: planted", "7 ValueError: planted"]),
+        ("killed", ["8 LostRank: rank 1 of 2 is gone; what was saved is whole: --resume goes on", None]),
+        ("late", ["8 LostRank: rank 1 of 2 did not answer in time", "8 LostRank: rank 1 of 2 did not answer in time"]),
+        ("full disk", ["7 GdfqError: cannot write to ", "8 LostRank: rank 0 of 2: cannot write to "]),
+        ("terminated", ["8 Stopped: stopped after iteration 8 of 30; everything is saved"] * 2),
+    ],
+)
+def test_what_stops_one_rank_stops_all_and_is_said(fault, said, tmp_path):
+    codes = run(rank_cases.train, 2, tmp_path, fault)
+    assert codes == [0, -9 if fault == "killed" else 0]
+    for rank, words in enumerate(said):
+        path = tmp_path / f"{rank}.txt"
+        assert path.read_text().startswith(words) if words else not path.exists()
+    trainer = rank_cases.new_trainer()
+    again = TrainingRun(trainer, tmp_path, {})
+    again.resume()  # with one rank
+    assert trainer.iteration == (8 if fault == "terminated" else 5)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) >= 7
+
+
+def free_port() -> int:
+    with socket.socket() as here:
+        here.bind(("127.0.0.1", 0))
+        return here.getsockname()[1]
+
+
+def test_the_first_rank_of_the_command_line_writes_and_speaks(spec, tmp_path):
+    arguments = ["quantize", "--model", spec, "--image-size", "8", "--out", str(tmp_path / "run"), "--preset", "demo"]
+    assert run(rank_cases.command, 2, tmp_path, free_port(), [*arguments, *SHORT]) == [0, 0]
+    written, *silent = [(tmp_path / name).read_text() for name in ("0.out", "1.out", "1.err")]
+    assert f"written      {tmp_path / 'run'}" in written
+    assert silent == ["", ""]
+    assert (tmp_path / "run/report.json").exists()
+
+
+def test_what_all_ranks_have_to_say_is_said_once(spec, tmp_path):
+    arguments = ["quantize", "--model", spec, "--out", str(tmp_path / "run"), "--set", "run.speed=1"]
+    assert run(rank_cases.command, 2, tmp_path, free_port(), arguments) == [2, 2]
+    said, silent = [(tmp_path / f"{rank}.err").read_text() for rank in range(2)]
+    assert said.startswith("gdfq: unknown setting 'run.speed'")
+    assert silent == ""
+
+
+def test_a_batch_has_an_image_for_every_rank(monkeypatch):
+    monkeypatch.setattr(ranks, "count", lambda: 4)
+    ranks.check_batch("schedule.batch_size", 4)
+    with pytest.raises(GdfqError, match=r"'schedule.batch_size' = 3 gives 4 ranks less than an image each"):
+        ranks.check_batch("schedule.batch_size", 3)
