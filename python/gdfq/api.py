@@ -112,6 +112,8 @@ def quantize(
     with memory.explained("the model alone", {"model.image_size": config.model.image_size or stated_size(model)}):
         captured = capture(model, config.model.image_size, config.model.channels, device)
     _check_classes(captured, config)
+    if config.run.compile and ranks.count() > 1:
+        raise GdfqError("setting 'run.compile' is for one process: leave it out where several ranks share a run")
     ranks.check_alike("weights and settings", [captured.digest, run_folder.deciding_settings(config)])
     if evaluate_on is not None:  # looked at before anything takes long
         check_labeled("evaluate_on", evaluate_on, captured.image_shape, captured.num_classes)

@@ -33,7 +33,9 @@ LONG_SILENCE = 30.0  # the same where nothing has failed: a machine may be busy
 
 ADVICE = "what was saved is whole: --resume goes on from there, with any number of ranks"
 
-traffic: Counter[str] = Counter()  # bytes that this rank has handed over, by what for
+# Of this rank, by what for: how many exchanges it has begun, and bytes that it has handed over in them.
+exchanges: Counter[str] = Counter()
+traffic: Counter[str] = Counter()
 
 
 class LostRank(GdfqError):  # noqa: N818 - it says what happened
@@ -279,8 +281,7 @@ def _gathered(value: Any) -> list[Any]:
 
 
 def _exchange(what: str, size: int, exchange: Callable[[], Any]) -> None:
-    global _exchanges
-    _exchanges += 1
+    exchanges[what] += 1
     traffic[what] += size
     try:
         exchange()
@@ -313,7 +314,7 @@ class _SignsOfLife(threading.Thread):
     def run(self) -> None:
         for number in itertools.count():
             try:
-                self.own.set(f"alive/{rank()}", f"{number} {_exchanges}")
+                self.own.set(f"alive/{rank()}", f"{number} {exchanges.total()}")
             except RuntimeError:  # the store went with another rank, as the next exchange will find
                 return
             if self.is_over.wait(BEAT):
@@ -361,7 +362,6 @@ class _SignsOfLife(threading.Thread):
         return self.store.get(key).decode() if self.store.check([key]) else None
 
 
-_exchanges = 0
 _runs = itertools.count()
 _signs: _SignsOfLife | None = None  # of the run that is on
 
@@ -372,8 +372,10 @@ def wait_for_all() -> None:
         return
     key = f"here/{next(_signs.waits)}"
     _signs.store.add(key, 1)
+    pause = 0.01
     while _signs.store.add(key, 0) < count():
-        time.sleep(0.02)
+        time.sleep(pause)
+        pause = min(2 * pause, BEAT)
         silent, _ = _signs.look()
         if _signs.failure() is not None or max(silent.values()) > LONG_SILENCE:
             raise LostRank(*_signs.of_failure())
@@ -403,7 +405,7 @@ def one_run() -> Iterator[None]:
         raise
     finally:
         _signs.is_over.set()
-        _signs.join()
+        _signs.join(2 * BEAT)
         _signs = None
 
 

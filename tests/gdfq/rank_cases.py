@@ -180,7 +180,24 @@ def calibrated(rule: Any, seed: int) -> dict[str, Tensor]:
 def bank(seed: int) -> dict[str, Tensor]:
     settings = {"inversion.images": 11, "inversion.batch_size": 4, "inversion.iterations": 3}
     source = SOURCES["inverted"](build_teacher(CAPTURED), CAPTURED, new_config(seed, **settings), CPU)
-    return {"bank": source.bank, "held out": source.held_out_part}
+    source.kept = Kept() if ranks.is_first() else None
+    result = {"bank": source.bank, "held out": source.held_out_part}
+    left = ranks.from_first(lambda: sorted(source.kept.parts))
+    return result | {"parts left": torch.tensor(left)}
+
+
+class Kept:
+    """Of four parts, one is found; others are left in a dict."""
+
+    def __init__(self) -> None:
+        self.parts = {1: torch.full((4, 3, 8, 8), 0.5)}
+
+    def find(self, part: int) -> Tensor | None:
+        return self.parts.get(part)
+
+    def leave(self, part: int, images: Tensor) -> None:
+        assert part not in self.parts
+        self.parts[part] = images
 
 
 def figures(seed: int) -> dict[str, Tensor]:

@@ -95,6 +95,8 @@ def test_a_bank_is_bit_for_bit_that_of_one_rank(computed, count):
         one, other = computed[1][0]["bank", seed], computed[count][0]["bank", seed]
         assert all(torch.equal(one[name], other[name]) for name in one)
         assert one["bank"].shape == (11, 3, 8, 8)
+        assert torch.equal(one["bank"][4:8], torch.full((4, 3, 8, 8), 0.5))  # found by the first rank alone
+        assert one["parts left"].tolist() == [0, 1, 2, 3]
 
 
 def distance(one: dict, other: dict) -> float:

@@ -48,9 +48,16 @@ class Reader:
         logits, values = self.module(x)
         return logits, {name: READINGS[name](value) for name, value in zip(self.names, values, strict=True)}
 
-    def of_all_ranks(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """The same for this rank's share of a batch, the statistics being those of the whole batch."""
-        logits, readings = self(x)
+    def shared(self) -> "Reader":
+        """The same for a rank's share of a batch; what it reads of statistics are those of the whole batch."""
+        return SharedReader(self.module, self.names)
+
+
+class SharedReader(Reader):
+    """See `Reader.shared`."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        logits, readings = super().__call__(x)
         for name, value in readings.items():
             if isinstance(value, BatchNormStatistics):
                 means, variances = ranks.moments(value.means, value.variances, value.running_means, len(x))

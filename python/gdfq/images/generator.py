@@ -86,7 +86,7 @@ class GeneratorImages(ImageSource):
 
     def set_reads(self, names: Iterable[str]) -> None:
         super().set_reads(names)
-        self.read = self.teacher.reader({*self.reads, *self.objective.reads}).of_all_ranks
+        self.read = self.teacher.reader({*self.reads, *self.objective.reads}).shared()
 
     @property
     def learns(self) -> bool:  # type: ignore[override]

@@ -50,7 +50,7 @@ class ImageSource:
     def set_reads(self, names: Iterable[str]) -> None:
         """Say what `Batch.readings` has to hold, by the names of `gdfq.graph.teacher.READINGS`."""
         self.reads = tuple(names)
-        self.read = self.teacher.reader(self.reads).of_all_ranks
+        self.read = self.teacher.reader(self.reads).shared()
 
     # --- to be had from every source ---
 

@@ -37,7 +37,7 @@ class FineTuner:
         self.teacher, self.student, self.images, self.config = teacher, student, images, config
         self.random = random
         self.objective = student_objective(config.student)
-        self.read = teacher.reader(self.objective.reads).of_all_ranks
+        self.read = teacher.reader(self.objective.reads).shared()
         _settle(student)
         self.optimizer = OPTIMIZERS[config.student.optimizer](student, config)
         obstacle = getattr(self.optimizer, "obstacle", None)
