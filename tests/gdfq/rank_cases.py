@@ -80,7 +80,9 @@ def new_model() -> torch.nn.Module:
     return model
 
 
-CAPTURED = capture(new_model())  # once, for all processes that are forked of one that has imported this
+# Once, for all processes that are forked of one that has imported this.
+CAPTURED = capture(new_model())
+TEACHER = build_teacher(CAPTURED)
 
 
 def new_config(seed: int = 0, **settings: Any) -> Config:
@@ -95,20 +97,20 @@ def labeled(count: int) -> list[tuple[Tensor, int]]:
     return [(image, number % 5) for number, image in enumerate(images(count))]
 
 
-def networks(config: Config) -> tuple[Any, Any]:
-    teacher, student = build_teacher(CAPTURED), build_quantized(CAPTURED, config.quantizer)[0]
+def new_student(config: Config) -> Any:
+    student, _ = build_quantized(CAPTURED, config.quantizer)
     calibrate(student, [images(8), images(5, 1)])
-    return teacher, student
+    return student
 
 
 def new_trainer(seed: int = 0, real: int = 0, **settings: Any) -> Trainer:
     config = new_config(seed, **settings)
-    teacher, student = networks(config)
+    student = new_student(config)
     if real:
-        source: Any = RealImages(labeled(real), teacher, (3, 8, 8), 5, config, CPU)
+        source: Any = RealImages(labeled(real), TEACHER, (3, 8, 8), 5, config, CPU)
     else:
-        source = SOURCES[config.images.source or "generator"](teacher, CAPTURED, config, CPU)
-    return Trainer(teacher, student, source, config)
+        source = SOURCES[config.images.source or "generator"](TEACHER, CAPTURED, config, CPU)
+    return Trainer(TEACHER, student, source, config)
 
 
 def gradients(**modules: Any) -> dict[str, Tensor]:
@@ -147,7 +149,7 @@ def iteration(phase: str, seed: int, **settings: Any) -> dict[str, Tensor]:
 
 def block(seed: int) -> dict[str, Tensor]:
     config = new_config(seed)
-    _, student = networks(config)
+    student = new_student(config)
     student.requires_grad_(False)
     first, second = find_blocks(student)[:2]
     with torch.no_grad(), Store(2**30) as store:
@@ -163,23 +165,23 @@ def block(seed: int) -> dict[str, Tensor]:
 
 
 def finetune(seed: int) -> dict[str, Tensor]:
-    config = new_config(seed, **{"generator.terms": {}})
-    teacher, student = networks(config)
-    tuner = FineTuner(teacher, student, images(20, seed), config, RandomState(seed, CPU))
+    config = new_config(seed)
+    student = new_student(config)
+    tuner = FineTuner(TEACHER, student, images(20, seed), config, RandomState(seed, CPU))
     tuner._iteration()
     return gradients(Q=student)
 
 
 def calibrated(rule: Any, seed: int) -> dict[str, Tensor]:
     """Of batches of which the last has no image for every one of four ranks."""
-    student = networks(new_config())[1]
+    student = new_student(new_config())
     calibrate(student, [images(9, seed), images(2, seed + 9)], rule and clipped_by(rule, student))
     return ranges(student)
 
 
 def bank(seed: int) -> dict[str, Tensor]:
     settings = {"inversion.images": 11, "inversion.batch_size": 4, "inversion.iterations": 3}
-    source = SOURCES["inverted"](build_teacher(CAPTURED), CAPTURED, new_config(seed, **settings), CPU)
+    source = SOURCES["inverted"](TEACHER, CAPTURED, new_config(seed, **settings), CPU)
     source.kept = Kept() if ranks.is_first() else None
     result = {"bank": source.bank, "held out": source.held_out_part}
     left = ranks.from_first(lambda: sorted(source.kept.parts))
@@ -201,8 +203,8 @@ class Kept:
 
 
 def figures(seed: int) -> dict[str, Tensor]:
-    teacher, student = networks(new_config())
-    agreed = agreement(teacher, student, [images(9, seed), images(3, seed)])
+    student = new_student(new_config())
+    agreed = agreement(TEACHER, student, [images(9, seed), images(3, seed)])
     measured = gdfq.evaluate(student, labeled(13), batch_size=3)
     return numbers({name: getattr(agreed, name) for name in ("top1", "kl", "images")}) | numbers(
         {f"measured {name}": getattr(measured, name) for name in ("top1", "top5", "images")}
