@@ -31,7 +31,7 @@ def run(function, count, *args) -> list[int]:
         for process in processes:
             process.start()
     for process in processes:
-        process.join(120)
+        process.join(600)
     return [process.exitcode for process in processes]
 
 
