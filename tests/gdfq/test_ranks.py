@@ -15,6 +15,7 @@ from gdfq import ranks
 from gdfq.errors import GdfqError
 from gdfq.run.training_run import TrainingRun
 
+pytestmark = pytest.mark.slow
 COUNTS = (2, 4)
 SEEDS = range(2)
 NEAR = 1e-5
