@@ -28,7 +28,7 @@ Value = TypeVar("Value")
 
 TIMEOUT = timedelta(minutes=10)  # of one exchange; a rank that takes longer is taken for lost
 BEAT = 0.5  # seconds between two signs of life
-SILENCE = 3.0  # seconds without one, after an exchange has failed, that say who is gone
+SILENCE = 5.0  # seconds without one, after an exchange has failed, that say who is gone
 LONG_SILENCE = 30.0  # the same where nothing has failed: a machine may be busy
 
 ADVICE = "what was saved is whole: --resume goes on from there, with any number of ranks"

@@ -322,7 +322,7 @@ def join(rank: int, count: int, folder: Path, seconds: int = 60) -> None:
 def train(rank: int, count: int, folder: Path, fault: str) -> None:
     """Be a rank of a run in which something happens in iteration 7, and leave in words how it ended."""
     torch.set_num_threads(1)
-    join(rank, count, folder, seconds=3 if fault == "late" else 60)
+    join(rank, count, folder, seconds=8 if fault == "late" else 60)
     trainer = new_trainer(**{"run.checkpoint_every": 5, "run.log_every": 1})
     step = trainer.step
 
@@ -356,7 +356,7 @@ def _fill_disk(rank: int) -> None:
 
 def _be_late(rank: int) -> None:
     if rank == 1:
-        time.sleep(9)
+        time.sleep(20)
 
 
 FAULTS: dict[str, Callable[[int], None]] = {

@@ -15,6 +15,7 @@ from gdfq import ranks
 from gdfq.errors import GdfqError
 from gdfq.run.training_run import TrainingRun
 
+pytestmark = pytest.mark.slow
 COUNTS = (2, 4)
 SEEDS = range(2)
 NEAR = 1e-5
@@ -31,7 +32,7 @@ def run(function, count, *args) -> list[int]:
         for process in processes:
             process.start()
     for process in processes:
-        process.join(120)
+        process.join(600)
     return [process.exitcode for process in processes]
 
 
