@@ -7,10 +7,13 @@ sums are exact, and what is rounded is what onnxruntime rounds:
     layer, BN folded in   round((sum + bias) * (step_x * step_w / step_y))
     sum of two            round(a * (step_a / step_y) + b * (step_b / step_y) + what of it is the same for all codes)
     global average pool   round(sum * (step_x / (step_y * count)))
+    BN behind no layer    round((x * factor + shift) / step_y)        factor = gamma / sqrt(var + eps)
+                                                                      shift = beta - mean * factor
 
 each operation in float32. Whatever else there is, is computed as Q does.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,7 +22,7 @@ from torch import Tensor, fx
 
 from gdfq.graph.nodes import BOUNDS, CONVOLUTIONS, activation_name, average_pool_inputs, op_of, sum_inputs
 from gdfq.graph.query import QuantizedLayer, batch_norm_of, quantized_layers, quantizer_behind, quantizer_of, unrounded
-from gdfq.nn import FakeQuantize, per_channel
+from gdfq.nn import BatchNormAct, FakeQuantize, per_channel
 from gdfq_ext import Grid
 
 _EXACT = 2**24  # integers up to which float32 has all of
@@ -65,6 +68,19 @@ class Scaled(Unrounded):
 
 
 @dataclass(frozen=True)
+class Computed(Unrounded):
+    """Values in float32."""
+
+    result: Tensor
+
+    def values(self) -> Tensor:
+        return self.result
+
+    def code(self, step: Tensor, zero_point: Tensor) -> Tensor:
+        return (self.result / step).round_().add_(zero_point)
+
+
+@dataclass(frozen=True)
 class Sum(Unrounded):
     """Of values on the grids of two quantizers."""
 
@@ -82,6 +98,16 @@ class Sum(Unrounded):
         for term, grid, ratio in reversed(list(zip(self.terms, self.grids, ratios, strict=True))):
             sum_ = _multiply_add((term / grid.step).round_().add_(grid.zero_point), ratio, sum_)
         return sum_.round_()
+
+
+def normalized(
+    x: Tensor, mean: Tensor, variance: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> Tensor:
+    """BatchNorm of `x` `(N, C, ...)` by running statistics, bit for bit as onnxruntime computes it."""
+    factor = (variance + eps).rsqrt() * (1.0 if gamma is None else gamma)  # torch.sqrt is not the nearest everywhere
+    shift = (0.0 if beta is None else beta) - mean * factor
+    shape = (-1, *[1] * (x.dim() - 2))
+    return x * factor.view(shape) + shift.view(shape)
 
 
 def _multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -143,7 +169,9 @@ class IntegerSimulation(fx.Interpreter):
         if n in self.layers:
             return self._layer(n)
         if n in self.folded:
-            return self._batch_norm(n)
+            return self._batch_norm(n, self._folded)
+        if batch_norm_of(self.student, n) is not None:
+            return self._batch_norm(n, self._alone)
         source = self.env.get(n.args[0]) if n.args and isinstance(n.args[0], fx.Node) else None
         if isinstance(source, Unrounded):  # `n` is a quantizer, or an activation that one reads
             quantizer = quantizer_of(self.student, n)
@@ -204,10 +232,29 @@ class IntegerSimulation(fx.Interpreter):
         result = Scaled(sums, unit.view(shape))
         return result if self._is_rounded(node) else result.values()
 
-    def _batch_norm(self, node: fx.Node) -> Any:
-        step_x, step_w, *_, bias = self.layers[node.args[0]]
+    def _batch_norm(self, node: fx.Node, compute: Callable[..., Unrounded]) -> Any:
         module = batch_norm_of(self.student, node)
-        (sums, largest), mean, variance, gamma, beta = (None if arg is None else self.env[arg] for arg in node.args)
+        result = compute(node, module, *(None if arg is None else self.env[arg] for arg in node.args))
+        quantizer = quantizer_of(self.student, node)
+        if quantizer is not None:
+            return result.quantized(quantizer)
+        if self._is_rounded(node):
+            return result
+        return result.values() if module.act == "none" else result.values().clamp(*BOUNDS[module.act])
+
+    def _folded(
+        self,
+        node: fx.Node,
+        module: BatchNormAct,
+        of_layer: tuple[Tensor, Tensor],
+        mean: Tensor,
+        variance: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+    ) -> Unrounded:
+        """Into the layer whose sums it reads."""
+        step_x, step_w, *_, bias = self.layers[node.args[0]]
+        sums, largest = of_layer
         mean = mean.double() if bias is None else mean.double() - bias.double()
         factor = (variance.double() + module.eps).rsqrt() * (1.0 if gamma is None else gamma.double())
         shift = (0.0 if beta is None else beta.double()) - mean * factor
@@ -215,10 +262,16 @@ class IntegerSimulation(fx.Interpreter):
         shape = (-1, *[1] * (sums.dim() - 2))
         signed = sums.mul_(factor.sign().to(sums.dtype).view(shape))
         integers = _plus(signed, largest, (shift / unit).round().view(shape))
-        result = Scaled(integers, unit.view(shape), act=module.act)
-        quantizer = quantizer_of(self.student, node)
-        if quantizer is not None:
-            return result.quantized(quantizer)
-        if self._is_rounded(node):
-            return result
-        return result.values() if module.act == "none" else result.values().clamp(*BOUNDS[module.act])
+        return Scaled(integers, unit.view(shape), act=module.act)
+
+    def _alone(
+        self,
+        node: fx.Node,
+        module: BatchNormAct,
+        x: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+    ) -> Unrounded:
+        return Computed(normalized(x, mean, variance, gamma, beta, module.eps), act=module.act)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gdfq.calibrate import calibrate
 from gdfq.config import Config
 from gdfq.deploy import write
-from gdfq.deploy.integers import IntegerSimulation, Sum
+from gdfq.deploy.integers import IntegerSimulation, Sum, normalized
 from gdfq.deploy.runtime import session
 from gdfq.graph import build_quantized, capture
 from gdfq_ext import Grid
@@ -42,12 +42,34 @@ class Pools(nn.Module):
         return self.fc(x.flatten(1))
 
 
+class Dense(nn.Module):
+    """BN layers behind no layer: they read concatenations."""
+
+    in_size = (8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.other = nn.Conv2d(8, 24, 3, padding=1)
+        self.bns = nn.ModuleList([nn.BatchNorm2d(32), nn.BatchNorm2d(32)])
+        self.last = nn.Conv2d(32, 32, 3, padding=1)
+        self.fc = nn.Linear(32, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.conv(x)))
+        x = torch.cat([x, self.other(x)], 1)
+        x = self.last(F.relu(self.bns[0](x)))
+        x = F.max_pool2d(F.relu(x), 2)
+        return self.fc(F.relu6(self.bns[1](x)).mean((2, 3)))
+
+
 @functools.cache
 def captured(make):
     return capture(randomize_batch_norm(make()))
 
 
-@pytest.mark.parametrize("make", [Plain, Residual, TwoHeads, Pools])
+@pytest.mark.parametrize("make", [Plain, Residual, TwoHeads, Pools, Dense])
 @pytest.mark.parametrize(
     ("bits", "target"), [(4, "onnx"), (8, "onnx"), (4, "int4-symmetric"), (4, {"activation_scheme": "symmetric"})]
 )
@@ -87,3 +109,17 @@ def test_a_sum_of_any_two_codes_is_onnxruntimes(seed):
     ]
     found = Sum(tuple(terms), tuple(grids[:2])).code(grids[2].step, grids[2].zero_point).clamp(0, 255)
     assert torch.equal(found, torch.from_numpy(expected).float())
+
+
+def test_a_batch_norm_behind_no_layer_is_onnxruntimes():
+    torch.manual_seed(0)
+    x = torch.randint(-100, 100, (3, 64, 15, 15)) * torch.rand(64, 1, 1)
+    values = {"gamma": torch.randn(64), "beta": torch.randn(64), "mean": torch.randn(64), "var": torch.rand(64) + 0.1}
+    node = helper.make_node("BatchNormalization", ["x", *values], ["y"], epsilon=1e-5)
+    described = [helper.make_tensor_value_info(name, TensorProto.FLOAT, list(x.shape)) for name in "xy"]
+    tensors = [numpy_helper.from_array(value.numpy(), name) for name, value in values.items()]
+    graph = helper.make_graph([node], "bn", described[:1], described[1:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    (expected,) = session(model).run(None, {"x": x.numpy()})
+    gamma, beta, mean, var = values.values()
+    assert torch.equal(normalized(x, mean, var, gamma, beta, 1e-5), torch.from_numpy(expected))
