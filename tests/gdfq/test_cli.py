@@ -223,7 +223,8 @@ def test_the_weights_that_were_chosen_are_those_of_the_whole_run(gdfq, images, t
             assert gdfq("quantize", "--model", f"{MODELS}:Plain", *source, "--out", folder, *SHORT)[0] == 0
             (folder / run_folder.MODEL).unlink()
             assert gdfq("quantize", "--resume", folder)[0] == 0  # of other weights the checkpoint would be refused
-        assert len(caught) == (2 if source is both and entry is None else 0)
+        said = [str(warning.message) for warning in caught]
+        assert len(said) == (2 if source is both and entry is None else 0), said
         models.append(load_tensors(folder / run_folder.MODEL)[0])
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 

@@ -127,7 +127,7 @@ def save_picture(path: str | Path, rows: list[Tensor], names: list[str]) -> None
     inches = 1.5 + columns * 0.7  # the names take the first part
     figure = new_figure(figsize=(inches, len(rows) * 0.75))
     axis = figure.add_axes((1.5 / inches, 0.01, 0.99 - 1.5 / inches, 0.98))
-    axis.imshow(mosaic)
+    axis.imshow(mosaic.numpy())
     axis.spines[:].set_visible(False)
     axis.set_xticks([])
     axis.set_yticks([i * (height + gap) + height / 2 for i in range(len(rows))], names)

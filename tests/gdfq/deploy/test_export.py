@@ -33,7 +33,7 @@ def test_a_result_becomes_a_file_and_what_was_found(result, model, tmp_path):
     exported = gdfq.export(result, tmp_path / "q.onnx", float_model=model, threads=1)
     found = json.loads((tmp_path / "q.json").read_text())
     assert found["verification"]["failed"] == []
-    assert found["verification"]["argmax"]["synthetic"] == {"equal": 64, "images": 64}
+    assert {"equal": 64, "images": 64}.items() <= found["verification"]["argmax"]["synthetic"].items()
     assert found["verification"]["operators"]["places"]["convolutions"] == {"integer": 4, "total": 4, "floats": []}
     assert found["stays_float"] == []
     assert exported.path.stat().st_size == found["verification"]["bytes"]
