@@ -82,7 +82,6 @@ class RealImages(ImageSource):
         self.num_classes = num_classes
         self.drawn = 0
         self._kind, self._ahead = (0, False), iter(())
-        self._order = functools.lru_cache(maxsize=2)(self._order)  # of now, and of what is read ahead
 
     @torch.no_grad()
     def draw(self, count: int) -> Batch:
@@ -96,7 +95,7 @@ class RealImages(ImageSource):
     def _next(self, count: int, shared: bool) -> tuple[Tensor, Tensor]:
         """The same; `shared` gives this rank's share of them."""
         count = min(count, len(self.dataset))
-        numbers = self._numbers(self.drawn, count)
+        numbers = _numbers(self.drawn, count, len(self.dataset), self.config.run.seed)
         numbers = ranks.shard(numbers) if shared else numbers
         if isinstance(self.dataset, LabeledImages) and len(self.dataset.labels):
             if (count, shared) != self._kind:
@@ -112,20 +111,11 @@ class RealImages(ImageSource):
         return self.transform(batch[0].to(self.device)), batch[1].to(self.device)
 
     def _read_ahead(self, count: int, shared: bool) -> Iterator[Tensor]:
-        """Batches from where `drawn` stands."""
-        whole = (self._numbers(drawn, count) for drawn in itertools.count(self.drawn))
+        """Batches from where `drawn` stands. It does not hold the source, with which its processes end."""
+        of, seed = len(self.dataset), self.config.run.seed
+        whole = (_numbers(drawn, count, of, seed) for drawn in itertools.count(self.drawn))
         batches = ((ranks.part(numbers) if shared else numbers).tolist() for numbers in whole)
         return read(self.dataset, batches, self.config.run.workers)
-
-    def _numbers(self, drawn: int, count: int) -> Tensor:
-        """Of the images in a batch `(count,)`, before which so many were drawn."""
-        number, place = divmod(drawn, len(self.dataset) // count)
-        return self._order(number)[place * count :][:count]
-
-    def _order(self, number: int) -> Tensor:
-        """Of the images in a pass over all of them."""
-        random = torch.Generator().manual_seed(self.config.run.seed + number)
-        return torch.randperm(len(self.dataset), generator=random)
 
     def held_out(self) -> Iterator[Tensor]:
         return GaussianImages(self.teacher, self.shape, self.config, self.device).held_out()
@@ -136,6 +126,18 @@ class RealImages(ImageSource):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.drawn, self._kind = state["drawn"], (0, False)
+
+
+def _numbers(drawn: int, count: int, of: int, seed: int) -> Tensor:
+    """Of the images in a batch `(count,)` out of `of`, before which so many batches were drawn."""
+    number, place = divmod(drawn, of // count)
+    return _order(of, seed + number)[place * count :][:count]
+
+
+@functools.lru_cache(maxsize=2)  # of now, and of what is read ahead
+def _order(of: int, seed: int) -> Tensor:
+    """Of the images in a pass over all of them."""
+    return torch.randperm(of, generator=torch.Generator().manual_seed(seed))
 
 
 def check_labeled(name: str, dataset: Any, shape: tuple[int, int, int], num_classes: int) -> None:
