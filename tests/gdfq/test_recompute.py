@@ -131,3 +131,17 @@ def test_places_that_are_drawn_are_drawn_once(captured):
 def test_not_together_with_torch_compile():
     with pytest.raises(GdfqError, match=r"'run.compile' and 'run.checkpointing' are both true"):
         Config.load(overrides={"run.compile": True, "run.checkpointing": True})
+
+
+def test_what_training_reads_of_the_teacher_is_computed_again():
+    deep = capture(randomize_batch_norm(Deep()))
+    kept = []
+    for checkpointing in (False, True):
+        config = Config.load("cifar", SHORT | {"run.checkpointing": checkpointing})
+        source = SOURCES["generator"](build_teacher(deep, checkpointing), deep, config, CPU)
+        images = torch.randn(8, 3, 8, 8, requires_grad=True)
+        with Made() as made:
+            result = source.read(images)
+        kept.append(made.alive())
+        del result
+    assert kept[1] < kept[0] / 2

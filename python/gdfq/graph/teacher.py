@@ -46,27 +46,24 @@ class Reader:
         self.module = module
         self.names = names
         self.checkpointing = checkpointing
+        self.is_shared = False
         self._forward = in_pieces(module) if checkpointing else module
 
     def __call__(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         logits, values = self._forward(x)
-        return logits, {name: READINGS[name](value) for name, value in zip(self.names, values, strict=True)}
+        readings = {name: READINGS[name](value) for name, value in zip(self.names, values, strict=True)}
+        if self.is_shared:
+            for name, value in readings.items():
+                if isinstance(value, BatchNormStatistics):
+                    means, variances = ranks.moments(value.means, value.variances, value.running_means, len(x))
+                    readings[name] = value._replace(means=means, variances=variances)
+        return logits, readings
 
     def shared(self) -> "Reader":
         """The same for a rank's share of a batch; what it reads of statistics are those of the whole batch."""
-        return SharedReader(self.module, self.names)
-
-
-class SharedReader(Reader):
-    """See `Reader.shared`."""
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        logits, readings = super().__call__(x)
-        for name, value in readings.items():
-            if isinstance(value, BatchNormStatistics):
-                means, variances = ranks.moments(value.means, value.variances, value.running_means, len(x))
-                readings[name] = value._replace(means=means, variances=variances)
-        return logits, readings
+        reader = copy.copy(self)
+        reader.is_shared = True
+        return reader
 
 
 class Teacher(nn.Module):
