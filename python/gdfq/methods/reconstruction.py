@@ -31,7 +31,7 @@ from gdfq.progress import LONG_ON_A_CPU, Pace, say, say_what_is_left
 from gdfq.random_state import RandomState
 from gdfq.registry import SECTIONS
 from gdfq.run import folder as run_folder
-from gdfq.run.checkpoint import load_checkpoint, save_checkpoint
+from gdfq.run.checkpoint import find_checkpoint, save_checkpoint
 from gdfq.run.monitor import Monitor, disk_errors, stop_requests
 from gdfq.run.training_run import Stopped
 from gdfq.train.activations import Activations, Store
@@ -90,7 +90,7 @@ class Reconstruction:
     def resume(self) -> bool:
         """Go on behind the last block that was finished; false where there is none yet."""
         path = self.task.folder and self.task.folder / run_folder.BLOCKS
-        state = ranks.from_first(lambda: load_checkpoint(path, self.identity) if path and path.exists() else None)
+        state = find_checkpoint(path, self.identity)
         if state is None:
             return False
         self.student.load_state_dict(state["student"])

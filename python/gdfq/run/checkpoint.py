@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gdfq import ranks
 from gdfq.errors import GdfqError
 from gdfq.memory import MAY_CHANGE
 from gdfq.run.files import load_tensors, save_tensors
@@ -52,6 +53,11 @@ def load_checkpoint(path: Path, identity: dict) -> dict:
             stacklevel=5,
         )
     return _from_json(json.loads(metadata["state"]), tensors)
+
+
+def find_checkpoint(path: Path | None, identity: dict) -> dict | None:
+    """`load_checkpoint` of the first rank's file, on all ranks; None where that has none yet."""
+    return ranks.from_first(lambda: load_checkpoint(path, identity) if path is not None and path.exists() else None)
 
 
 def check_same(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> str:

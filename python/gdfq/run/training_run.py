@@ -7,7 +7,7 @@ from gdfq import ranks
 from gdfq.errors import GdfqError
 from gdfq.progress import Estimate, say
 from gdfq.run import folder as run_folder
-from gdfq.run.checkpoint import load_checkpoint, save_checkpoint
+from gdfq.run.checkpoint import find_checkpoint, save_checkpoint
 from gdfq.run.monitor import Monitor, disk_errors, stop_requests
 from gdfq.train.trainer import Trainer
 
@@ -38,7 +38,7 @@ class TrainingRun:
     def resume(self) -> None:
         """Continue from the last checkpoint; from the start if the run was killed before its first."""
         path = self.folder and self.folder / run_folder.CHECKPOINT
-        state = ranks.from_first(lambda: load_checkpoint(path, self.identity) if path and path.exists() else None)
+        state = find_checkpoint(path, self.identity)
         if state is not None:
             self.trainer.load_state_dict(state["trainer"])
             self.seconds = state["seconds"]
