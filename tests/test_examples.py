@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 from torch.distributed.run import get_args_parser
 
 from gdfq.cli import app
@@ -41,7 +42,6 @@ def options_of(arguments: list[str]) -> dict[str, object]:
 
 
 def kubernetes() -> str:
-    yaml = pytest.importorskip("yaml")
     service, job = yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
     assert (service["metadata"]["name"], service["spec"]["selector"]) == (pod["subdomain"], {"job-name": "gdfq"})

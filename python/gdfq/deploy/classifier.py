@@ -24,7 +24,7 @@ class OnnxClassifier(nn.Module):
 
     Args:
         model: the file, or what is in it.
-        x64quantprecision, threads: see `gdfq.deploy.runtime.session`.
+        threads: see `gdfq.deploy.runtime.session`.
 
     Attributes:
         in_size: height and width that the file takes; None where it takes several.
@@ -38,12 +38,10 @@ class OnnxClassifier(nn.Module):
         GdfqError: as `session`; or the model does not take one batch of images with the channels first.
     """
 
-    def __init__(
-        self, model: "ModelProto | str | Path", *, x64quantprecision: bool = False, threads: int | None = None
-    ) -> None:
+    def __init__(self, model: "ModelProto | str | Path", *, threads: int | None = None) -> None:
         super().__init__()
         self.name = str(model) if isinstance(model, str | Path) else "the model"
-        self.session = session(model, x64quantprecision=x64quantprecision, threads=threads)
+        self.session = session(model, threads=threads)
         self.input = self._image_input()
         self.batch, self.channels, *size = (n if isinstance(n, int) else None for n in self.input.shape)
         self.in_size = None if None in size else tuple(size)

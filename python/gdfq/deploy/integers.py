@@ -7,6 +7,7 @@ sums are exact, and what is rounded is what onnxruntime rounds:
     layer, BN folded in   round((sum + bias) * (step_x * step_w / step_y))
     sum of two            round(a * (step_a / step_y) + b * (step_b / step_y) + what of it is the same for all codes)
     global average pool   round(sum * (step_x / (step_y * count)))
+    other average pool    round(mean / step_y + zero_y), one rounding for both: in 8 bits one of 100,000 is another then
     BN behind no layer    round((x * factor + shift) / step_y)        factor = gamma / sqrt(var + eps)
                                                                       shift = beta - mean * factor
 
@@ -78,6 +79,14 @@ class Computed(Unrounded):
 
     def code(self, step: Tensor, zero_point: Tensor) -> Tensor:
         return (self.result / step).round_().add_(zero_point)
+
+
+@dataclass(frozen=True)
+class Averaged(Computed):
+    """Means of parts of a map, in float32."""
+
+    def code(self, step: Tensor, zero_point: Tensor) -> Tensor:
+        return (self.result / step).add_(zero_point).round_()
 
 
 @dataclass(frozen=True)
@@ -186,7 +195,7 @@ class IntegerSimulation(fx.Interpreter):
             if len(inputs) == 1 and result[0, 0].numel() == 1 and not _pads(n):
                 levels = (values[0] / grids[0].step).round().double().flatten(2)
                 return Scaled(levels.sum(2).view_as(result), grids[0].step / levels.shape[2])
-            return result
+            return Averaged(result) if op_of(n).startswith("avg_pool") else result
         return super().run_node(n)
 
     def _quantizer(self, value: fx.Node) -> FakeQuantize | None:

@@ -28,7 +28,7 @@ def test_runs_a_model_and_a_file(model, tmp_path):
 
 
 def test_options(model):
-    options = session(model, x64quantprecision=True, threads=1).get_session_options()
+    options = session(model, threads=1).get_session_options()
     assert options.get_session_config_entry("session.x64quantprecision") == "1"
     assert options.intra_op_num_threads == 1
 

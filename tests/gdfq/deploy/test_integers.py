@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gdfq.calibrate import calibrate
 from gdfq.config import Config
 from gdfq.deploy import write
-from gdfq.deploy.integers import IntegerSimulation, Sum, normalized
+from gdfq.deploy.integers import Averaged, IntegerSimulation, Sum, normalized
 from gdfq.deploy.runtime import session
 from gdfq.graph import build_quantized, capture
 from gdfq_ext import Grid
@@ -93,12 +93,7 @@ def test_a_sum_of_any_two_codes_is_onnxruntimes(seed):
     given = {"a": codes[0], "b": codes[1]}
     constants = {f"step{i}": steps[i] for i in range(3)} | {f"zero{i}": zero_points[i] for i in range(3)}
     names = ["a", "step0", "zero0", "b", "step1", "zero1", "step2", "zero2"]
-    node = helper.make_node("QLinearAdd", names, ["sum"], domain="com.microsoft")
-    values = [helper.make_tensor_value_info(name, TensorProto.UINT8, ["n"]) for name in ("a", "b", "sum")]
-    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
-    graph = helper.make_graph([node], "sum", values[:2], values[2:], tensors)
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    (expected,) = session(helper.make_model(graph, opset_imports=opsets, ir_version=9)).run(None, given)
+    expected = computed_by_onnxruntime("QLinearAdd", names, given, constants)
 
     grids = [
         Grid(torch.tensor(step), torch.tensor(float(zero)), 0, 255)
@@ -109,6 +104,37 @@ def test_a_sum_of_any_two_codes_is_onnxruntimes(seed):
     ]
     found = Sum(tuple(terms), tuple(grids[:2])).code(grids[2].step, grids[2].zero_point).clamp(0, 255)
     assert torch.equal(found, torch.from_numpy(expected).float())
+
+
+@pytest.mark.parametrize("window", [{"kernel_size": 2}, {"kernel_size": 3, "stride": 1, "padding": 1}])
+def test_an_average_of_codes_is_onnxruntimes(window):
+    random = np.random.default_rng(0)
+    for step_x, step_y in random.uniform(0.01, 0.03, (8, 2)).astype(np.float32):
+        codes = random.integers(0, 256, (4, 8, 64, 64), dtype=np.uint8)
+        zero_x, zero_y = random.integers(100, 156, 2).astype(np.uint8)
+        constants = {"step_x": step_x, "zero_x": zero_x, "step_y": step_y, "zero_y": zero_y}
+        size, padding = window["kernel_size"], window.get("padding", 0)
+        how = {"kernel_shape": [size] * 2, "strides": [window.get("stride", size)] * 2, "pads": [padding] * 4}
+        names = ["x", *constants]
+        expected = computed_by_onnxruntime(
+            "QLinearAveragePool", names, {"x": codes}, constants, count_include_pad=1, **how
+        )
+        x = (torch.from_numpy(codes).float() - zero_x) * step_x
+        found = Averaged(F.avg_pool2d(x, **window)).code(torch.tensor(step_y), torch.tensor(float(zero_y)))
+        assert torch.equal(found.clamp(0, 255), torch.from_numpy(expected).float())
+
+
+def computed_by_onnxruntime(operator, names, given, constants, **attributes):
+    """What one of its own operators gives for codes."""
+    node = helper.make_node(operator, names, ["y"], domain="com.microsoft", **attributes)
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.UINT8, [None] * of.ndim)
+        for name, of in (given | {"y": next(iter(given.values()))}).items()
+    ]
+    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph([node], operator, values[:-1], values[-1:], tensors)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    return session(helper.make_model(graph, opset_imports=opsets, ir_version=9)).run(None, given)[0]
 
 
 def test_a_batch_norm_behind_no_layer_is_onnxruntimes():

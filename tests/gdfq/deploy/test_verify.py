@@ -69,6 +69,7 @@ def test_a_sound_file(check, top, largest):
     assert found.argmax["synthetic"].images == 48
     assert found.argmax["real"].images == 10
     assert found.argmax["synthetic"].equal >= 47
+    assert not found.saturated or largest == 127  # the latter on x64 without VNNI
     assert found.notes == []
 
 
@@ -223,15 +224,15 @@ def test_what_saturates_is_named(check, monkeypatch):
     broken = integer_network()[1]
     change(broken, "conv2.bias", at(0, 200))
 
-    def session_of(model, *, x64quantprecision=False, threads=None):
+    def session_of(model, *, x64quantprecision=True, threads=None):
         is_cut = any(value.name.endswith(GIVEN) for value in getattr(model.graph, "input", ()))
         return session(model if x64quantprecision or not is_cut else cut(broken.model, broken.codes), threads=threads)
 
     monkeypatch.setattr("gdfq.deploy.verify.session", session_of)
     found = check(student, written)
     assert list(found.saturated) == ["conv2"]
-    assert found.failed == ["conv2"]
-    assert "set session.x64quantprecision to 1" in str(found)
+    assert found.failed == []
+    assert "unless session.x64quantprecision is set to 1" in str(found)
 
 
 def test_layers_that_can_saturate_are_named(check):
