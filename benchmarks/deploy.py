@@ -148,7 +148,7 @@ def main() -> None:
             except gdfq.GdfqError as error:
                 found = {"network": name, "bits": "W{}A{}".format(*bits.split(":")), "error": str(error)}
             rows = [other for other in rows if (other["network"], other["bits"]) != (name, found["bits"])] + [found]
-            found["gdfq_commit"] = facts["gdfq_commit"]
+            found |= {"gdfq_commit": facts["gdfq_commit"], "cpu": facts["machine"]["cpu"]}
             write_text(arguments.out, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
             print(line(found), flush=True)
     print(table([found for found in rows if "error" not in found]))
