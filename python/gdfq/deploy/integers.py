@@ -131,6 +131,19 @@ def _plus(integers: Tensor, largest: Tensor, others: Tensor) -> Tensor:
     return integers.add_(others.to(integers.dtype))
 
 
+def _in_float64(layer: fx.Node, codes: Tensor, carriers: Tensor, how: list[Any]) -> Tensor:
+    """A layer's sums of products of whole numbers, the largest of which float32 does not have: in float32, which is
+    faster, of so few input channels at once that it has theirs, and only where that cannot be in float64."""
+    dim, channels = 1 if layer.target in CONVOLUTIONS else -1, carriers.shape[1]
+    if codes.shape[dim] == channels:  # one group
+        largest = carriers.abs().flatten(1).unflatten(1, (channels, -1)).sum(2) * codes.abs().max()
+        for count in range(2, channels + 1):
+            if all(part.sum(1).max() < _EXACT for part in largest.tensor_split(count, 1)):
+                parts = zip(codes.tensor_split(count, dim), carriers.tensor_split(count, 1), strict=True)
+                return sum(layer.target(x, weight, None, *how).double() for x, weight in parts)
+    return layer.target(codes.double(), carriers.double(), None, *how)
+
+
 def _pads(pool: fx.Node) -> bool:
     """Whether an average pool counts places outside of its input."""
     padding = pool.args[3] if op_of(pool).startswith("avg_pool") and len(pool.args) > 3 else 0
@@ -228,10 +241,7 @@ class IntegerSimulation(fx.Interpreter):
         if largest < _EXACT:
             sums = node.target(codes, carriers, None, *how)
         else:
-            high = (codes / 16).floor_()
-            low = codes.sub_(high, alpha=16)
-            high, low = (node.target(part, carriers, None, *how) for part in (high, low))
-            sums = high.double().mul_(16).add_(low)
+            sums = _in_float64(node, codes, carriers, how)
         if any(user in self.folded for user in node.users):
             return sums, largest
         shape = (-1, *[1] * (weight.dim() - 2)) if node.target in CONVOLUTIONS else (-1,)

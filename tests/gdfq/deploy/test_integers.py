@@ -7,13 +7,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from small_models import Plain, Residual, TwoHeads, randomize_batch_norm
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from gdfq.calibrate import calibrate
 from gdfq.config import Config
 from gdfq.deploy import write
-from gdfq.deploy.integers import Averaged, IntegerSimulation, Sum, normalized
+from gdfq.deploy.integers import Averaged, IntegerSimulation, Sum, _in_float64, normalized
 from gdfq.deploy.runtime import session
 from gdfq.graph import build_quantized, capture
 from gdfq_ext import Grid
@@ -82,6 +82,25 @@ def test_it_computes_what_onnxruntime_does(make, bits, target):
     (logits,) = session(write(student, (3, 8, 8)).model).run(None, {"images": images.numpy()})
     found = IntegerSimulation(student).run(images)
     torch.testing.assert_close(found, torch.from_numpy(logits), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(256, 8, 3, bias=False), nn.Conv2d(512, 8, 3, groups=2, bias=False), nn.Linear(2304, 8, bias=False)],
+    ids=["convolution", "groups", "linear"],
+)
+def test_sums_beyond_what_float32_has(layer):
+    """2304 products of up to 255 * 127, against sums in int64."""
+    random = torch.Generator().manual_seed(0)
+    graph = fx.Graph()
+    is_linear = isinstance(layer, nn.Linear)
+    node = graph.call_function(torch.ops.aten.linear.default if is_linear else torch.ops.aten.conv2d.default)
+    codes = torch.randint(0, 256, (2, 2304) if is_linear else (2, layer.in_channels, 5, 5), generator=random)
+    carriers = torch.randint(100, 128, layer.weight.shape, generator=random)
+    how = [] if is_linear else [[1, 1], [0, 0], [1, 1], layer.groups]
+    expected = node.target(codes, carriers, None, *how)
+    assert expected.max() > 2**24
+    assert torch.equal(_in_float64(node, codes.float(), carriers.float(), how), expected.double())
 
 
 @pytest.mark.parametrize("seed", [13, 20, 32, 34])  # in each, a sum depends on which term is added first
