@@ -238,10 +238,7 @@ class IntegerSimulation(fx.Interpreter):
         bias, *how = others or [None]
         codes = (x / step_x).round_()
         largest = most * codes.abs().max()
-        if largest < _EXACT:
-            sums = node.target(codes, carriers, None, *how)
-        else:
-            sums = _in_float64(node, codes, carriers, how)
+        sums = node.target(codes, carriers, None, *how) if largest < _EXACT else _in_float64(node, codes, carriers, how)
         if any(user in self.folded for user in node.users):
             return sums, largest
         shape = (-1, *[1] * (weight.dim() - 2)) if node.target in CONVOLUTIONS else (-1,)
