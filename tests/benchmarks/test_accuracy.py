@@ -13,6 +13,7 @@ SHORT = [
         "inversion.images=8",
         "inversion.iterations=1",
         "reconstruction.iterations=1",
+        "reconstruction.finetune_iterations=1",
         "run.cuda_graph=false",
     )
 ]

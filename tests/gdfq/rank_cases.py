@@ -30,7 +30,7 @@ from gdfq.images.generator import GeneratorImages
 from gdfq.images.real import RealImages
 from gdfq.methods.calibration import clipped_by
 from gdfq.methods.reconstruction import nearest
-from gdfq.nn import activation_quantizers
+from gdfq.nn import FakeQuantize, activation_quantizers
 from gdfq.random_state import RandomState
 from gdfq.registry import SOURCES
 from gdfq.run.checkpoint import load_checkpoint, save_checkpoint
@@ -160,16 +160,17 @@ def block(seed: int) -> dict[str, Tensor]:
     trainer.optimizer = trainer._optimizer()
     trainer._schedule(0.5)  # with the penalty
     trainer._iteration()
-    steps = {f"gradient of step {number}": step.grad for number, step in enumerate(trainer.steps)}
+    steps = {f"gradient of step {number}": step.grad for number, step in enumerate(trainer.steps.parameters)}
     return gradients(**trainer.roundings) | steps | {"error": trainer.error}
 
 
 def finetune(seed: int) -> dict[str, Tensor]:
     config = new_config(seed)
     student = new_student(config)
-    tuner = FineTuner(TEACHER, student, images(20, seed), config, RandomState(seed, CPU))
+    quantizers = [module for module in student.modules() if isinstance(module, FakeQuantize)]
+    tuner = FineTuner(TEACHER, student, quantizers, images(20, seed), config, RandomState(seed, CPU))
     tuner._iteration()
-    return gradients(Q=student)
+    return gradients(Q=student) | {"loss": tuner.loss}
 
 
 def calibrated(rule: Any, seed: int) -> dict[str, Tensor]:

@@ -58,9 +58,9 @@ class ReconstructionConfig(Section):
     )
     penalty_weight: float = Field(1.0, ge=0, description="of what roundings pay for being neither up nor down")
     warmup: float = Field(0.2, ge=0, lt=1, description="share of the iterations before they do")
-    finetune_iterations: int = Field(
-        0, ge=0, description="of all blocks together in the end, by the section student's loss and optimizer"
-    )
+    finetune_iterations: int = Field(300, ge=0, description="of all blocks together in the end")
+    finetune_learning_rate: float = Field(0.02, gt=0, description="of Adam there, as a share of each weight's step")
+    finetune_step_learning_rate: float = Field(0.03, gt=0, description="the same, of activations' steps")
     memory_gib: float | None = Field(
         None,
         gt=0,
@@ -136,14 +136,10 @@ class Reconstruction:
                     self._save()
                     self._say_what_is_left(pace.tick())
             del given, exact, wanted
+            if self.settings.finetune_iterations:
+                self._finetune(after_iteration, monitor)
             for parameter in self.student.parameters():
                 parameter.requires_grad_(parameter.is_floating_point())
-            if self.settings.finetune_iterations:
-                state = self._random(len(self.blocks))
-                tuner = FineTuner(task.teacher, self.student, self.images, task.config, state)
-                with explained("fine-tuning all blocks together", self._sizes(), task.folder):
-                    tuner.run(after_iteration)
-                self.iterations = tuner.runner.description
             self.seconds = time.monotonic() - start
 
     def _train(
@@ -159,6 +155,16 @@ class Reconstruction:
         trainer = BlockTrainer(block, self.task.config, given, exact, wanted, state, begin)
         trainer.run(after_iteration)
         self.iterations = trainer.runner.description
+
+    def _finetune(self, after_iteration: Callable[[], None], monitor: Monitor) -> None:
+        quantizers = dict.fromkeys(quantizer for block in self.blocks for quantizer in block.quantizers)
+        state = self._random(len(self.blocks))
+        tuner = FineTuner(self.task.teacher, self.student, quantizers, self.images, self.task.config, state)
+        with explained("fine-tuning all blocks together", self._sizes(), self.task.folder):
+            tuner.run(after_iteration)
+        self.iterations = tuner.runner.description
+        done = len(self.blocks) * self.settings.iterations + self.settings.finetune_iterations
+        monitor.write(done, len(self.blocks), "all blocks", self.iterations, {"finetune/kl": tuner.loss.item()})
 
     def _random(self, number: int) -> RandomState:
         """A block's own, so that a run that goes on does as one that never stopped."""

@@ -1,63 +1,97 @@
-"""The end of a reconstruction: all blocks trained together on the bank, by the loss of GDFQ's student (Eq. 10)."""
+"""The end of a reconstruction: all blocks trained together, so that Q answers the bank as P does.
 
-from collections.abc import Callable
+Weights become what they have been rounded to, and are rounded to the nearest level from then on; they and the steps of
+activations (LSQ, ICLR 2020) are trained by
+
+    KL(softmax(z_P) || softmax(z_Q))        mean over images
+
+A few hundred images would be learned by heart. So they are moved and flipped at random, and one half is blended with
+another image of the bank: P says what such images are.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
 from gdfq import ranks
 from gdfq.batch import Batch
-from gdfq.config import Config
+from gdfq.config import Config, StudentConfig
+from gdfq.errors import GdfqError
 from gdfq.graph import Teacher, quantized_layers
+from gdfq.nn import FakeQuantize
 from gdfq.objective import Outputs, student_objective
-from gdfq.optim import set_rates
+from gdfq.optim.rates import rate, set_rates
 from gdfq.precision import autocast, products_in_tf32
 from gdfq.random_state import RandomState
-from gdfq.registry import OPTIMIZERS
 from gdfq.train.cuda_graph import IterationRunner
+from gdfq.train.steps import LearnedSteps
+
+FARTHEST = 8  # the share of their size that images are moved by at most is 1 / 8
+LOSS = StudentConfig(cross_entropy_weight=0.0, temperature=1.0, kd_reduction="batchmean")
 
 
 class FineTuner:
-    """Q, whose weights become what they have been rounded to, and are rounded to the nearest level from then on.
+    """Q, and all that its training changes.
 
     Args:
         teacher: P.
         student: Q, all of it reconstructed.
+        quantizers: those of its activations whose steps are trained.
         images: the bank, `(N, C, H, W)`.
-        config: sections `reconstruction`, `student` and `run` are read.
-        random: what batches are drawn from.
+        config: sections `reconstruction` and `run` are read.
+        random: what all chances are drawn from.
 
     Attributes:
+        loss: of the last iteration, `()`.
         runner: how iterations are carried out.
     """
 
     def __init__(
-        self, teacher: Teacher, student: fx.GraphModule, images: Tensor, config: Config, random: RandomState
+        self,
+        teacher: Teacher,
+        student: fx.GraphModule,
+        quantizers: Iterable[FakeQuantize],
+        images: Tensor,
+        config: Config,
+        random: RandomState,
     ) -> None:
-        self.teacher, self.student, self.images, self.config = teacher, student, images, config
-        self.random = random
-        self.objective = student_objective(config.student)
-        self.read = teacher.reader(self.objective.reads).shared()
-        _settle(student)
-        self.optimizer = OPTIMIZERS[config.student.optimizer](student, config)
-        obstacle = getattr(self.optimizer, "obstacle", None)
-        self.runner = IterationRunner(config.run.cuda_graph, random.device, random, obstacle)
+        self.student, self.images, self.config, self.random = student, images, config, random
+        self.read = teacher.reader(()).shared()
+        self.objective = student_objective(LOSS)
+        settings = config.reconstruction
+        student.requires_grad_(False)
+        weights = _settle(student, settings.finetune_learning_rate)
+        self.steps = LearnedSteps(quantizers, random.device)
+        groups = weights + self.steps.groups(settings.finetune_step_learning_rate)
+        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=random.device.type == "cuda")
+        self.loss = torch.zeros((), device=random.device)
+        self.runner = IterationRunner(config.run.cuda_graph, random.device, random)
 
     def run(self, after_iteration: Callable[[], None] = lambda: None) -> None:
-        """Train for `reconstruction.finetune_iterations`, at a rate that falls to 0. The callback may raise to stop."""
+        """Train for `reconstruction.finetune_iterations`, at rates that fall to 0. The callback may raise to stop.
+
+        Raises:
+            GdfqError: the loss became NaN or infinite.
+        """
         count = self.config.reconstruction.finetune_iterations
         for iteration in range(count):
             set_rates(self.optimizer, 1 - iteration / count)
             self.runner.run("finetune", self._iteration)
             after_iteration()
+        if not self.loss.isfinite():
+            raise GdfqError(
+                "fine-tuning all blocks together, the loss became NaN or infinite: lower "
+                "reconstruction.finetune_learning_rate or reconstruction.finetune_step_learning_rate"
+            )
+        self.steps.settle()
 
     def _iteration(self) -> None:
-        settings, run = self.config.reconstruction, self.config.run
+        run = self.config.run
         with products_in_tf32(run.precision == "tf32"):
-            chosen = torch.randint(
-                len(self.images), (settings.batch_size,), generator=self.random.generator, device=self.random.device
-            )
-            images = self.images.index_select(0, ranks.shard(chosen))
+            images = self._views(self.config.reconstruction.batch_size)
             with autocast(run.precision, self.random.device):
                 with torch.no_grad():
                     logits, readings = self.read(images)
@@ -66,14 +100,52 @@ class FineTuner:
             loss, _ = self.objective(Outputs(batch, answers, readings))
             self.optimizer.zero_grad()
             loss.backward()
-            ranks.add_up_gradients(self.optimizer)
+            self.loss.copy_(loss.detach())
+            ranks.add_up_gradients(self.optimizer, [self.loss])
             self.optimizer.step()
+
+    def _views(self, count: int) -> Tensor:
+        """This rank's of so many images, `(n, C, H, W)`."""
+        height, width = self.images.shape[2:]
+        first, second = self._whole(len(self.images), count), self._whole(len(self.images), count)
+        rows, columns = (
+            self._whole(2 * (size // FARTHEST) + 1, count)[:, None] + torch.arange(size, device=self.random.device)
+            for size in (height, width)
+        )
+        columns = torch.where(self._share(count)[:, None] < 0.5, columns.flip(1), columns)
+        blended, weight = self._share(count) < 0.5, self._share(count)
+        weight = torch.where(blended, weight, 1.0).view(-1, 1, 1, 1)
+        x, other = (self._moved(of, rows, columns) for of in (first, second))
+        return other.lerp(x, weight)
+
+    def _moved(self, chosen: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Images of the bank, mirrored beyond their borders, `(n, size)` rows and columns of each."""
+        x = self.images.index_select(0, chosen)
+        vertical, horizontal = (size // FARTHEST for size in x.shape[2:])
+        padded = F.pad(x, (horizontal, horizontal, vertical, vertical), mode="reflect")
+        images, channels = (torch.arange(size, device=x.device) for size in x.shape[:2])
+        return padded[images.view(-1, 1, 1, 1), channels.view(-1, 1, 1), rows[:, None, :, None], columns[:, None, None]]
+
+    def _whole(self, below: int, count: int) -> Tensor:
+        """This rank's of so many whole numbers."""
+        drawn = torch.randint(below, (count,), generator=self.random.generator, device=self.random.device)
+        return ranks.shard(drawn)
+
+    def _share(self, count: int) -> Tensor:
+        """This rank's of so many numbers of 0 to 1."""
+        return ranks.shard(torch.rand(count, generator=self.random.generator, device=self.random.device))
 
 
 @torch.no_grad()
-def _settle(student: fx.GraphModule) -> None:
-    for layer in quantized_layers(student):
+def _settle(student: fx.GraphModule, share: float) -> list[dict[str, Any]]:
+    """Weights become what they have been rounded to; for an optimizer: they, whose rates are a share of their steps."""
+    groups = []
+    for layer in {layer.weight: layer for layer in quantized_layers(student)}.values():
         weight = student.get_parameter(layer.weight)
         grid = layer.quantizer.grid(layer.index, weight)
         weight.copy_(layer.quantizer.quantized(layer.index, weight))
         layer.quantizer.store(layer.index, grid.step, grid.zero_point)
+        weight.requires_grad_(True)
+        initial = share * grid.step.mean().item()
+        groups.append({"params": [weight], "lr": rate(initial, weight.device), "initial_lr": initial})
+    return groups

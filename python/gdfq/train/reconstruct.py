@@ -23,13 +23,13 @@ from gdfq.clip_values import shrunk
 from gdfq.config import Config
 from gdfq.graph.blocks import Block
 from gdfq.graph.query import QuantizedLayer
-from gdfq.nn import FakeQuantize, per_channel
-from gdfq.observers import LearnedStep
+from gdfq.nn import per_channel
 from gdfq.optim.rates import rate, set_rates
 from gdfq.precision import autocast, products_in_tf32
 from gdfq.random_state import RandomState, random_bytes
 from gdfq.train.activations import Activations
 from gdfq.train.cuda_graph import IterationRunner
+from gdfq.train.steps import LearnedSteps
 from gdfq_ext import Grid, Scheme, quantizer_grid
 
 FIRM = 0.999  # nearer to a whole one no rounding begins: its sigmoid would be flat
@@ -112,14 +112,13 @@ class BlockTrainer:
             name: self._rounding(block.student.get_parameter(name), layer, begin) for name, layer in self.layers.items()
         }
         self.module = block.learning(dict(self.roundings))
-        self.own = {quantizer: quantizer.observer for quantizer in block.quantizers}
-        self.steps = [self._step(quantizer) for quantizer in block.quantizers]
+        self.steps = LearnedSteps(block.quantizers, self.device, self.settings.keep, random)
         obstacles = [activations.obstacle(self.device) for activations in (given, exact, wanted)]
         self.runner = IterationRunner(config.run.cuda_graph, self.device, random, next(filter(None, obstacles), None))
 
     def run(self, after_iteration: Callable[[], None] = lambda: None) -> None:
         """Train what there is to the end, and hand over to Q's quantizers. The callback may look, or raise to stop."""
-        if not self.roundings and not self.steps:
+        if not self.roundings and not self.steps.parameters:
             return
         self.optimizer = self._optimizer()
         count = self.settings.iterations
@@ -130,9 +129,7 @@ class BlockTrainer:
         for name, layer in self.layers.items():
             learned = self.roundings[name]
             layer.quantizer.store(layer.index, learned.grid.step, learned.grid.zero_point, learned.rounding())
-        for quantizer, observer in self.own.items():  # the range is what its learned step makes of it
-            quantizer.observer = observer
-            quantizer.end_pass()
+        self.steps.settle()
 
     def _schedule(self, progress: float) -> None:
         """The penalty begins after a warm-up, its sharpness falls; the rates of steps fall by a half cosine."""
@@ -171,21 +168,10 @@ class BlockTrainer:
         grid = quantizer_grid(*shrunk(rows, None, layer.bits, layer.scheme), layer.bits, layer.scheme)
         return LearnedRounding(weight, grid, begin(weight, grid), layer.bits, layer.scheme, self.sharpness)
 
-    def _step(self, quantizer: FakeQuantize) -> nn.Parameter:
-        """That of an activation, from here on a parameter."""
-        observer = LearnedStep(quantizer.scheme, self.settings.keep, self.random).to(self.device)
-        observer.end_pass(quantizer.range, quantizer.bits)
-        quantizer.observer = observer
-        return observer.step
-
     def _optimizer(self) -> torch.optim.Optimizer:
-        """Adam; the rates of steps are shares of them."""
-        settings = self.settings
         groups: list[dict[str, Any]] = [
-            {"params": [learned.v], "lr": rate(settings.rounding_learning_rate, self.device)}
+            {"params": [learned.v], "lr": rate(self.settings.rounding_learning_rate, self.device)}
             for learned in self.roundings.values()
         ]
-        for step in self.steps:
-            initial = settings.step_learning_rate * step.item()
-            groups.append({"params": [step], "lr": rate(initial, self.device), "initial_lr": initial})
+        groups += self.steps.groups(self.settings.step_learning_rate)
         return torch.optim.Adam(groups, fused=True, capturable=self.device.type == "cuda")

@@ -24,6 +24,7 @@ from gdfq_ext import quantizer_grid
 
 SHORT = {
     "method": "reconstruction", "reconstruction.iterations": 8, "reconstruction.batch_size": 8,
+    "reconstruction.finetune_iterations": 0,
     "inversion.images": 32, "inversion.batch_size": 16, "inversion.iterations": 4,
 }  # fmt: skip
 
@@ -186,23 +187,16 @@ def test_as_graphs_it_is_the_same(monkeypatch):
 
 
 def test_fine_tuning_begins_at_what_was_reconstructed_and_trains_on():
-    settings = {
-        "reconstruction.iterations": 30,
-        "student.cross_entropy_weight": 0.0,
-        "student.kd_reduction": "batchmean",
-    }
+    settings = {"reconstruction.iterations": 30}
     task, images = task_of(Residual, settings)
     run(task, images)
     x = torch.randn(4, *task.captured.image_shape)
     found = task.student(x)
-    tuned, images = task_of(
-        Residual, settings | {"reconstruction.finetune_iterations": 1, "student.learning_rate": 1e-12}
-    )
+    still = {f"reconstruction.finetune_{name}": 1e-9 for name in ("learning_rate", "step_learning_rate")}
+    tuned, images = task_of(Residual, settings | still | {"reconstruction.finetune_iterations": 1})
     run(tuned, images)
     torch.testing.assert_close(tuned.student(x), found, rtol=1e-4, atol=1e-5)
-    tuned, images = task_of(
-        Residual, settings | {"reconstruction.finetune_iterations": 60, "student.learning_rate": 1e-2}
-    )
+    tuned, images = task_of(Residual, settings | {"reconstruction.finetune_iterations": 60})
     run(tuned, images)
     before, after = (agreement(each.teacher, each.student, [images]).kl for each in (task, tuned))
     assert after < 0.9 * before

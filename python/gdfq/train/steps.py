@@ -1,0 +1,51 @@
+"""Steps of activations that are trained: those of the quantizers' ranges at first, their ranges in the end."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from gdfq.nn import FakeQuantize
+from gdfq.observers import LearnedStep
+from gdfq.optim.rates import rate
+from gdfq.random_state import RandomState
+
+
+class LearnedSteps:
+    """The quantizers' observers give way to `LearnedStep` until `settle`.
+
+    Args:
+        quantizers: of activations, whose ranges are known.
+        device: of the steps.
+        keep, random: see `LearnedStep`.
+    """
+
+    def __init__(
+        self,
+        quantizers: Iterable[FakeQuantize],
+        device: torch.device,
+        keep: float = 0.0,
+        random: RandomState | None = None,
+    ) -> None:
+        self.own = {quantizer: quantizer.observer for quantizer in quantizers}
+        self.parameters: list[nn.Parameter] = []
+        for quantizer in self.own:
+            observer = LearnedStep(quantizer.scheme, keep, random).to(device)
+            observer.end_pass(quantizer.range, quantizer.bits)
+            quantizer.observer = observer
+            self.parameters.append(observer.step)
+
+    def groups(self, share: float) -> list[dict[str, Any]]:
+        """For an optimizer: each step's rate is a share of the step as it is now."""
+        rates = [share * step.item() for step in self.parameters]
+        return [
+            {"params": [step], "lr": rate(initial, step.device), "initial_lr": initial}
+            for step, initial in zip(self.parameters, rates, strict=True)
+        ]
+
+    def settle(self) -> None:
+        """The quantizers have their observers again, and the ranges that their steps make."""
+        for quantizer, observer in self.own.items():
+            quantizer.observer = observer
+            quantizer.end_pass()
