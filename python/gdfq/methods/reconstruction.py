@@ -194,10 +194,13 @@ class Reconstruction:
             save_checkpoint(self.task.folder / run_folder.BLOCKS, state, self.identity)
 
     def _how_to_go_on(self) -> str:
-        where = f"stopped in block {self.done + 1} of {len(self.blocks)}"
+        total = len(self.blocks)
+        where = f"block {self.done + 1} of {total}" if self.done < total else "the training of all blocks together"
         if self.task.folder is None:
-            return f"{where}; nothing was saved, since the run has no folder"
-        return f"{where}; those before it are saved. To go on: gdfq quantize --resume {self.task.folder}"
+            return f"stopped in {where}; nothing was saved, since the run has no folder"
+        return (
+            f"stopped in {where}; the blocks before it are saved. To go on: gdfq quantize --resume {self.task.folder}"
+        )
 
     def _budget(self) -> int:
         """Bytes for activations."""

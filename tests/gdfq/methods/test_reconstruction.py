@@ -119,13 +119,14 @@ def test_learned_steps_stay_on_the_quantizers(observer):
         )
 
 
-def test_a_run_that_stopped_in_any_block_ends_as_one_that_did_not(tmp_path):
-    whole, images = task_of(Residual)
+def test_a_run_that_stopped_anywhere_ends_as_one_that_did_not(tmp_path):
+    settings = {"reconstruction.finetune_iterations": 3}
+    whole, images = task_of(Residual, settings)
     run(whole, images)
-    for stop_in in (0, 1, 4):
+    for stop_in in (0, 1, 4, 5):  # of five blocks, and behind them
         folder = tmp_path / str(stop_in)
         folder.mkdir()
-        task, images = task_of(Residual, folder=folder)
+        task, images = task_of(Residual, settings, folder=folder)
         reconstruction = Reconstruction(task, images)
         train = reconstruction._train
 
@@ -134,10 +135,15 @@ def test_a_run_that_stopped_in_any_block_ends_as_one_that_did_not(tmp_path):
                 raise KeyboardInterrupt
             train(block, number, *args)
 
-        reconstruction._train = killed
+        def killed_in_the_end(*args, stop_in=stop_in, finetune=reconstruction._finetune):
+            finetune(*args)
+            assert stop_in == 5
+            raise KeyboardInterrupt
+
+        reconstruction._train, reconstruction._finetune = killed, killed_in_the_end
         with pytest.raises(KeyboardInterrupt):
             reconstruction.run()
-        task, images = task_of(Residual, folder=folder)
+        task, images = task_of(Residual, settings, folder=folder)
         again = Reconstruction(task, images)
         assert again.resume() == (stop_in > 0)
         assert again.done == stop_in
