@@ -28,6 +28,7 @@ Value = TypeVar("Value")
 
 TIMEOUT = timedelta(minutes=10)  # of one exchange; a rank that takes longer is taken for lost
 BEAT = 0.5  # seconds between two signs of life
+BUCKET = 25 * 2**20  # bytes of gradients that are exchanged at once
 SILENCE = 5.0  # seconds without one, after an exchange has failed, that say who is gone
 LONG_SILENCE = 30.0  # the same where nothing has failed: a machine may be busy
 
@@ -142,13 +143,25 @@ def summed(x: Tensor) -> Tensor:
 
 def add_up(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over ranks, all in one exchange; without gradients."""
-    if count() == 1 or not tensors:
-        return
-    total = _all_reduced(torch.cat([tensor.detach().reshape(-1) for tensor in tensors]), "sums")
-    parts = total.split([tensor.numel() for tensor in tensors])
-    with torch.no_grad():
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view(tensor.shape))
+    if count() > 1:
+        _begin_to_add_up(tensors)()
+
+
+def _begin_to_add_up(tensors: Sequence[Tensor]) -> Callable[[], None]:
+    """The same, but what is given back has to be called to end it; the tensors stay as they are until then."""
+    if not tensors:
+        return lambda: None
+    total = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    work = _exchange("sums", total.numel() * total.element_size(), lambda: dist.all_reduce(total, async_op=True))
+
+    def end() -> None:
+        _or_lost(work.wait)
+        parts = total.split([tensor.numel() for tensor in tensors])
+        with torch.no_grad():
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    return end
 
 
 def totals(counts: Sequence[int]) -> list[int]:
@@ -156,10 +169,40 @@ def totals(counts: Sequence[int]) -> list[int]:
     return [sum(values) for values in zip(*_gathered(list(counts)), strict=True)]
 
 
-def add_up_gradients(optimizer: torch.optim.Optimizer, others: Sequence[Tensor] = ()) -> None:
-    """The gradients that the optimizer is about to use, and others' values with them, become their sums over ranks."""
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    add_up([parameter.grad for parameter in parameters if parameter.grad is not None] + list(others))
+@contextmanager
+def adding_up_gradients(optimizer: torch.optim.Optimizer, others: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Around `backward()`: the gradients that the optimizer is about to use, and others' values with them, become their
+    sums over ranks.
+
+    Gradients are exchanged in buckets while backward goes on, in the order in which they come. That is the same on all
+    ranks, as it is for the moments' gradients in between: they compute the same graph, and autograd goes through it in
+    one thread for a device, in an order that depends on nothing but the graph.
+    """
+    if count() == 1:
+        yield
+        return
+    bucket: list[Tensor] = []
+    begun: list[Callable[[], None]] = []
+
+    def gather(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        bucket.append(parameter.grad)
+        if sum(gradient.nbytes for gradient in bucket) >= BUCKET:
+            begun.append(_begin_to_add_up(bucket.copy()))
+            bucket.clear()
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(gather) for parameter in parameters if parameter.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    begun.append(_begin_to_add_up([*bucket, *others]))
+    for end in begun:
+        end()
 
 
 def moments(
@@ -283,11 +326,16 @@ def _gathered(value: Any) -> list[Any]:
     return values
 
 
-def _exchange(what: str, size: int, exchange: Callable[[], Any]) -> None:
+def _exchange(what: str, size: int, exchange: Callable[[], Value]) -> Value:
     exchanges[what] += 1
     traffic[what] += size
+    return _or_lost(exchange)
+
+
+def _or_lost(exchange: Callable[[], Value]) -> Value:
+    """What it gives; where it fails, who is missing is found out."""
     try:
-        exchange()
+        return exchange()
     except RuntimeError as error:
         if _signs is None:
             raise

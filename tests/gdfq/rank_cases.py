@@ -147,6 +147,25 @@ def iteration(phase: str, seed: int, **settings: Any) -> dict[str, Tensor]:
     return result
 
 
+def in_buckets(phase: str, seed: int, **settings: Any) -> dict[str, Tensor]:
+    """Every gradient is exchanged by itself."""
+    with mock.patch.object(ranks, "BUCKET", 1):
+        return iteration(phase, seed, **settings)
+
+
+def order(**settings: Any) -> Tensor:
+    """Of the exchanges in a step of G, `(n, 2)`: whether it is one of moments, and its bytes."""
+    noted, exchange = [], ranks._exchange
+
+    def exchange_and_note(what: str, size: int, *rest: Any) -> Any:
+        noted.append(["moments" in what, size])
+        return exchange(what, size, *rest)
+
+    with mock.patch.object(ranks, "_exchange", exchange_and_note):
+        in_buckets("warm-up", 0, **settings)
+    return torch.tensor(noted)
+
+
 def block(seed: int) -> dict[str, Tensor]:
     config = new_config(seed)
     student = new_student(config)
@@ -216,6 +235,8 @@ CASES: dict[str, Callable[[int], dict[str, Tensor]]] = {
     "warm-up": functools.partial(iteration, "warm-up"),
     **{name: functools.partial(iteration, "training", **settings) for name, settings in TRAINING.items()},
     "real images": functools.partial(iteration, "training", real=30),
+    "buckets": functools.partial(in_buckets, "training"),
+    "buckets, computed again": functools.partial(in_buckets, "training", **{"run.checkpointing": True}),
     "block": block,
     "fine-tuning": finetune,
     "minimum and maximum": functools.partial(calibrated, None),
@@ -271,15 +292,26 @@ def _own_gradient(ctx: Any, grad: Tensor) -> Tensor:
     return grad
 
 
-def _mean(tensors: Any, add_up: Any = ranks.add_up) -> None:
-    add_up(tensors)
-    for tensor in tensors:
-        tensor.detach().div_(ranks.count())
+def _mean(tensors: Any, begin: Any = ranks._begin_to_add_up) -> Callable[[], None]:
+    end = begin(tensors)
+
+    def end_and_divide() -> None:
+        end()
+        for tensor in tensors:
+            tensor.detach().div_(ranks.count())
+
+    return end_and_divide
+
+
+def _never_ended(tensors: Any, begin: Any = ranks._begin_to_add_up) -> Callable[[], None]:
+    begin(tensors)
+    return lambda: None
 
 
 # Name -> case that finds it, what of `gdfq.ranks` is replaced, by what.
 BUGS: dict[str, tuple[str, Any, str, Any]] = {
-    "gradients averaged": ("embedding", ranks, "add_up", _mean),
+    "gradients averaged": ("embedding", ranks, "_begin_to_add_up", _mean),
+    "gradients not waited for": ("buckets", ranks, "_begin_to_add_up", _never_ended),
     "no gradient of others": ("warm-up", ranks._Summed, "backward", staticmethod(_own_gradient)),
     "moments of the rank's own images": ("warm-up", ranks, "moments", lambda means, vars, about, own: (means, vars)),
     "ranges of the rank's own images": ("ranges", ranks, "extremes", lambda x: x),
@@ -304,6 +336,9 @@ def work(rank: int, count: int, folder: Path, seeds: range) -> None:
         if count == 1:
             results |= {("reversed", seed): trained(seed, reverse=True) for seed in seeds}
         results["interrupted", 0] = interrupted(folder, count)
+        if count > 1:
+            again = {"run.checkpointing": True}
+            results["order", 0] = {"kept": order(), "computed again": order(**again)}
         if count == 2:
             for name, (case, of, attribute, instead) in BUGS.items():
                 with mock.patch.object(of, attribute, instead):
@@ -349,6 +384,11 @@ def _send(number: int, rank: int) -> None:
         os.kill(os.getpid(), number)
 
 
+def _be_killed_in_backward(rank: int) -> None:
+    if rank == 1:
+        ranks._begin_to_add_up = lambda tensors: _send(signal.SIGKILL, rank)
+
+
 def _fill_disk(rank: int) -> None:
     if rank == 0:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -362,6 +402,7 @@ def _be_late(rank: int) -> None:
 FAULTS: dict[str, Callable[[int], None]] = {
     "raised": _raise,
     "killed": functools.partial(_send, signal.SIGKILL),
+    "killed in backward": _be_killed_in_backward,
     "terminated": functools.partial(_send, signal.SIGTERM),
     "full disk": _fill_disk,
     "late": _be_late,

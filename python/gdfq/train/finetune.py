@@ -65,8 +65,8 @@ class FineTuner:
                 answers = self.student(images)
             loss, _ = self.objective(Outputs(batch, answers, readings))
             self.optimizer.zero_grad()
-            loss.backward()
-            ranks.add_up_gradients(self.optimizer)
+            with ranks.adding_up_gradients(self.optimizer):
+                loss.backward()
             self.optimizer.step()
 
 
