@@ -55,8 +55,16 @@ class LostRank(GdfqError):  # noqa: N818 - it says what happened
 # --- which one this is ---
 
 
-def count() -> int:
+_is_alone = False
+
+
+def group_size() -> int:
+    """How many processes the group has, whether this one computes with the others now or alone."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def count() -> int:
+    return 1 if _is_alone else group_size()
 
 
 def rank() -> int:
@@ -70,7 +78,7 @@ def is_first() -> bool:
 
 def on_this_machine() -> int:
     """How many ranks there are here, as far as torchrun says it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if count() > 1 else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if group_size() > 1 else 1
 
 
 def obstacle() -> str | None:
@@ -166,7 +174,15 @@ def _begin_to_add_up(tensors: Sequence[Tensor]) -> Callable[[], None]:
 
 def totals(counts: Sequence[int]) -> list[int]:
     """The sums over ranks."""
-    return [sum(values) for values in zip(*_gathered(list(counts)), strict=True)]
+    return [sum(values) for values in zip(*gathered(list(counts)), strict=True)]
+
+
+def gathered(value: Value) -> list[Value]:
+    """What each rank gives."""
+    values = [value] * count()
+    if count() > 1:
+        _exchange("objects", 0, lambda: dist.all_gather_object(values, value))
+    return values
 
 
 @contextmanager
@@ -258,7 +274,7 @@ def from_first(make: Callable[[], Value]) -> Value:
 
 def check_alike(what: str, value: Any) -> None:
     """Raise `GdfqError` on all ranks where `value` is not the same on all."""
-    values = _gathered(value)
+    values = gathered(value)
     others = [number for number, other in enumerate(values) if other != values[0]]
     if others:
         raise GdfqError(f"{what} of rank {others[0]} of {count()} are not those of rank 0: give all ranks the same")
@@ -277,12 +293,28 @@ def together() -> Iterator[None]:
     except Exception as own:
         error = own
     wait_for_all()
-    messages = _gathered(None if error is None else _words(error))
+    messages = gathered(None if error is None else _words(error))
     if error is not None:
         raise error
     for number, message in enumerate(messages):
         if message is not None:
             raise LostRank(message if number == 0 else f"rank {number} of {count()}: {message}")
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this rank is the only one: it computes, writes and warns as one process does."""
+    global _is_alone
+    if count() == 1:
+        yield
+        return
+    _is_alone = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)  # those that are meant for the user, see `one_run`
+            yield
+    finally:
+        _is_alone = False
 
 
 def spread(numbers: Sequence[int], make: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
@@ -319,13 +351,6 @@ def _all_reduced(x: Tensor, what: str, how: Any = None) -> Tensor:
     return total
 
 
-def _gathered(value: Any) -> list[Any]:
-    values = [value] * count()
-    if count() > 1:
-        _exchange("objects", 0, lambda: dist.all_gather_object(values, value))
-    return values
-
-
 def _exchange(what: str, size: int, exchange: Callable[[], Value]) -> Value:
     exchanges[what] += 1
     traffic[what] += size
@@ -357,6 +382,7 @@ class _SignsOfLife(threading.Thread):
         self.store, self.own = (
             dist.distributed_c10d.PrefixStore(f"gdfq/{number}", one) for one in (store, store.clone())
         )
+        self.rank = rank()
         self.waits = itertools.count()
         self.seen: dict[int, tuple[str, float]] = {}
         self.is_over = threading.Event()
@@ -365,7 +391,7 @@ class _SignsOfLife(threading.Thread):
     def run(self) -> None:
         for number in itertools.count():
             try:
-                self.own.set(f"alive/{rank()}", f"{number} {exchanges.total()}")
+                self.own.set(f"alive/{self.rank}", f"{number} {exchanges.total()}")
             except RuntimeError:  # the store went with another rank, as the next exchange will find
                 return
             if self.is_over.wait(BEAT):

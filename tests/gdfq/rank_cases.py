@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from small_models import Residual, randomize_batch_norm
 from torch import Tensor
+from torch.utils.data import Subset
 
 import gdfq
-from gdfq import ranks
+from gdfq import demo, ranks
 from gdfq.calibrate import calibrate
 from gdfq.cli import main
 from gdfq.clip_values import mse
@@ -33,6 +34,7 @@ from gdfq.methods.reconstruction import nearest
 from gdfq.nn import activation_quantizers
 from gdfq.random_state import RandomState
 from gdfq.registry import SOURCES
+from gdfq.reproduce import sources
 from gdfq.run.checkpoint import load_checkpoint, save_checkpoint
 from gdfq.run.training_run import TrainingRun
 from gdfq.train.activations import Store
@@ -420,3 +422,10 @@ def command(rank: int, count: int, folder: Path, port: int, arguments: list[str]
     sys.argv = ["gdfq", *arguments]
     sys.stdout, sys.stderr = ((folder / f"{rank}.{name}").open("w", buffering=1) for name in ("out", "err"))
     main()
+
+
+def reproduction(rank: int, count: int, folder: Path, port: int, arguments: list[str]) -> None:
+    """The same, with a few of the shipped images."""
+    images = Subset(demo.test_set(), range(50))
+    with mock.patch.multiple(sources, test_set=lambda: images, SHIPPED_FOR_TRAINING=30):
+        command(rank, count, folder, port, arguments)

@@ -1,9 +1,11 @@
 """Several processes of one group compute what one does: two and four of gloo, on batches that they do not divide."""
 
+import json
 import multiprocessing
 import os
 import socket
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -174,6 +176,56 @@ def test_what_all_ranks_have_to_say_is_said_once(spec, tmp_path):
     said, silent = [(tmp_path / f"{rank}.err").read_text() for rank in range(2)]
     assert said.startswith("gdfq: unknown setting 'run.speed'")
     assert silent == ""
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Of one process."""
+    folder = tmp_path_factory.mktemp("table")
+    assert reproduce("table3", 1, folder) == [0]
+    return cells(folder / "table3.json")
+
+
+def reproduce(name: str, count: int, folder: Path, *options: str) -> list[int]:
+    arguments = ["reproduce", name, "--offline", "--out", str(folder), *SHORT[1:], "--set=schedule.milestones=[1]"]
+    return run(rank_cases.reproduction, count, folder, free_port(), [*arguments, *options])
+
+
+def cells(path: Path) -> list[list]:
+    """What is in a table, but for times."""
+    return [
+        [[result[name] for name in ("seed", "top1", "data_free")] for result in cell["results"]]
+        for cell in json.loads(path.read_text())["cells"]
+    ]
+
+
+@pytest.mark.long
+def test_each_cell_of_a_table_is_made_by_one_rank_alone(table, tmp_path):
+    assert reproduce("table3", 2, tmp_path) == [0, 0]
+    assert cells(tmp_path / "table3.json") == table
+    assert all(len(results) == 1 for results in table)
+    out, silent, first, second = [(tmp_path / name).read_text() for name in ("0.out", "1.out", "0.err", "1.err")]
+    assert out.rstrip() == (tmp_path / "table3.md").read_text().rstrip()
+    assert silent == ""
+    assert [line.split(",")[0] for line in first.splitlines()] == [
+        f"rank 0 of 2: table3: cell {number} of 3" for number in (1, 3)
+    ]
+    assert [line.split(",")[0] for line in second.splitlines()] == ["rank 1 of 2: table3: cell 2 of 3"]
+    assert reproduce("table3", 2, tmp_path) == [2, 2]
+    assert "already holds 3 of the 3 results" in (tmp_path / "0.err").read_text()
+    assert (tmp_path / "1.err").read_text() == ""
+
+
+@pytest.mark.long
+def test_cells_that_fail_on_one_rank_are_said_and_keep_others_from_nothing(tmp_path):
+    """A divergent learning rate, for cells 1 and 3 of the first rank; cell 2 has nothing to train."""
+    options = ["--set=student.learning_rate=1e30", "--set=zeroq.images=2", "--set=zeroq.iterations=1"]
+    assert reproduce("table1", 2, tmp_path, *options) == [1, 1]
+    assert [len(results) for results in cells(tmp_path / "table1.json")] == [0, 1, 0]
+    first, second = [(tmp_path / f"{rank}.err").read_text().splitlines() for rank in range(2)]
+    assert first[-1].startswith("gdfq: 2 cells failed, the first: ")
+    assert sum(line.startswith("failed: cell ") for line in first) == 2
+    assert [line.split(",")[0] for line in second] == ["rank 1 of 2: table1: cell 2 of 3"]
 
 
 def test_a_batch_has_an_image_for_every_rank(monkeypatch):

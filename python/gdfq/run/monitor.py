@@ -121,7 +121,7 @@ def stop_requests() -> Iterator[threading.Event]:
         return
 
     def request(number: int, frame: object) -> None:
-        if requested.is_set() and ranks.count() == 1:
+        if requested.is_set() and ranks.group_size() == 1:
             raise KeyboardInterrupt
         requested.set()
 
