@@ -1,4 +1,5 @@
-"""The processes of one run, its ranks: the only file that knows of them. One process alone gets back what it gives.
+"""The processes of one run, its ranks: the only file that knows of them, but for `gdfq.signs_of_life`. One process
+alone gets back what it gives.
 
 They are those that torchrun starts, or those of a process group that the user's own script has made. A batch is shared
 out by rows: all that is random in it is drawn by every rank alike for the whole batch, and a rank goes on with its own
@@ -7,9 +8,7 @@ and ranges of the whole batch, and the same sums, all ranks go on alike.
 """
 
 import itertools
-import json
 import os
-import threading
 import time
 import warnings
 from collections import Counter
@@ -23,16 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gdfq.errors import GdfqError
+from gdfq.signs_of_life import BEAT, SignsOfLife
 
 Value = TypeVar("Value")
 
 TIMEOUT = timedelta(minutes=10)  # of one exchange; a rank that takes longer is taken for lost
-BEAT = 0.5  # seconds between two signs of life
 BUCKET = 25 * 2**20  # bytes of gradients that are exchanged at once
-SILENCE = 5.0  # seconds without one, after an exchange has failed, that say who is gone
-LONG_SILENCE = 30.0  # the same where nothing has failed: a machine may be busy
-
-ADVICE = "what was saved is whole: --resume goes on from there, with any number of ranks"
+LONG_SILENCE = 30.0  # seconds without a sign of life, where nothing has failed: a machine may be busy
 
 # Of this rank, by what for: how many exchanges it has begun, and bytes that it has handed over in them.
 exchanges: Counter[str] = Counter()
@@ -341,7 +337,7 @@ def broadcast(tensor: Tensor | None, source: int = 0) -> Tensor:
     return result
 
 
-# --- exchanges, and who is missing in one that failed ---
+# --- exchanges ---
 
 
 def _all_reduced(x: Tensor, what: str, how: Any = None) -> Tensor:
@@ -367,80 +363,8 @@ def _or_lost(exchange: Callable[[], Value]) -> Value:
         raise LostRank(*_signs.of_failure()) from error
 
 
-class _SignsOfLife(threading.Thread):
-    """What ranks let each other know in the group's store, whatever they are busy with: that they live, how many
-    exchanges they have begun, and why one of them has failed.
-
-    Args:
-        number: of the run.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(daemon=True)
-        store: Any = dist.distributed_c10d._get_default_store()
-        # A store is one connection, and who waits for something in it holds it: the thread has its own.
-        self.store, self.own = (
-            dist.distributed_c10d.PrefixStore(f"gdfq/{number}", one) for one in (store, store.clone())
-        )
-        self.rank = rank()
-        self.waits = itertools.count()
-        self.seen: dict[int, tuple[str, float]] = {}
-        self.is_over = threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        for number in itertools.count():
-            try:
-                self.own.set(f"alive/{self.rank}", f"{number} {exchanges.total()}")
-            except RuntimeError:  # the store went with another rank, as the next exchange will find
-                return
-            if self.is_over.wait(BEAT):
-                return
-
-    def look(self) -> tuple[dict[int, float], dict[int, int]]:
-        """Of each rank, for how many seconds it has given no sign, and how many exchanges it has begun."""
-        now = time.monotonic()
-        for number in range(count()):
-            sign = self._read(f"alive/{number}") or "0 0"
-            if self.seen.get(number, ("", now))[0] != sign:
-                self.seen[number] = sign, now
-        silent = {number: now - since for number, (_, since) in self.seen.items()}
-        return silent, {number: int(sign.split()[1]) for number, (sign, _) in self.seen.items()}
-
-    def fail(self, message: str, speaker: int = 0) -> None:
-        """Say why, unless another rank already has."""
-        if self.failure() is None:
-            self.store.set("failure", json.dumps([message, speaker]))
-
-    def failure(self) -> list[Any] | None:
-        """What was said, and who is to say it to the user."""
-        text = self._read("failure")
-        return None if text is None else json.loads(text)
-
-    def of_failure(self) -> list[Any]:
-        """The same, found out if need be: who has given no sign, or else has begun fewer exchanges than others."""
-        try:
-            end = time.monotonic() + SILENCE
-            while self.failure() is None and time.monotonic() < end:
-                silent, begun = self.look()
-                time.sleep(0.1)
-            if self.failure() is None:
-                gone = [number for number, seconds in silent.items() if seconds > SILENCE - 2 * BEAT]
-                late = [number for number in begun if begun[number] < max(begun.values())]
-                who, what = (gone, "is gone") if gone else (late, "did not answer in time")
-                named = f"rank {' and '.join(map(str, who))}" if who else "a rank"
-                speaker = min(set(range(count())) - set(gone))
-                self.fail(f"{named} of {count()} {what}; {ADVICE}", speaker)
-            return self.failure() or ["", 0]
-        except RuntimeError:
-            return [f"rank 0 of {count()}, whose store the others need, is gone; {ADVICE}", 1]
-
-    def _read(self, key: str) -> str | None:
-        return self.store.get(key).decode() if self.store.check([key]) else None
-
-
 _runs = itertools.count()
-_signs: _SignsOfLife | None = None  # of the run that is on
+_signs: SignsOfLife | None = None  # of the run that is on
 
 
 def wait_for_all() -> None:
@@ -468,7 +392,7 @@ def one_run() -> Iterator[None]:
     if count() == 1 or _signs is not None:
         yield
         return
-    _signs = _SignsOfLife(next(_runs))
+    _signs = SignsOfLife(next(_runs), rank(), count(), exchanges.total)
     try:
         with warnings.catch_warnings():
             if not is_first():

@@ -411,6 +411,19 @@ FAULTS: dict[str, Callable[[int], None]] = {
 }
 
 
+def make_bank(rank: int, count: int, folder: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Be a rank of a run that makes a bank, and leave in words how it ended."""
+    torch.set_num_threads(1)
+    if count > 1:
+        join(rank, count, folder)
+    try:
+        gdfq.quantize(
+            new_model(), Config.load("cifar", settings), run_dir=folder / "run", resume=resume, progress=False
+        )
+    except Exception as error:
+        (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
 # --- the command line ---
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -15,6 +16,8 @@ from short_run import SHORT
 
 from gdfq import ranks
 from gdfq.errors import GdfqError
+from gdfq.run import folder as run_folder
+from gdfq.run.files import load_tensors
 from gdfq.run.training_run import TrainingRun
 
 pytestmark = pytest.mark.slow
@@ -29,10 +32,18 @@ TAKEN_OUT = ("G linear.bias", "G conv1.bias", "G conv2.bias", "G conv3.bias", "Q
 
 def run(function, count, *args) -> list[int]:
     """Exit codes of so many processes that run `function(rank, count, *args)`."""
+    return ended(started(function, count, *args))
+
+
+def started(function, count, *args) -> list:
     processes = [PROCESSES.Process(target=function, args=(rank, count, *args)) for rank in range(count)]
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # else nothing is found to be preloaded
         for process in processes:
             process.start()
+    return processes
+
+
+def ended(processes) -> list[int]:
     for process in processes:
         process.join(600)
     return [process.exitcode for process in processes]
@@ -153,6 +164,40 @@ def test_what_stops_one_rank_stops_all_and_is_said(fault, said, tmp_path):
     again.resume()  # with one rank
     assert trainer.iteration == (8 if fault == "terminated" else 5)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) >= 7
+
+
+@pytest.mark.parametrize("method", ["squant", "gdfq"])  # the one makes its bank ahead, the other while it trains
+def test_a_bank_that_is_stopped_goes_on_and_is_the_same(method, tmp_path):
+    settings = {
+        "method": method, "calibration.images": "inverted", "images.source": "inverted", "inversion.images": 44,
+        "inversion.batch_size": 4, "inversion.iterations": 40, "schedule.epochs": 3, "schedule.iterations": 2,
+        "schedule.batch_size": 8, "schedule.range_epochs": 1, "schedule.warmup_epochs": 1, "schedule.range_batches": 1,
+        "run.device": "cpu",
+    }  # fmt: skip
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    for folder in (stopped, whole):
+        folder.mkdir()
+    processes = started(rank_cases.make_bank, 2, stopped, settings, False)
+    pattern = "run/" + run_folder.IMAGES_PART.format("*")
+    while not (parts := {path.name for path in stopped.glob(pattern)}):
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.02)
+    for process in processes:  # as torchrun does
+        process.terminate()
+    since = time.monotonic()
+    assert ended(processes) == [0, 0]
+    assert time.monotonic() - since < 30
+    first = (stopped / "0.txt").read_text()
+    assert "stopped while a bank of images was made" in first
+    assert f"gdfq quantize --resume {stopped / 'run'}" in first
+    assert not (stopped / "run" / run_folder.IMAGES).exists()
+    assert {path.name for path in stopped.glob(pattern)} >= parts
+
+    assert run(rank_cases.make_bank, 1, stopped, settings, True) == [0]
+    assert run(rank_cases.make_bank, 2, whole, settings, False) == [0, 0]
+    one, other = (load_tensors(folder / "run" / run_folder.IMAGES)[0] for folder in (stopped, whole))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(images, other[name]) for name, images in one.items())
 
 
 def free_port() -> int:
