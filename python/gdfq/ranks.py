@@ -1,4 +1,5 @@
-"""The processes of one run, its ranks: the only file that knows of them. One process alone gets back what it gives.
+"""The processes of one run, its ranks: the only file that knows of them, but for `gdfq.signs_of_life`. One process
+alone gets back what it gives.
 
 They are those that torchrun starts, or those of a process group that the user's own script has made. A batch is shared
 out by rows: all that is random in it is drawn by every rank alike for the whole batch, and a rank goes on with its own
@@ -7,9 +8,7 @@ and ranges of the whole batch, and the same sums, all ranks go on alike.
 """
 
 import itertools
-import json
 import os
-import threading
 import time
 import warnings
 from collections import Counter
@@ -23,15 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gdfq.errors import GdfqError
+from gdfq.signs_of_life import BEAT, SignsOfLife
 
 Value = TypeVar("Value")
 
 TIMEOUT = timedelta(minutes=10)  # of one exchange; a rank that takes longer is taken for lost
-BEAT = 0.5  # seconds between two signs of life
-SILENCE = 5.0  # seconds without one, after an exchange has failed, that say who is gone
-LONG_SILENCE = 30.0  # the same where nothing has failed: a machine may be busy
-
-ADVICE = "what was saved is whole: --resume goes on from there, with any number of ranks"
+BUCKET = 25 * 2**20  # bytes of gradients that are exchanged at once
+LONG_SILENCE = 30.0  # seconds without a sign of life, where nothing has failed: a machine may be busy
 
 # Of this rank, by what for: how many exchanges it has begun, and bytes that it has handed over in them.
 exchanges: Counter[str] = Counter()
@@ -54,8 +51,16 @@ class LostRank(GdfqError):  # noqa: N818 - it says what happened
 # --- which one this is ---
 
 
-def count() -> int:
+_is_alone = False
+
+
+def group_size() -> int:
+    """How many processes the group has, whether this one computes with the others now or alone."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def count() -> int:
+    return 1 if _is_alone else group_size()
 
 
 def rank() -> int:
@@ -69,7 +74,7 @@ def is_first() -> bool:
 
 def on_this_machine() -> int:
     """How many ranks there are here, as far as torchrun says it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if count() > 1 else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if group_size() > 1 else 1
 
 
 def obstacle() -> str | None:
@@ -142,24 +147,74 @@ def summed(x: Tensor) -> Tensor:
 
 def add_up(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over ranks, all in one exchange; without gradients."""
-    if count() == 1 or not tensors:
-        return
-    total = _all_reduced(torch.cat([tensor.detach().reshape(-1) for tensor in tensors]), "sums")
-    parts = total.split([tensor.numel() for tensor in tensors])
-    with torch.no_grad():
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view(tensor.shape))
+    if count() > 1:
+        _begin_to_add_up(tensors)()
+
+
+def _begin_to_add_up(tensors: Sequence[Tensor]) -> Callable[[], None]:
+    """The same, but what is given back has to be called to end it; the tensors stay as they are until then."""
+    if not tensors:
+        return lambda: None
+    total = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    work = _exchange("sums", total.numel() * total.element_size(), lambda: dist.all_reduce(total, async_op=True))
+
+    def end() -> None:
+        _or_lost(work.wait)
+        parts = total.split([tensor.numel() for tensor in tensors])
+        with torch.no_grad():
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    return end
 
 
 def totals(counts: Sequence[int]) -> list[int]:
     """The sums over ranks."""
-    return [sum(values) for values in zip(*_gathered(list(counts)), strict=True)]
+    return [sum(values) for values in zip(*gathered(list(counts)), strict=True)]
 
 
-def add_up_gradients(optimizer: torch.optim.Optimizer, others: Sequence[Tensor] = ()) -> None:
-    """The gradients that the optimizer is about to use, and others' values with them, become their sums over ranks."""
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    add_up([parameter.grad for parameter in parameters if parameter.grad is not None] + list(others))
+def gathered(value: Value) -> list[Value]:
+    """What each rank gives."""
+    values = [value] * count()
+    if count() > 1:
+        _exchange("objects", 0, lambda: dist.all_gather_object(values, value))
+    return values
+
+
+@contextmanager
+def adding_up_gradients(optimizer: torch.optim.Optimizer, others: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Around `backward()`: the gradients that the optimizer is about to use, and others' values with them, become their
+    sums over ranks.
+
+    Gradients are exchanged in buckets while backward goes on, in the order in which they come. That is the same on all
+    ranks, as it is for the moments' gradients in between: they compute the same graph, and autograd goes through it in
+    one thread for a device, in an order that depends on nothing but the graph.
+    """
+    if count() == 1:
+        yield
+        return
+    bucket: list[Tensor] = []
+    begun: list[Callable[[], None]] = []
+
+    def gather(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        bucket.append(parameter.grad)
+        if sum(gradient.nbytes for gradient in bucket) >= BUCKET:
+            begun.append(_begin_to_add_up(bucket.copy()))
+            bucket.clear()
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(gather) for parameter in parameters if parameter.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    begun.append(_begin_to_add_up([*bucket, *others]))
+    for end in begun:
+        end()
 
 
 def moments(
@@ -215,7 +270,7 @@ def from_first(make: Callable[[], Value]) -> Value:
 
 def check_alike(what: str, value: Any) -> None:
     """Raise `GdfqError` on all ranks where `value` is not the same on all."""
-    values = _gathered(value)
+    values = gathered(value)
     others = [number for number, other in enumerate(values) if other != values[0]]
     if others:
         raise GdfqError(f"{what} of rank {others[0]} of {count()} are not those of rank 0: give all ranks the same")
@@ -234,12 +289,28 @@ def together() -> Iterator[None]:
     except Exception as own:
         error = own
     wait_for_all()
-    messages = _gathered(None if error is None else _words(error))
+    messages = gathered(None if error is None else _words(error))
     if error is not None:
         raise error
     for number, message in enumerate(messages):
         if message is not None:
             raise LostRank(message if number == 0 else f"rank {number} of {count()}: {message}")
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this rank is the only one: it computes, writes and warns as one process does."""
+    global _is_alone
+    if count() == 1:
+        yield
+        return
+    _is_alone = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)  # those that are meant for the user, see `one_run`
+            yield
+    finally:
+        _is_alone = False
 
 
 def spread(numbers: Sequence[int], make: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
@@ -266,7 +337,7 @@ def broadcast(tensor: Tensor | None, source: int = 0) -> Tensor:
     return result
 
 
-# --- exchanges, and who is missing in one that failed ---
+# --- exchanges ---
 
 
 def _all_reduced(x: Tensor, what: str, how: Any = None) -> Tensor:
@@ -276,97 +347,24 @@ def _all_reduced(x: Tensor, what: str, how: Any = None) -> Tensor:
     return total
 
 
-def _gathered(value: Any) -> list[Any]:
-    values = [value] * count()
-    if count() > 1:
-        _exchange("objects", 0, lambda: dist.all_gather_object(values, value))
-    return values
-
-
-def _exchange(what: str, size: int, exchange: Callable[[], Any]) -> None:
+def _exchange(what: str, size: int, exchange: Callable[[], Value]) -> Value:
     exchanges[what] += 1
     traffic[what] += size
+    return _or_lost(exchange)
+
+
+def _or_lost(exchange: Callable[[], Value]) -> Value:
+    """What it gives; where it fails, who is missing is found out."""
     try:
-        exchange()
+        return exchange()
     except RuntimeError as error:
         if _signs is None:
             raise
         raise LostRank(*_signs.of_failure()) from error
 
 
-class _SignsOfLife(threading.Thread):
-    """What ranks let each other know in the group's store, whatever they are busy with: that they live, how many
-    exchanges they have begun, and why one of them has failed.
-
-    Args:
-        number: of the run.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(daemon=True)
-        store: Any = dist.distributed_c10d._get_default_store()
-        # A store is one connection, and who waits for something in it holds it: the thread has its own.
-        self.store, self.own = (
-            dist.distributed_c10d.PrefixStore(f"gdfq/{number}", one) for one in (store, store.clone())
-        )
-        self.waits = itertools.count()
-        self.seen: dict[int, tuple[str, float]] = {}
-        self.is_over = threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        for number in itertools.count():
-            try:
-                self.own.set(f"alive/{rank()}", f"{number} {exchanges.total()}")
-            except RuntimeError:  # the store went with another rank, as the next exchange will find
-                return
-            if self.is_over.wait(BEAT):
-                return
-
-    def look(self) -> tuple[dict[int, float], dict[int, int]]:
-        """Of each rank, for how many seconds it has given no sign, and how many exchanges it has begun."""
-        now = time.monotonic()
-        for number in range(count()):
-            sign = self._read(f"alive/{number}") or "0 0"
-            if self.seen.get(number, ("", now))[0] != sign:
-                self.seen[number] = sign, now
-        silent = {number: now - since for number, (_, since) in self.seen.items()}
-        return silent, {number: int(sign.split()[1]) for number, (sign, _) in self.seen.items()}
-
-    def fail(self, message: str, speaker: int = 0) -> None:
-        """Say why, unless another rank already has."""
-        if self.failure() is None:
-            self.store.set("failure", json.dumps([message, speaker]))
-
-    def failure(self) -> list[Any] | None:
-        """What was said, and who is to say it to the user."""
-        text = self._read("failure")
-        return None if text is None else json.loads(text)
-
-    def of_failure(self) -> list[Any]:
-        """The same, found out if need be: who has given no sign, or else has begun fewer exchanges than others."""
-        try:
-            end = time.monotonic() + SILENCE
-            while self.failure() is None and time.monotonic() < end:
-                silent, begun = self.look()
-                time.sleep(0.1)
-            if self.failure() is None:
-                gone = [number for number, seconds in silent.items() if seconds > SILENCE - 2 * BEAT]
-                late = [number for number in begun if begun[number] < max(begun.values())]
-                who, what = (gone, "is gone") if gone else (late, "did not answer in time")
-                named = f"rank {' and '.join(map(str, who))}" if who else "a rank"
-                speaker = min(set(range(count())) - set(gone))
-                self.fail(f"{named} of {count()} {what}; {ADVICE}", speaker)
-            return self.failure() or ["", 0]
-        except RuntimeError:
-            return [f"rank 0 of {count()}, whose store the others need, is gone; {ADVICE}", 1]
-
-    def _read(self, key: str) -> str | None:
-        return self.store.get(key).decode() if self.store.check([key]) else None
-
-
 _runs = itertools.count()
-_signs: _SignsOfLife | None = None  # of the run that is on
+_signs: SignsOfLife | None = None  # of the run that is on
 
 
 def wait_for_all() -> None:
@@ -394,7 +392,7 @@ def one_run() -> Iterator[None]:
     if count() == 1 or _signs is not None:
         yield
         return
-    _signs = _SignsOfLife(next(_runs))
+    _signs = SignsOfLife(next(_runs), rank(), count(), exchanges.total)
     try:
         with warnings.catch_warnings():
             if not is_first():

@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from small_models import Residual, randomize_batch_norm
 from torch import Tensor
+from torch.utils.data import Subset
 
 import gdfq
-from gdfq import ranks
+from gdfq import demo, ranks
 from gdfq.calibrate import calibrate
 from gdfq.cli import main
 from gdfq.clip_values import mse
@@ -33,6 +34,7 @@ from gdfq.methods.reconstruction import nearest
 from gdfq.nn import FakeQuantize, activation_quantizers
 from gdfq.random_state import RandomState
 from gdfq.registry import SOURCES
+from gdfq.reproduce import sources
 from gdfq.run.checkpoint import load_checkpoint, save_checkpoint
 from gdfq.run.training_run import TrainingRun
 from gdfq.train.activations import Store
@@ -147,6 +149,25 @@ def iteration(phase: str, seed: int, **settings: Any) -> dict[str, Tensor]:
     return result
 
 
+def in_buckets(phase: str, seed: int, **settings: Any) -> dict[str, Tensor]:
+    """Every gradient is exchanged by itself."""
+    with mock.patch.object(ranks, "BUCKET", 1):
+        return iteration(phase, seed, **settings)
+
+
+def order(**settings: Any) -> Tensor:
+    """Of the exchanges in a step of G, `(n, 2)`: whether it is one of moments, and its bytes."""
+    noted, exchange = [], ranks._exchange
+
+    def exchange_and_note(what: str, size: int, *rest: Any) -> Any:
+        noted.append(["moments" in what, size])
+        return exchange(what, size, *rest)
+
+    with mock.patch.object(ranks, "_exchange", exchange_and_note):
+        in_buckets("warm-up", 0, **settings)
+    return torch.tensor(noted)
+
+
 def block(seed: int) -> dict[str, Tensor]:
     config = new_config(seed)
     student = new_student(config)
@@ -217,6 +238,8 @@ CASES: dict[str, Callable[[int], dict[str, Tensor]]] = {
     "warm-up": functools.partial(iteration, "warm-up"),
     **{name: functools.partial(iteration, "training", **settings) for name, settings in TRAINING.items()},
     "real images": functools.partial(iteration, "training", real=30),
+    "buckets": functools.partial(in_buckets, "training"),
+    "buckets, computed again": functools.partial(in_buckets, "training", **{"run.checkpointing": True}),
     "block": block,
     "fine-tuning": finetune,
     "minimum and maximum": functools.partial(calibrated, None),
@@ -272,15 +295,26 @@ def _own_gradient(ctx: Any, grad: Tensor) -> Tensor:
     return grad
 
 
-def _mean(tensors: Any, add_up: Any = ranks.add_up) -> None:
-    add_up(tensors)
-    for tensor in tensors:
-        tensor.detach().div_(ranks.count())
+def _mean(tensors: Any, begin: Any = ranks._begin_to_add_up) -> Callable[[], None]:
+    end = begin(tensors)
+
+    def end_and_divide() -> None:
+        end()
+        for tensor in tensors:
+            tensor.detach().div_(ranks.count())
+
+    return end_and_divide
+
+
+def _never_ended(tensors: Any, begin: Any = ranks._begin_to_add_up) -> Callable[[], None]:
+    begin(tensors)
+    return lambda: None
 
 
 # Name -> case that finds it, what of `gdfq.ranks` is replaced, by what.
 BUGS: dict[str, tuple[str, Any, str, Any]] = {
-    "gradients averaged": ("embedding", ranks, "add_up", _mean),
+    "gradients averaged": ("embedding", ranks, "_begin_to_add_up", _mean),
+    "gradients not waited for": ("buckets", ranks, "_begin_to_add_up", _never_ended),
     "no gradient of others": ("warm-up", ranks._Summed, "backward", staticmethod(_own_gradient)),
     "moments of the rank's own images": ("warm-up", ranks, "moments", lambda means, vars, about, own: (means, vars)),
     "ranges of the rank's own images": ("ranges", ranks, "extremes", lambda x: x),
@@ -305,6 +339,9 @@ def work(rank: int, count: int, folder: Path, seeds: range) -> None:
         if count == 1:
             results |= {("reversed", seed): trained(seed, reverse=True) for seed in seeds}
         results["interrupted", 0] = interrupted(folder, count)
+        if count > 1:
+            again = {"run.checkpointing": True}
+            results["order", 0] = {"kept": order(), "computed again": order(**again)}
         if count == 2:
             for name, (case, of, attribute, instead) in BUGS.items():
                 with mock.patch.object(of, attribute, instead):
@@ -350,6 +387,11 @@ def _send(number: int, rank: int) -> None:
         os.kill(os.getpid(), number)
 
 
+def _be_killed_in_backward(rank: int) -> None:
+    if rank == 1:
+        ranks._begin_to_add_up = lambda tensors: _send(signal.SIGKILL, rank)
+
+
 def _fill_disk(rank: int) -> None:
     if rank == 0:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -363,10 +405,24 @@ def _be_late(rank: int) -> None:
 FAULTS: dict[str, Callable[[int], None]] = {
     "raised": _raise,
     "killed": functools.partial(_send, signal.SIGKILL),
+    "killed in backward": _be_killed_in_backward,
     "terminated": functools.partial(_send, signal.SIGTERM),
     "full disk": _fill_disk,
     "late": _be_late,
 }
+
+
+def make_bank(rank: int, count: int, folder: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Be a rank of a run that makes a bank, and leave in words how it ended."""
+    torch.set_num_threads(1)
+    if count > 1:
+        join(rank, count, folder)
+    try:
+        gdfq.quantize(
+            new_model(), Config.load("cifar", settings), run_dir=folder / "run", resume=resume, progress=False
+        )
+    except Exception as error:
+        (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
 
 
 # --- the command line ---
@@ -380,3 +436,10 @@ def command(rank: int, count: int, folder: Path, port: int, arguments: list[str]
     sys.argv = ["gdfq", *arguments]
     sys.stdout, sys.stderr = ((folder / f"{rank}.{name}").open("w", buffering=1) for name in ("out", "err"))
     main()
+
+
+def reproduction(rank: int, count: int, folder: Path, port: int, arguments: list[str]) -> None:
+    """The same, with a few of the shipped images."""
+    images = Subset(demo.test_set(), range(50))
+    with mock.patch.multiple(sources, test_set=lambda: images, SHIPPED_FOR_TRAINING=30):
+        command(rank, count, folder, port, arguments)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from gdfq import ranks
 from gdfq.cli.app import app, leave
 from gdfq.cli.options import JsonOption
 from gdfq.config import parse_override
@@ -14,6 +15,7 @@ from gdfq.errors import GdfqError
 
 
 @app.command()
+@ranks.started()
 def reproduce(
     name: Annotated[str, typer.Argument(help="table1 to table9, or figure1")],
     out: Annotated[Path, typer.Option(help="folder for the results; tables may share one")] = Path("reproduce-output"),
@@ -46,13 +48,17 @@ def reproduce(
     """Make a table or the figure of the paper again, beside the published figures.
 
     Example: gdfq reproduce table5 --offline
+
+    On several GPUs, each cell on one of them: torchrun --nproc-per-node 8 -m gdfq reproduce ...
     """
     from gdfq.reproduce import render
     from gdfq.reproduce.figure1 import figure1
     from gdfq.reproduce.grid import Grid
 
-    progress = not as_json and sys.stderr.isatty()
+    progress = not as_json and sys.stderr.isatty() and ranks.is_first()
     if name == "figure1":
+        if ranks.count() > 1:
+            raise GdfqError("figure1 has no cells that could be spread over ranks: start it without torchrun")
         if data or weights or models or cell is not None or shard or settings or list_cells or len(seeds or []) > 1:
             raise GdfqError("figure1 has no cells and takes no data: give --out, --scale, --json and one --seeds alone")
         result = figure1(out, *(seeds or []), scale=scale, progress=progress)
@@ -72,10 +78,13 @@ def reproduce(
         settings=dict(parse_override(text) for text in settings or []),
     )
     if list_cells:
-        listed = grid.listing()
-        typer.echo(json.dumps(listed) if as_json else render.listing(listed))
+        if ranks.is_first():
+            listed = grid.listing()
+            typer.echo(json.dumps(listed) if as_json else render.listing(listed))
         return
-    result = grid.run(resume, progress, say=lambda text: typer.echo(text, err=True))
-    typer.echo(json.dumps(result) if as_json else render.markdown(result))
+    result = grid.run(resume or ranks.is_restarted(), progress, say=lambda text: typer.echo(text, err=True))
+    if ranks.is_first():
+        typer.echo(json.dumps(result) if as_json else render.markdown(result))
     if grid.failed:
-        leave(f"gdfq: {len(grid.failed)} cells failed, the first: {next(iter(grid.failed.values()))}", 1)
+        reason = next(iter(grid.failed.values()))
+        leave(f"gdfq: {len(grid.failed)} cells failed, the first: {reason}", 1, is_said=not ranks.is_first())

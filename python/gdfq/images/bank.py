@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -34,6 +35,7 @@ class Bank(ImageSource):
 
     Attributes:
         kept: where parts are found again and left, or None.
+        while_made: gives what is around the making of parts.
         bank: all images that are not held out, `(N, *shape)` float32, behind the transforms.
     """
 
@@ -54,6 +56,7 @@ class Bank(ImageSource):
         self.parts = parts
         self.settings = settings or {}
         self.kept: Kept | None = None
+        self.while_made: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._of_all_ranks: dict[int, Tensor] = {}
 
     @classmethod
@@ -92,11 +95,13 @@ class Bank(ImageSource):
 
     @cached_property
     def bank(self) -> Tensor:
-        return torch.cat([self._part(number) for number in range(self.parts)])
+        with self.while_made():
+            return torch.cat([self._part(number) for number in range(self.parts)])
 
     @cached_property
     def held_out_part(self) -> Tensor:
-        return self._part(self.parts)
+        with self.while_made():
+            return self._part(self.parts)
 
     def _part(self, number: int) -> Tensor:
         """In one layout, whether it was made or read."""

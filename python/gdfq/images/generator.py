@@ -96,12 +96,12 @@ class GeneratorImages(ImageSource):
     def step(self, count: int) -> Batch:
         """A step of G; gives the images that it was for, as they were before."""
         loss, logged, batch = self._forward(self._share(count))
-        self.optimizer.zero_grad()
-        loss.backward()
         batch = batch.detached()
         hits = 100 * (batch.teacher_logits.argmax(1) == batch.labels).float().mean()
         logged.append(hits * ranks.share(len(batch.images)))
-        ranks.add_up_gradients(self.optimizer, logged)
+        self.optimizer.zero_grad()
+        with ranks.adding_up_gradients(self.optimizer, logged):
+            loss.backward()
         self.optimizer.step()
         self.averages.add(logged)
         return batch

@@ -15,7 +15,8 @@ from gdfq.random_state import RandomState
 from gdfq.registry import SOURCES
 from gdfq.run.bank import keep, stored_bank
 from gdfq.run.folder import deciding_settings
-from gdfq.run.training_run import TrainingRun
+from gdfq.run.monitor import stopping_at_once
+from gdfq.run.training_run import Stopped, TrainingRun
 from gdfq.train.trainer import Trainer
 
 
@@ -46,7 +47,7 @@ def bank_of(task: Task) -> Bank:
 
 
 def source_of(task: Task, name: str) -> ImageSource:
-    """The image source of that name, for the task's model. A bank is kept in the run's folder."""
+    """The image source of that name, for the task's model. A bank is kept in the run's folder, and can be stopped."""
     source = SOURCES[name](task.teacher, task.captured, task.config, task.device, task.progress)
     return _kept(task, source, name) if isinstance(source, Bank) else source
 
@@ -54,7 +55,15 @@ def source_of(task: Task, name: str) -> ImageSource:
 def _kept(task: Task, bank: Bank, source: str) -> Bank:
     if task.folder is not None:
         keep(bank, task.folder, task.captured, source)
+    bank.while_made = lambda: stopping_at_once(lambda: Stopped(_how_to_go_on(task)))
     return bank
+
+
+def _how_to_go_on(task: Task) -> str:
+    where = "stopped while a bank of images was made"
+    if task.folder is None:
+        return where
+    return f"{where}; its finished parts are saved. To go on: gdfq quantize --resume {task.folder}"
 
 
 def learned(task: Task, source: ImageSource) -> ImageSource:

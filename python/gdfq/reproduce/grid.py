@@ -1,4 +1,4 @@
-"""A table's cells, run one after another or one per process; whatever is finished is kept.
+"""A table's cells, run one after another, one per process, or spread over ranks; whatever is finished is kept.
 
 The folder of a grid holds `cells/`, one JSON file for each cell and seed, named by what it was made with, so that
 tables which share a cell share its file; `runs/`, the run folder of each cell that is trained, from which it goes on
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from gdfq import ranks
 from gdfq.api import Result, device_named, quantize
 from gdfq.config import Config
 from gdfq.errors import GdfqError
@@ -136,13 +137,16 @@ class Grid:
 
     # --- doing it ---
 
+    @ranks.one_run()
     def run(self, resume: bool = False, progress: bool = False, say: Callable[[str], None] = lambda text: None) -> dict:
         """Make every figure that is not there yet; a cell that lacks something or fails does not keep others from it.
+
+        Of several ranks each makes every N-th cell, alone; those that are finished wait for the others.
 
         Args:
             resume: keep the results that `out` has, and go on with what was interrupted.
             progress: show bars.
-            say: is given a line for every cell that begins, is left out or fails.
+            say: is given a line for every cell that begins; on the first rank also for all that are left out or fail.
 
         Returns:
             `result()`.
@@ -151,8 +155,22 @@ class Grid:
             GdfqError: `out` has some of the results and `resume` was not given, or no cell could be run.
             Stopped: Ctrl-C or SIGTERM.
         """
-        self._check_new(resume)
-        for number, cell in self.chosen.items():
+        ranks.from_first(lambda: self._check_new(resume))
+        number, count = ranks.rank(), ranks.count()
+        own = dict(list(self.chosen.items())[number::count])
+        who = f"rank {number} of {count}: " if count > 1 else ""
+        with ranks.together(), ranks.alone():
+            self._run_cells(own, progress, lambda text: say(who + text))
+        everywhere = ranks.gathered((self.skipped, self.failed))
+        self.failed = {where: reason for _, failed in everywhere for where, reason in failed.items()}
+        self.skipped = {}
+        for skipped, _ in everywhere:
+            for reason, numbers in skipped.items():
+                self.skipped[reason] = sorted([*self.skipped.get(reason, []), *numbers])
+        return ranks.from_first(lambda: self._finish(say))
+
+    def _run_cells(self, cells: dict[int, Cell], progress: bool, say: Callable[[str], None]) -> None:
+        for number, cell in cells.items():
             seeds = [seed for seed in self.seeds if not self.path(number, seed).exists()]
             reasons = self._lacks(cell) if seeds else []
             for reason in reasons:
@@ -161,6 +179,8 @@ class Grid:
                 say(f"{self.name}: cell {number} of {len(self.table.cells)}, seed {seed}: {render.describe(cell)}")
                 self._attempt(number, seed, progress)
                 self.write()
+
+    def _finish(self, say: Callable[[str], None]) -> dict:
         notes = [f"left out {render.cells(numbers)}: {reason}" for reason, numbers in self.skipped.items()]
         notes += [f"failed: {where}: {reason}" for where, reason in self.failed.items()]
         if self.chosen and not any(self.path(number, seed).exists() for number in self.chosen for seed in self.seeds):

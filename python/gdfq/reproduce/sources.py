@@ -1,10 +1,11 @@
 """Where the networks and images of a table come from, and what to say where one is not there."""
 
+import fcntl
 import hashlib
 import math
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ class Sources:
         """
         spec, weights, options = self.arguments(network)
         try:
-            with redirect_stdout(sys.stderr):  # pytorchcv talks of its download
+            # pytorchcv talks of its download, and two of the same file at a time would spoil it.
+            with redirect_stdout(sys.stderr), _one_process_at_a_time() if self.to_download(network) else nullcontext():
                 return load_model(spec, weights, **options)
         except GdfqError as error:
             if not options:
@@ -156,6 +158,16 @@ class Sources:
 
     def _how_to_get_images(self, network: Network) -> str:
         return f"give the images of {network.data} as --data {network.data}=FOLDER, holding {LAYOUTS[network.data]}"
+
+
+@contextmanager
+def _one_process_at_a_time() -> Iterator[None]:
+    """Of those that share pytorchcv's folder."""
+    folder = PYTORCHCV_CACHE.expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".gdfq.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def pytorchcv_file(network: Network) -> Path:

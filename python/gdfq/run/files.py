@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     Raises `GdfqError`, naming `path` and the reason, for a full disk, missing permission and every other `OSError`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # processes of several machines may write
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -113,21 +113,44 @@ def stop_requests() -> Iterator[threading.Event]:
     """Turn Ctrl-C and SIGTERM inside the block into an event to be looked at between iterations.
 
     A second Ctrl-C interrupts at once, but for several ranks: torchrun passes on the one that they have seen already.
-    Outside the main thread signals are left alone.
     """
     requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield requested
-        return
 
-    def request(number: int, frame: object) -> None:
-        if requested.is_set() and ranks.count() == 1:
+    def request() -> None:
+        if requested.is_set() and ranks.group_size() == 1:
             raise KeyboardInterrupt
         requested.set()
 
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _stop_requests_call(request):
         yield requested
+
+
+@contextmanager
+def stopping_at_once(error: Callable[[], Exception]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM inside the block raise `error()` wherever it is; of several ranks, the first of them alone."""
+    requested = False
+
+    def request() -> None:
+        nonlocal requested
+        if not requested or ranks.group_size() == 1:
+            requested = True
+            raise error()
+
+    with _stop_requests_call(request):
+        yield
+
+
+@contextmanager
+def _stop_requests_call(request: Callable[[], None]) -> Iterator[None]:
+    """Outside the main thread signals are left alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {
+        number: signal.signal(number, lambda number, frame: request()) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -98,10 +98,10 @@ class FineTuner:
                 batch = Batch(images, logits.argmax(1), logits, readings=readings)
                 answers = self.student(images)
             loss, _ = self.objective(Outputs(batch, answers, readings))
-            self.optimizer.zero_grad()
-            loss.backward()
             self.loss.copy_(loss.detach())
-            ranks.add_up_gradients(self.optimizer, [self.loss])
+            self.optimizer.zero_grad()
+            with ranks.adding_up_gradients(self.optimizer, [self.loss]):
+                loss.backward()
             self.optimizer.step()
 
     def _views(self, count: int) -> Tensor:

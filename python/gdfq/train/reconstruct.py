@@ -155,10 +155,10 @@ class BlockTrainer:
             error = (y.float() - self.wanted.select(chosen)).square().sum(1).mean() * ranks.share(len(chosen))
             penalty = sum(learned.penalty for learned in self.roundings.values()) / ranks.count()  # the same on all
             loss = error + self.penalty_weight * penalty
-            self.optimizer.zero_grad()
-            loss.backward()
             self.error.copy_(error.detach())
-            ranks.add_up_gradients(self.optimizer, [self.error])
+            self.optimizer.zero_grad()
+            with ranks.adding_up_gradients(self.optimizer, [self.error]):
+                loss.backward()
             self.optimizer.step()
 
     def _rounding(

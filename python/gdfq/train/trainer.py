@@ -136,8 +136,8 @@ class Trainer:
         with nullcontext() if self.config.student.fixed_bns else moving_statistics(self.student):
             loss, logged = self._forward(batch)
         self.optimizer.zero_grad()
-        loss.backward()
-        ranks.add_up_gradients(self.optimizer, logged)
+        with ranks.adding_up_gradients(self.optimizer, logged):
+            loss.backward()
         self.optimizer.step()
         self.averages.add(logged)
 

@@ -1,6 +1,7 @@
 """What a grid runs, keeps, takes over and leaves out; quantizing itself is replaced, so that calls can be counted."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -114,6 +115,26 @@ def test_tasks_share_a_table(quantizer, tmp_path):
     assert offline("table1", tmp_path, shard="2/2").run(resume=True)["missing"] == []
     assert "Not all" not in (tmp_path / "table1.md").read_text()
     assert [call.config.method for call in quantizer.calls] == ["finetune", "gdfq", "zeroq"]
+
+
+def test_ranks_have_a_share_each_and_the_first_one_hears_of_all(quantizer, tmp_path, monkeypatch):
+    """Without a process group; `test_ranks.py` has one."""
+    others = {"no weights": [1]}, {"cell 3, seed 0": "NaN"}
+    second = SimpleNamespace(
+        rank=lambda: 1, count=lambda: 2, together=nullcontext, alone=nullcontext,
+        gathered=lambda own: [others, own], from_first=lambda make: make(),
+    )  # fmt: skip
+    monkeypatch.setattr(grid_module, "ranks", second)
+    quantizer.raises = {2: GdfqError("too large")}
+    said = []
+    grid = offline("table1", tmp_path, seeds=(0, 1))
+    grid.run(say=said.append)
+    assert [(call.config.method, call.config.run.seed) for call in quantizer.calls] == [("zeroq", 0), ("zeroq", 1)]
+    assert grid.failed == {"cell 3, seed 0": "NaN", "cell 2, seed 1": "too large"}
+    assert said[0].startswith("rank 1 of 2: table1: cell 2 of 3, seed 0: ")
+    assert said[-3:] == [
+        "left out cell 1: no weights", "failed: cell 3, seed 0: NaN", "failed: cell 2, seed 1: too large",
+    ]  # fmt: skip
 
 
 def test_what_another_task_finishes_while_a_table_is_written_is_in_it(quantizer, tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 import math
 import runpy
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,26 @@ def test_a_teacher_of_the_example_is_one_for_the_tables(cifar10, tmp_path, monke
     trained = Sources(weights={"resnet20_cifar10": file}).teacher(CIFAR10)
     assert not trained.training
     assert trained.features.init_block.bn.num_batches_tracked == 3  # of ten of the 30 images
+
+
+def test_processes_download_one_after_the_other(tmp_path, monkeypatch):
+    """Threads here: each opens the lock by itself."""
+    at_once, most = [], []
+
+    def load(spec, weights, **options):
+        at_once.append(spec)
+        most.append(len(at_once))
+        time.sleep(0.05)
+        at_once.pop()
+
+    monkeypatch.setattr(sources, "load_model", load)
+    monkeypatch.setattr(sources, "PYTORCHCV_CACHE", tmp_path / "models")
+    threads = [threading.Thread(target=Sources().teacher, args=(CIFAR10,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
 
 
 def test_imagenet_is_prepared_as_each_network_was_trained(tmp_path):
