@@ -155,9 +155,9 @@ def main() -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """The rows in Markdown; (b) marks those of another processor than the first one's."""
     lines = [
-        "| | in integers | codes | class, in integers | in float32 | size | speed |",
+        "| | in integers | codes wrong / at a boundary | class: Q in integers | Q in float32 | size | speed |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for found in rows:
@@ -170,6 +170,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ratio = verification["float_bytes"] / verification["bytes"]
         faster = verification["float_time"]["median"] / verification["time"]["median"]
         name = f"{found['network']}, {found['bits']}" + ("" if found["counts"] else " (*)")
+        name += "" if found["cpu"] == rows[0]["cpu"] else " (b)"
         levels = f"{wrong} / {boundary} of {verification['codes'] / 1e6:.0f} M"
         lines.append(f"| {name} | {integers} | {levels} | {exact} | {float32} | 1/{ratio:.1f} | {faster:.2f} |")
     return "\n".join(lines)

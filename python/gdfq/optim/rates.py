@@ -1,5 +1,7 @@
 """What all optimizers here have in common: rates that change by epoch, and state that is read back from files."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -10,6 +12,11 @@ _INITIAL = "initial_"
 def rate(value: float, device: torch.device) -> Tensor:
     """A rate as a tensor, `()` float32."""
     return torch.tensor(value, device=device)
+
+
+def with_own_rate(parameter: Tensor, initial: float) -> dict[str, Any]:
+    """A parameter as a group of an optimizer, whose rate `set_rates` changes."""
+    return {"params": [parameter], "lr": rate(initial, parameter.device), f"{_INITIAL}lr": initial}
 
 
 def set_rates(optimizer: Optimizer, factor: float) -> None:

@@ -23,7 +23,7 @@ from gdfq.errors import GdfqError
 from gdfq.graph import Teacher, quantized_layers
 from gdfq.nn import FakeQuantize
 from gdfq.objective import Outputs, student_objective
-from gdfq.optim.rates import rate, set_rates
+from gdfq.optim.rates import set_rates, with_own_rate
 from gdfq.precision import autocast, products_in_tf32
 from gdfq.random_state import RandomState
 from gdfq.train.cuda_graph import IterationRunner
@@ -146,6 +146,5 @@ def _settle(student: fx.GraphModule, share: float) -> list[dict[str, Any]]:
         weight.copy_(layer.quantizer.quantized(layer.index, weight))
         layer.quantizer.store(layer.index, grid.step, grid.zero_point)
         weight.requires_grad_(True)
-        initial = share * grid.step.mean().item()
-        groups.append({"params": [weight], "lr": rate(initial, weight.device), "initial_lr": initial})
+        groups.append(with_own_rate(weight, share * grid.step.mean().item()))
     return groups

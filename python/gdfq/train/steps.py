@@ -8,7 +8,7 @@ from torch import nn
 
 from gdfq.nn import FakeQuantize
 from gdfq.observers import LearnedStep
-from gdfq.optim.rates import rate
+from gdfq.optim.rates import with_own_rate
 from gdfq.random_state import RandomState
 
 
@@ -38,11 +38,7 @@ class LearnedSteps:
 
     def groups(self, share: float) -> list[dict[str, Any]]:
         """For an optimizer: each step's rate is a share of the step as it is now."""
-        rates = [share * step.item() for step in self.parameters]
-        return [
-            {"params": [step], "lr": rate(initial, step.device), "initial_lr": initial}
-            for step, initial in zip(self.parameters, rates, strict=True)
-        ]
+        return [with_own_rate(step, share * step.item()) for step in self.parameters]
 
     def settle(self) -> None:
         """The quantizers have their observers again, and the ranges that their steps make."""
