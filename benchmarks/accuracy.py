@@ -2,56 +2,94 @@
 
     python -m benchmarks.accuracy --seeds 0 1 2 --banks BANKS --out FILE                      # the demonstration's
     python -m benchmarks.accuracy --cifar FOLDER --target paper --bits 4:4 3:3 --seeds 0 1 2 --banks BANKS --out FILE
-    python -m benchmarks.accuracy --cifar FOLDER --training-images 5000 --set reconstruction.keep=0.0 --out FILE
+    python -m benchmarks.accuracy --cifar FOLDER --target paper --training-images 5000 --ablation --out FILE
 
 FOLDER holds CIFAR-10's images, test.npz and train.npz, and a network for them, as `benchmarks/gpu_prepare.sh` lays it
 out. Test images choose nothing: settings are compared by `--training-images`. A bank of images is made once for each
-seed and kept in BANKS, where all methods and bits find it. What FILE holds already is kept, or measured again.
+seed and kept in BANKS, where all methods, bits and settings of reconstruction find it. What FILE holds already is kept,
+or measured again. Each row is measured in a process of its own, `--jobs` at a time; seconds are the processor's, since
+others may share the machine.
 """
 
 import argparse
 import json
+import multiprocessing
 import resource
 import shutil
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 import gdfq
 from benchmarks.accuracy_in_time import MEAN, STD, Subject, subject
 from gdfq.api import default_preset
 from gdfq.config import parse_override
 from gdfq.data import load_dataset
+from gdfq.evaluate import agreement
 from gdfq.provenance import describe, provenance
 from gdfq.registry import METHODS
 from gdfq.run import folder as run_folder
 from gdfq.run.files import write_text
 
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # its training images, as Debian's dataset-fashion-mnist has them
+# What the ablation changes, one thing at a time.
+ABLATION: list[dict[str, Any]] = [
+    {},
+    {"inversion.swing": False},
+    {"images.transforms.low_pass.cutoff": 12.0},
+    {"inversion.cross_entropy_weight": 1.0},
+    {"inversion.crop": 0.4, "inversion.flip": True},
+    {"inversion.iterations": 50},
+    {"inversion.iterations": 300},
+    {"inversion.images": 64},
+    {"inversion.images": 128},
+    {"inversion.images": 512},
+    {"inversion.images": 1024},
+    {"images.source": "generator", "images.bank": 256, "schedule.iterations": 100, "schedule.batch_size": 64},
+    {"reconstruction.ranges": "minmax"},
+    {"reconstruction.begin": "nearest"},
+    {"reconstruction.keep": 0.0},
+    {"reconstruction.step_learning_rate": 0.0},
+    {"reconstruction.iterations": 100},
+    {"reconstruction.iterations": 1000},
+    {"reconstruction.finetune_iterations": 0},
+    {"reconstruction.finetune_iterations": 1000},
+    {"reconstruction.finetune_step_learning_rate": 0.0},
+]
 # In two rows: the same measured.
 SAME = ("network", "images", "preset", "effort", "method", "bits", "target", "seed", "settings")
 
 
-def images_of(what: Subject, cifar: Path | None, training: int | None) -> tuple[str, Dataset]:
+def images_of(what: Subject, args: argparse.Namespace) -> tuple[str, Dataset]:
     """Test images, or the first training images, and what they are."""
-    if training is None:
-        return "test", what.images
-    if cifar is None:
+    if args.training_images is None:
+        first = args.test_images
+        return ("test", what.images) if first is None else (f"{first} of test", Subset(what.images, range(first)))
+    if args.cifar is None:
         images = load_dataset(FASHION_MNIST, split="train")
     else:
-        images = load_dataset(cifar / "train.npz", mean=MEAN, std=STD)
-    return f"{training} of training", Subset(images, range(training))
+        images = load_dataset(args.cifar / "train.npz", mean=MEAN, std=STD)
+    return f"{args.training_images} of training", Subset(images, range(args.training_images))
+
+
+def bank_of(args: argparse.Namespace, preset: str, settings: dict[str, Any], seed: int) -> Path:
+    """Where a bank of these settings is kept; those of reconstruction do not change it."""
+    changes = [f"{name}={value}" for name, value in settings.items() if not name.startswith("reconstruction.")]
+    subject = "demonstration" if args.cifar is None else "cifar"
+    return args.banks / ("-".join([subject, preset, args.effort, str(seed), *changes]) + ".safetensors")
 
 
 def quantized(what: Subject, config: gdfq.Config, bank: Path | None, images: Dataset) -> dict[str, Any]:
     """What is found of one run; the images that it makes are left as `bank`."""
-    start = time.monotonic()
+    start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         result = gdfq.quantize(what.network, config, run_dir=run, progress=False)
@@ -59,34 +97,45 @@ def quantized(what: Subject, config: gdfq.Config, bank: Path | None, images: Dat
         if bank is not None and made.exists():
             bank.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(made, bank)
+    seconds, peak = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    batches = (batch for batch, _ in DataLoader(images, 256))
     return {
-        "seconds": time.monotonic() - start,
+        "seconds": seconds,
         "top1": gdfq.evaluate(result.model, images).top1,
+        "as_float": asdict(agreement(what.network.eval(), result.model, batches)),
         "bank": "read" if config.images.file else "made",
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak,
         "agreement": asdict(result.report.data_free),
     }
 
 
-def measured(what: Subject, args: argparse.Namespace, images: Dataset, method: str, bits: str, seed: int) -> dict:
+def measured(args: argparse.Namespace, method: str, bits: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:
+    """A row, by a process of its own."""
+    torch.set_num_threads(args.threads)
+    what = subject(args.cifar)
+    kind, images = images_of(what, args)
+    preset = args.preset or default_preset(what.network, what.image_size)
     weight_bits, activation_bits = map(int, bits.split(":"))
-    settings = dict(map(parse_override, args.set))
     overrides = settings | {
         "method": method, "quantizer.weight_bits": weight_bits, "quantizer.activation_bits": activation_bits,
         "quantizer.target": args.target, "run.seed": seed, "model.image_size": what.image_size,
     }  # fmt: skip
     bank = None
     if args.banks is not None and METHODS[method].takes_bank:
-        bank = args.banks / f"{'demonstration' if args.cifar is None else 'cifar'}-{seed}.safetensors"
+        bank = bank_of(args, preset, settings, seed)
         if bank.exists():
             overrides["images.file"] = str(bank.absolute())
-    config = gdfq.Config.load(args.preset, overrides, effort=args.effort)
-    return quantized(what, config, bank, images)
+    config = gdfq.Config.load(preset, overrides, effort=args.effort)
+    return {
+        "network": what.name, "images": kind, "method": method, "bits": f"W{weight_bits}A{activation_bits}",
+        "preset": preset, "effort": args.effort, "target": args.target, "seed": seed, "settings": settings,
+        "float": gdfq.evaluate(what.network, images).top1,
+    } | quantized(what, config, bank, images)  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Means over seeds, in Markdown."""
-    lines = ["| | float | top-1 | seeds | seconds |", "| --- | --- | --- | --- | --- |"]
+    """Means over seeds, in Markdown; KL is P's and Q's on the images, where the row has it."""
+    lines = ["| | float | top-1 | each | KL | seconds | GiB |", "| --- | --- | --- | --- | --- | --- | --- |"]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         changed = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
@@ -96,8 +145,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     for name, own in groups.items():
         top1 = [row["top1"] for row in own]
         each = ", ".join(f"{value:.2f}" for value in top1)
-        seconds = statistics.mean(row["seconds"] for row in own)
-        lines.append(f"| {name} | {own[0]['float']:.2f} | {statistics.mean(top1):.2f} | {each} | {seconds:.0f} |")
+        seconds, peak = (statistics.mean(row[key] for row in own) for key in ("seconds", "peak_gib"))
+        kl = [row["as_float"]["kl"] for row in own if "as_float" in row]
+        figures = f"{own[0]['float']:.2f} | {statistics.mean(top1):.2f} | {each}"
+        figures += f" | {statistics.mean(kl):.4f}" if kl else " | "
+        made = sum(row["bank"] == "made" for row in own)
+        lines.append(f"| {name} | {figures} | {seconds:.0f}{f' ({made} with the bank)' if made else ''} | {peak:.2f} |")
     return "\n".join(lines)
 
 
@@ -113,28 +166,29 @@ def main() -> None:
     parser.add_argument("--effort", default="default", help="fast, default or best")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
-    parser.add_argument("--training-images", type=int, help="so many of them, instead of the test images")
+    parser.add_argument("--ablation", action="store_true", help="instead: nothing, and each thing of the list above")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--training-images", type=int, help="so many of them, instead of the test images")
+    only.add_argument("--test-images", type=int, help="so many of them; default: all")
     parser.add_argument("--banks", type=Path, help="folder for banks of images")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="rows that are measured at the same time")
     parser.add_argument("--out", type=Path, required=True, help="a JSON file; what it holds already is kept")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     facts = provenance(args.threads)
-    what = subject(args.cifar)
-    kind, images = images_of(what, args.cifar, args.training_images)
-    args.preset = args.preset or default_preset(what.network, what.image_size)
-    float_top1 = gdfq.evaluate(what.network, images).top1
     rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
-    for method, bits, seed in ((m, b, s) for m in args.methods for b in args.bits for s in args.seeds):
-        row = {
-            "network": what.name, "images": kind, "method": method, "bits": "W{}A{}".format(*bits.split(":")),
-            "preset": args.preset, "effort": args.effort, "target": args.target, "seed": seed,
-            "settings": dict(map(parse_override, args.set)), "float": float_top1, "gdfq_commit": facts["gdfq_commit"],
-        }  # fmt: skip
-        row |= measured(what, args, images, method, bits, seed)
-        rows = [other for other in rows if any(other[key] != row[key] for key in SAME)] + [row]
-        write_text(args.out, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
-        print(table([row]).splitlines()[-1], flush=True)
+    variants = ABLATION if args.ablation else [dict(map(parse_override, args.set))]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
+        futures = [
+            pool.submit(measured, args, method, bits, settings, seed)
+            for seed, method, bits, settings in product(args.seeds, args.methods, args.bits, variants)
+        ]
+        for future in as_completed(futures):
+            row = future.result() | {"gdfq_commit": facts["gdfq_commit"]}
+            rows = [other for other in rows if any(other[key] != row[key] for key in SAME)] + [row]
+            write_text(args.out, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+            print(table([row]).splitlines()[-1], flush=True)
     print(f"{table(rows)}\n{describe(facts)}")
 
 
