@@ -8,7 +8,7 @@
 # installed into it, its torch (a CUDA build, say) stays, and what it lacks is said.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 ifdef PY
 INTERPRETER := $(PY)

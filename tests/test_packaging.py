@@ -51,7 +51,7 @@ def _use(python: Path, folder: Path, expected: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_wheel_in_an_empty_environment(tmp_path):
     wheel = _build_wheel(tmp_path, "require")
     names = zipfile.ZipFile(wheel).namelist()

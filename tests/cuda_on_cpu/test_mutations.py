@@ -33,7 +33,7 @@ def test_every_survivor_has_its_reason():
     assert survived <= explained().keys()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_bug_is_caught(tmp_path):
     command = [sys.executable, "tests/cuda_on_cpu/mutations.py", "planted", "--only", "divider.h"]
     done = subprocess.run([*command, "--out", tmp_path / "bugs.jsonl"], cwd=ROOT, capture_output=True, text=True)

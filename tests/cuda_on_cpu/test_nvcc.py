@@ -22,7 +22,7 @@ TOOLS = [*Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin"), Path(os.en
 PATH = os.pathsep.join([os.environ["PATH"], *map(str, TOOLS), "/usr/local/cuda/bin"])
 NVCC, CUOBJDUMP, NVDISASM = (shutil.which(tool, path=PATH) for tool in ("nvcc", "cuobjdump", "nvdisasm"))
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")]
+pytestmark = [pytest.mark.long, pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")]
 
 # Kernels that read whole vectors in all their instantiations, or in those with N > 1.
 READS_VECTORS = re.compile(r"weights_kernel|_kernel<[^<>]*(<[^<>]*>)?[^<>]*, [48][,>]")

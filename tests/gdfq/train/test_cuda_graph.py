@@ -72,7 +72,7 @@ def test_replayed_iterations_equal_eager_ones_bit_for_bit(graphs, changes):
     assert_same(eager, replayed)
 
 
-@pytest.mark.parametrize("stop_at", [4, 28, 41])
+@pytest.mark.parametrize("stop_at", [28, *(pytest.param(at, marks=pytest.mark.long) for at in (4, 41))])
 def test_a_resumed_run_captures_anew_and_ends_the_same(graphs, eager, stop_at, tmp_path):
     first = new_trainer(**PHASES, run__cuda_graph=True)
     run_until(first, stop_at)
