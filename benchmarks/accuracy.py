@@ -6,9 +6,9 @@
 
 FOLDER holds CIFAR-10's images, test.npz and train.npz, and a network for them, as `benchmarks/gpu_prepare.sh` lays it
 out. Test images choose nothing: settings are compared by `--training-images`. A bank of images is made once for each
-seed and kept in BANKS, where all methods, bits and settings of reconstruction find it. What FILE holds already is kept,
-or measured again. Each row is measured in a process of its own, `--jobs` at a time; seconds are the processor's, since
-others may share the machine.
+seed and kept in BANKS, where all methods, bits and settings of reconstruction find it. Methods that are
+calibrated are given training images. What FILE holds already is kept, or measured again. Each row is measured in a
+process of its own, `--jobs` at a time; seconds are the processor's, since others may share the machine.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from gdfq.api import default_preset
 from gdfq.config import parse_override
 from gdfq.data import load_dataset
 from gdfq.evaluate import agreement
+from gdfq.methods.method import Data
 from gdfq.provenance import describe, provenance
 from gdfq.registry import METHODS
 from gdfq.run import folder as run_folder
@@ -68,16 +69,18 @@ ABLATION: list[dict[str, Any]] = [
 SAME = ("network", "images", "preset", "effort", "method", "bits", "target", "seed", "settings")
 
 
+def training_images(args: argparse.Namespace) -> Dataset:
+    if args.cifar is None:
+        return load_dataset(FASHION_MNIST, split="train")
+    return load_dataset(args.cifar / "train.npz", mean=MEAN, std=STD)
+
+
 def images_of(what: Subject, args: argparse.Namespace) -> tuple[str, Dataset]:
     """Test images, or the first training images, and what they are."""
-    if args.training_images is None:
-        first = args.test_images
-        return ("test", what.images) if first is None else (f"{first} of test", Subset(what.images, range(first)))
-    if args.cifar is None:
-        images = load_dataset(FASHION_MNIST, split="train")
-    else:
-        images = load_dataset(args.cifar / "train.npz", mean=MEAN, std=STD)
-    return f"{args.training_images} of training", Subset(images, range(args.training_images))
+    if args.training_images is not None:
+        return f"{args.training_images} of training", Subset(training_images(args), range(args.training_images))
+    first = args.test_images
+    return ("test", what.images) if first is None else (f"{first} of test", Subset(what.images, range(first)))
 
 
 def bank_of(args: argparse.Namespace, preset: str, settings: dict[str, Any], seed: int) -> Path:
@@ -87,12 +90,14 @@ def bank_of(args: argparse.Namespace, preset: str, settings: dict[str, Any], see
     return args.banks / ("-".join([subject, preset, args.effort, str(seed), *changes]) + ".safetensors")
 
 
-def quantized(what: Subject, config: gdfq.Config, bank: Path | None, images: Dataset) -> dict[str, Any]:
-    """What is found of one run; the images that it makes are left as `bank`."""
+def quantized(
+    what: Subject, config: gdfq.Config, bank: Path | None, real: Dataset | None, images: Dataset
+) -> dict[str, Any]:
+    """What is found on `images` of one run, calibrated on `real` ones; those that it makes are left as `bank`."""
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        result = gdfq.quantize(what.network, config, run_dir=run, progress=False)
+        result = gdfq.quantize(what.network, config, run_dir=run, calibrate_on=real, progress=False)
         made = run / run_folder.IMAGES
         if bank is not None and made.exists():
             bank.parent.mkdir(parents=True, exist_ok=True)
@@ -126,11 +131,12 @@ def measured(args: argparse.Namespace, method: str, bits: str, settings: dict[st
         if bank.exists():
             overrides["images.file"] = str(bank.absolute())
     config = gdfq.Config.load(preset, overrides, effort=args.effort)
+    real = training_images(args) if METHODS[method].data is Data.IMAGES else None
     return {
         "network": what.name, "images": kind, "method": method, "bits": f"W{weight_bits}A{activation_bits}",
         "preset": preset, "effort": args.effort, "target": args.target, "seed": seed, "settings": settings,
         "float": gdfq.evaluate(what.network, images).top1,
-    } | quantized(what, config, bank, images)  # fmt: skip
+    } | quantized(what, config, bank, real, images)  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:
