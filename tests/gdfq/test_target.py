@@ -99,6 +99,26 @@ def test_what_a_layer_gives_is_a_whole_number_of_its_steps(target, make, bits):
 
 
 @pytest.mark.parametrize("target", DEPLOYED)
+@pytest.mark.parametrize(
+    ("make", "in_bytes"),
+    [  # the image; what an add, a concatenation or an average pool reads and no layer does
+        (Residual, {"x", "bn2", "bn4"}),
+        (Dense, {"x", "first", "second", "cat_1"}),
+        (TwoHeads, {"x", "bn_a", "bn_b", "next"}),
+    ],
+)
+def test_what_no_weight_is_multiplied_with_has_eight_bits(target, make, in_bytes):
+    for few in (2, 4):
+        _, summary = student_of(make, target, **{"quantizer.activation_bits": few})
+        found = {entry.name: entry.bits for entry in summary.activations}
+        assert found == {name: 8 if name in in_bytes else few for name in found}
+        assert in_bytes < found.keys()
+    table = {"extends": target, "unweighted_bits": 3}
+    _, summary = student_of(make, table, **{"quantizer.activation_bits": 4})
+    assert {entry.bits for entry in summary.activations if entry.name != "x"} == {4}, "never fewer than the others"
+
+
+@pytest.mark.parametrize("target", DEPLOYED)
 def test_zero_is_a_level_of_every_quantizer(target):
     student, _ = student_of(TwoHeads, target)
     for quantizer in activation_quantizers(student).values():

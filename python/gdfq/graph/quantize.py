@@ -138,8 +138,11 @@ class _Rewriter:
 
     def _bits_of_value(self, value: fx.Node) -> int | None:
         """The most that a reader of the value, or of values picked from it, wants; None where all want float."""
+        readers = self._readers(value)
         default = self.config.input_bits if is_image(value) else self.config.activation_bits
-        wanted = [self.of_layer.get(reader) for reader in self._readers(value)]
+        if readers and not any(reader.target in WEIGHTED for reader in readers):
+            default = max(default, self.target.unweighted_bits or default)
+        wanted = [self.of_layer.get(reader) for reader in readers]
         numbers = [default if bits is None else bits.activations for bits in wanted] or [default]
         return max((number for number in numbers if number != "float"), default=None)
 

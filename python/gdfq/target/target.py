@@ -20,6 +20,13 @@ class Target(Section):
     quantized: tuple[Place, ...] = Field(
         get_args(Place)[1:], description=f"which activations: those of {', '.join(get_args(Place))}"
     )
+    unweighted_bits: int | None = Field(
+        None,
+        ge=2,
+        le=8,
+        description="of activations that no weight is multiplied with, which sums, average pools and concatenations "
+        "alone read; default: as of all others",
+    )
     activation_scheme: Scheme = Field(
         "affine",
         description="how a range is made into levels: affine, round(x / step) + zero point, zero in the range; "
