@@ -114,7 +114,7 @@ def test_a_layer_in_float_computes_in_float_and_the_others_as_before():
     weight = model.fc.weight.detach()
     with torch.no_grad():
         y = F.relu(model.bn(model.conv(x)))  # the bias as it is
-        y = gdfq_ext.fake_quantize(y, *features, 4, scheme="affine").mean((2, 3))
+        y = gdfq_ext.fake_quantize(y, *features, 8, scheme="affine").mean((2, 3))  # which the pool alone reads
         y = gdfq_ext.fake_quantize(y, *pooled, 4, scheme="affine")
         unit = gdfq_ext.quantizer_grid(*pooled, 4, "affine").step
         unit = unit * gdfq_ext.quantizer_grid(weight.amin(1), weight.amax(1), 3, "affine").step
