@@ -193,7 +193,7 @@ def test_as_graphs_it_is_the_same(monkeypatch):
 
 
 def test_fine_tuning_begins_at_what_was_reconstructed_and_trains_on():
-    settings = {"reconstruction.iterations": 30}
+    settings = {"reconstruction.iterations": 30, "quantizer.weight_bits": 2, "quantizer.activation_bits": 2}
     task, images = task_of(Residual, settings)
     run(task, images)
     x = torch.randn(4, *task.captured.image_shape)
