@@ -107,7 +107,9 @@ class QuantizerConfig(Section):
     """What is quantized, to how many bits, and how."""
 
     weight_bits: Bits = Field(4, description="bits of every weight, per output channel")
-    activation_bits: Bits = Field(4, description="bits of every activation, per tensor")
+    activation_bits: Bits = Field(
+        4, description="bits of activations, per tensor; see also the target's `unweighted_bits` (`gdfq targets`)"
+    )
     input_bits: Bits = Field(8, description="bits of the input image (images come in 8 bits), where it is quantized")
     layers: dict[str, LayerBits] = Field(
         {},
