@@ -141,7 +141,7 @@ class _Rewriter:
         readers = self._readers(value)
         default = self.config.input_bits if is_image(value) else self.config.activation_bits
         if readers and not any(reader.target in WEIGHTED for reader in readers):
-            default = max(default, self.target.unweighted_bits or default)
+            default = max(default, self.target.unweighted_bits or 0)
         wanted = [self.of_layer.get(reader) for reader in readers]
         numbers = [default if bits is None else bits.activations for bits in wanted] or [default]
         return max((number for number in numbers if number != "float"), default=None)

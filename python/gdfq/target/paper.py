@@ -7,6 +7,7 @@ TARGETS["paper"] = Target(
     name="paper",
     help="the outputs of ReLU and ReLU6 only, by Eq. 6 as published; for published tables, not for a runtime",
     quantized=("relu_outputs",),
+    unweighted_bits=None,
     activation_scheme="eq6",
     weight_scheme="eq6",
     carrier_bits=None,

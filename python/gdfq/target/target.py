@@ -21,11 +21,11 @@ class Target(Section):
         get_args(Place)[1:], description=f"which activations: those of {', '.join(get_args(Place))}"
     )
     unweighted_bits: int | None = Field(
-        None,
+        8,
         ge=2,
         le=8,
-        description="of activations that no weight is multiplied with, which sums, average pools and concatenations "
-        "alone read; default: as of all others",
+        description="that activations have at least which no weight is multiplied with, but sums, average pools and "
+        "concatenations alone read: those of the bytes that they are in",
     )
     activation_scheme: Scheme = Field(
         "affine",
