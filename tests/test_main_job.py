@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kernels", ["auto", pytest.param("reference", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_shipped_model_to_four_bits(kernels, tmp_path):
     """A third of the demonstration. The floor is what min-max calibration on noise does not reach."""
     short = ["schedule.epochs=5", "schedule.iterations=50", "schedule.warmup_epochs=3", "schedule.milestones=[4]"]

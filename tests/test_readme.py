@@ -44,7 +44,7 @@ def test_python_example(environment, tmp_path):
     assert (tmp_path / "runs/resnet20/model.safetensors").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_commands(environment, tmp_path):
     done = subprocess.run(["bash", "-euc", block("sh")], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -166,7 +166,8 @@ def test_what_stops_one_rank_stops_all_and_is_said(fault, said, tmp_path):
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) >= 7
 
 
-@pytest.mark.parametrize("method", ["squant", "gdfq"])  # the one makes its bank ahead, the other while it trains
+# The one makes its bank ahead, the other while it trains.
+@pytest.mark.parametrize("method", [pytest.param("squant", marks=pytest.mark.long), "gdfq"])
 def test_a_bank_that_is_stopped_goes_on_and_is_the_same(method, tmp_path):
     settings = {
         "method": method, "calibration.images": "inverted", "images.source": "inverted", "inversion.images": 44,

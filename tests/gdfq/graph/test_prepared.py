@@ -63,12 +63,13 @@ def test_frozen_batch_norms_are_taken_as_such(kind, names):
     assert isinstance(other.bn2, kind)
     assert all(torch.equal(value, kept[name]) for name, value in other.state_dict().items())
     x = torch.randn(4, 3, 8, 8)
-    expected, statistics = build_teacher(capture(model)).read(x, ["statistics"])
+    plain = capture(model)
+    expected, statistics = build_teacher(plain).read(x, ["statistics"])
     logits, found = build_teacher(captured).read(x, ["statistics"])
     torch.testing.assert_close(logits, expected)
     for value, same in zip(found["statistics"], statistics["statistics"], strict=True):
         torch.testing.assert_close(value, same)
-    assert build_quantized(captured, QuantizerConfig())[1] == build_quantized(capture(model), QuantizerConfig())[1]
+    assert build_quantized(captured, QuantizerConfig())[1] == build_quantized(plain, QuantizerConfig())[1]
 
 
 def test_one_under_two_names_stays_one():

@@ -51,7 +51,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @settings(
-    max_examples=MANY or 12,
+    max_examples=MANY or 6,
     derandomize=not MANY,
     database=None,
     deadline=None,

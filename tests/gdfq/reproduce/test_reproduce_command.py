@@ -1,6 +1,10 @@
 """`gdfq reproduce` as a user meets it, with networks that are really quantized, for a moment."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +36,21 @@ def test_a_table_offline(gdfq, few_shipped_images, tmp_path):
     for cell in json.loads(out)["cells"]:
         assert 0 <= cell["results"][0]["top1"]["quantized"] <= 100
         assert cell["summary"]["seconds"] > 0
+
+
+@pytest.mark.long
+def test_a_table_that_torchrun_spreads(tmp_path):
+    command = ["torch.distributed.run", "--nproc-per-node=2", "-m", "gdfq", "reproduce", "table1", "--offline"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--json", "--out", str(tmp_path), *SHORT],
+        capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for of in ("0 of 2: table1: cell 1", "1 of 2: table1: cell 2", "0 of 2: table1: cell 3"):
+        assert f"rank {of} of 3" in done.stderr
+    cells = json.loads(done.stdout)["cells"]
+    assert all(80 < cell["results"][0]["top1"]["quantized"] < cell["results"][0]["top1"]["float"] for cell in cells)
 
 
 def test_the_users_images_and_weights(gdfq, cifar10, resnet20_weights, tmp_path):

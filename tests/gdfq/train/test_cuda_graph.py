@@ -49,16 +49,21 @@ def assert_same(one: Trainer, other: Trainer) -> None:
     assert one.choice == other.choice
 
 
+OTHERS = [
+    {"generator__architecture": "conditional", "quantizer__straight_through": "clipped"},
+    {"student__fixed_bns": False, "quantizer__target": "paper", "student__momentum": 0.0},
+    {"schedule__reestimate_ranges": False},
+    {"schedule__generator_epochs": 4},
+    {"images__transforms": {"low_pass": {"cutoff": 3.0}}, "quantizer__observer": "learned_step"},
+]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"generator__architecture": "conditional", "quantizer__straight_through": "clipped"},
-        {"student__fixed_bns": False, "quantizer__target": "paper", "student__momentum": 0.0},
-        {"run__precision": "bfloat16", "schedule__reestimate_ranges": False},
-        {"schedule__generator_epochs": 4},
+        {"run__precision": "bfloat16"},
         {"student__optimizer": "ait", "images__source": "qimera"},
-        {"images__transforms": {"low_pass": {"cutoff": 3.0}}, "quantizer__observer": "learned_step"},
+        *(pytest.param(changes, marks=pytest.mark.long) for changes in OTHERS),
     ],
 )
 def test_replayed_iterations_equal_eager_ones_bit_for_bit(graphs, changes):
