@@ -24,7 +24,7 @@ SHORT = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_and_banks(tmp_path, monkeypatch, capsys):
     def measured(*arguments):
         banks, out = tmp_path / "banks", tmp_path / "out.json"

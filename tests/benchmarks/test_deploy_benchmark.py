@@ -7,7 +7,7 @@ import pytest
 from benchmarks import deploy
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_row_says_what_was_found(tmp_path, monkeypatch, capsys):
     arguments = ["--networks", "demonstration", "--bits", "4:4", "--images", "32", "--out", str(tmp_path / "out.json")]
     monkeypatch.setattr("sys.argv", ["deploy", *arguments])

@@ -197,6 +197,7 @@ def test_a_run_on_a_gpu_begins_with_what_a_run_that_is_cut_off_must_have(monkeyp
     ]
 
 
+@pytest.mark.long
 def test_operations_are_in_the_order_of_their_weight_in_an_iteration():
     """Of ResNet-18 in a batch of 16: the bytes of all that goes into them and comes out, forward and backward."""
     moved, size = Counter(), 32  # of 224, where activations are 49 times as large

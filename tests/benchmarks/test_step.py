@@ -20,7 +20,7 @@ from gdfq.errors import GdfqError
 TINY = Task(model="benchmarks.memory:SmallNet", image_size=8, batch=4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_with_its_processes(tmp_path, capsys):
     out = tmp_path / "step.json"
     providers = ["released", "reference@bfloat16", "ours"]

@@ -17,7 +17,11 @@ SEEDS = [0, 1, 2, 3]
 OPS = torch.ops.gdfq_cuda_on_cpu
 
 
-@pytest.fixture(autouse=True, params=SEEDS, ids=lambda seed: f"seed{seed}")
+@pytest.fixture(
+    autouse=True,
+    params=[*SEEDS[:2], *(pytest.param(other, marks=pytest.mark.long) for other in SEEDS[2:])],
+    ids="seed{}".format,
+)
 def seed(request):
     emulation.set_seed(request.param)
     with emulation.guarded_memory():

