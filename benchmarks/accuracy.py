@@ -125,13 +125,13 @@ def measured(args: argparse.Namespace, method: str, bits: str, settings: dict[st
         "method": method, "quantizer.weight_bits": weight_bits, "quantizer.activation_bits": activation_bits,
         "quantizer.target": args.target, "run.seed": seed, "model.image_size": what.image_size,
     }  # fmt: skip
-    bank = None
-    if args.banks is not None and METHODS[method].takes_bank:
+    bank, takes_real = None, METHODS[method].data is Data.IMAGES
+    if args.banks is not None and METHODS[method].takes_bank and not takes_real:
         bank = bank_of(args, preset, settings, seed)
         if bank.exists():
             overrides["images.file"] = str(bank.absolute())
     config = gdfq.Config.load(preset, overrides, effort=args.effort)
-    real = training_images(args) if METHODS[method].data is Data.IMAGES else None
+    real = training_images(args) if takes_real else None
     return {
         "network": what.name, "images": kind, "method": method, "bits": f"W{weight_bits}A{activation_bits}",
         "preset": preset, "effort": args.effort, "target": args.target, "seed": seed, "settings": settings,
@@ -192,6 +192,8 @@ def main() -> None:
             for seed, method, bits, settings in product(args.seeds, args.methods, args.bits, variants)
         ]
         for future in as_completed(futures):
+            if future.exception():
+                pool.shutdown(cancel_futures=True)
             row = future.result() | {"gdfq_commit": facts["gdfq_commit"]}
             rows = [other for other in rows if any(other[key] != row[key] for key in SAME)] + [row]
             write_text(args.out, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
