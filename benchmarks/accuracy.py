@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import gdfq
@@ -33,7 +34,6 @@ from benchmarks.accuracy_in_time import MEAN, STD, Subject, subject
 from gdfq.api import default_preset
 from gdfq.config import parse_override
 from gdfq.data import load_dataset
-from gdfq.evaluate import agreement
 from gdfq.methods.method import Data
 from gdfq.provenance import describe, provenance
 from gdfq.registry import METHODS
@@ -90,6 +90,25 @@ def bank_of(args: argparse.Namespace, preset: str, settings: dict[str, Any], see
     return args.banks / ("-".join([subject, preset, args.effort, str(seed), *changes]) + ".safetensors")
 
 
+def compared(p: torch.nn.Module, q: torch.nn.Module, images: Dataset) -> dict[str, Any]:
+    """Top-1 of both on labeled images, the standard error of their difference, and how far Q's answers are from P's."""
+    with torch.inference_mode():
+        batches = [(labels, p(x).double(), q(x).double()) for x, labels in DataLoader(images, 256)]
+    labels, wanted, given = map(torch.cat, zip(*batches, strict=True))
+    right_p, right_q = ((logits.argmax(1) == labels).double() for logits in (wanted, given))
+    divergence = F.kl_div(given.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True)
+    return {
+        "float": 100 * right_p.mean().item(),
+        "top1": 100 * right_q.mean().item(),
+        "paired_error": 100 * (right_q - right_p).std(correction=0).item() / len(labels) ** 0.5,
+        "as_float": {
+            "top1": 100 * (wanted.argmax(1) == given.argmax(1)).double().mean().item(),
+            "kl": divergence.item(),
+            "images": len(labels),
+        },
+    }
+
+
 def quantized(
     what: Subject, config: gdfq.Config, bank: Path | None, real: Dataset | None, images: Dataset
 ) -> dict[str, Any]:
@@ -103,11 +122,8 @@ def quantized(
             bank.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(made, bank)
     seconds, peak = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    batches = (batch for batch, _ in DataLoader(images, 256))
-    return {
+    return compared(what.network.eval(), result.model.eval(), images) | {
         "seconds": seconds,
-        "top1": gdfq.evaluate(result.model, images).top1,
-        "as_float": asdict(agreement(what.network.eval(), result.model, batches)),
         "bank": "read" if config.images.file else "made",
         "peak_gib": peak,
         "agreement": asdict(result.report.data_free),
@@ -135,13 +151,15 @@ def measured(args: argparse.Namespace, method: str, bits: str, settings: dict[st
     return {
         "network": what.name, "images": kind, "method": method, "bits": f"W{weight_bits}A{activation_bits}",
         "preset": preset, "effort": args.effort, "target": args.target, "seed": seed, "settings": settings,
-        "float": gdfq.evaluate(what.network, images).top1,
     } | quantized(what, config, bank, real, images)  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Means over seeds, in Markdown; KL is P's and Q's on the images, where the row has it."""
-    lines = ["| | float | top-1 | each | KL | seconds | GiB |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    """Means over seeds, in Markdown, of what all rows have; see `compared`."""
+    lines = [
+        "| | float | top-1 | each | paired error | KL | seconds | GiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         changed = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
@@ -152,12 +170,19 @@ def table(rows: list[dict[str, Any]]) -> str:
         top1 = [row["top1"] for row in own]
         each = ", ".join(f"{value:.2f}" for value in top1)
         seconds, peak = (statistics.mean(row[key] for row in own) for key in ("seconds", "peak_gib"))
-        kl = [row["as_float"]["kl"] for row in own if "as_float" in row]
-        figures = f"{own[0]['float']:.2f} | {statistics.mean(top1):.2f} | {each}"
-        figures += f" | {statistics.mean(kl):.4f}" if kl else " | "
+        error = _mean([row.get("paired_error") for row in own], 2)
+        kl = _mean([row.get("as_float", {}).get("kl") for row in own], 4)
         made = sum(row["bank"] == "made" for row in own)
-        lines.append(f"| {name} | {figures} | {seconds:.0f}{f' ({made} with the bank)' if made else ''} | {peak:.2f} |")
+        took = f"{seconds:.0f}{f' ({made} with the bank)' if made else ''}"
+        figures = f"{own[0]['float']:.2f} | {statistics.mean(top1):.2f} | {each} | {error} | {kl}"
+        lines.append(f"| {name} | {figures} | {took} | {peak:.2f} |")
     return "\n".join(lines)
+
+
+def _mean(values: list[float | None], digits: int) -> str:
+    """Empty where one of them is not known."""
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.{digits}f}" if len(known) == len(values) else ""
 
 
 def main() -> None:

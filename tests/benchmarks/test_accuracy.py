@@ -2,9 +2,12 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.data import TensorDataset
 
 import gdfq
 from benchmarks import accuracy
@@ -56,10 +59,36 @@ def test_means_are_over_seeds():
         "effort": "fast", "settings": {}, "float": 90.0, "seconds": 10.0,
         "peak_gib": 0.5, "bank": "read",
     }  # fmt: skip
-    made = row | {"seed": 1, "top1": 81.0, "seconds": 20.0, "bank": "made", "as_float": {"kl": 0.25}}
-    text = accuracy.table([row | {"seed": 0, "top1": 80.0}, made])
-    figures = "90.00 | 80.50 | 80.00, 81.00 | 0.2500 | 15 (1 with the bank) | 0.50"
+    known = {"as_float": {"kl": 0.25}, "paired_error": 0.3}
+    made = row | known | {"seed": 1, "top1": 81.0, "seconds": 20.0, "bank": "made"}
+    read = row | {"seed": 0, "top1": 80.0, "as_float": {"kl": 0.75}}
+    text = accuracy.table([read, made])
+    figures = "90.00 | 80.50 | 80.00, 81.00 |  | 0.5000 | 15 (1 with the bank) | 0.50"
     assert text.splitlines()[-1] == f"| a, test, m, W4A4, onnx, cifar, fast | {figures} |"
+
+
+def test_networks_are_compared_on_the_same_images():
+    """One image in four is lost, and one is won: the difference is 0, each image's is -1, 1, 0 or 0."""
+    logits = {
+        "p": [[2.0, 1.0], [1.0, 0.0], [3.0, 1.0], [0.0, 4.0]],
+        "q": [[1.0, 2.0], [0.0, 1.0], [3.0, 1.0], [0.0, 4.0]],
+    }
+    labels = [0, 1, 0, 0]
+
+    class Answers(torch.nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.answers = torch.tensor(logits[name])
+
+        def forward(self, x):
+            return self.answers[x.long()]
+
+    found = accuracy.compared(Answers("p"), Answers("q"), TensorDataset(torch.arange(4.0), torch.tensor(labels)))
+    assert (found["float"], found["top1"]) == (50, 50)
+    assert found["paired_error"] == pytest.approx(100 * math.sqrt(2 / 4) / math.sqrt(4))
+    # Of two images logits are exchanged, 1 apart: log p - log q = 1 for the greater, -1 for the other.
+    kl = 2 * math.tanh(1 / 2) / 4
+    assert found["as_float"] == {"top1": 50, "kl": pytest.approx(kl), "images": 4}
 
 
 def test_each_thing_of_the_ablation_is_a_setting():
