@@ -342,7 +342,7 @@ def try_bugs(bugs: list[Bug], results: Path, jobs: int, all_tests: bool) -> None
             libraries = compiler.libraries(bug, number)
             work.append((bug, pool.submit(next, libraries, None), libraries))
         tester = Tester(None if all_tests else compiler.plain, work, results)
-        arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:benchmark", "-s"]
+        arguments = ["-q", "-m", "", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:benchmark", "-s"]
         code = pytest.main([*arguments, *map(str, TESTS)], plugins=[tester])
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):  # as it seems to pytest
             pool.shutdown(cancel_futures=True)
