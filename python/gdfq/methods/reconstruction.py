@@ -7,6 +7,7 @@ A run is saved after every one of them, and goes on with the next.
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from gdfq.calibrate import calibrate
 from gdfq.clip_values import mse
 from gdfq.config import Config, Section
 from gdfq.errors import GdfqError
+from gdfq.evaluate import agreement
 from gdfq.graph.blocks import Block, find_blocks
 from gdfq.images.bank import seed_of_part
 from gdfq.memory import explained, images_at_once
@@ -40,6 +42,7 @@ from gdfq.train.reconstruct import BlockTrainer
 from gdfq_ext import Grid
 
 AT_ONCE = 64  # images in a pass without gradients
+WORSE = 1.01  # the KL of Q to the one before, above which it is worse by more than rounding
 
 
 class ReconstructionConfig(Section):
@@ -157,14 +160,31 @@ class Reconstruction:
         self.iterations = trainer.runner.description
 
     def _finetune(self, after_iteration: Callable[[], None], monitor: Monitor) -> None:
+        """All blocks together; what makes Q worse than its blocks alone is undone."""
+        alone = {name: value.clone() for name, value in self.student.state_dict().items()}
         quantizers = dict.fromkeys(quantizer for block in self.blocks for quantizer in block.quantizers)
         state = self._random(len(self.blocks))
         tuner = FineTuner(self.task.teacher, self.student, quantizers, self.images, self.task.config, state)
         with explained("fine-tuning all blocks together", self._sizes(), self.task.folder):
+            before = self._kl()
             tuner.run(after_iteration)
+            after = self._kl()
+        metrics = {"finetune/kl": tuner.loss.item()}
+        if not after <= WORSE * before:
+            metrics = {}
+            self.student.load_state_dict(alone)
+            warnings.warn(
+                f"all blocks trained together, Q was further from P than before (KL {before:.3g}, then {after:.3g} on "
+                "the bank), so that this was undone: lower reconstruction.finetune_learning_rate and "
+                "reconstruction.finetune_step_learning_rate, or set reconstruction.finetune_iterations to 0",
+                stacklevel=4,
+            )
         self.iterations = tuner.runner.description
         done = len(self.blocks) * self.settings.iterations + self.settings.finetune_iterations
-        monitor.write(done, len(self.blocks), "all blocks", self.iterations, {"finetune/kl": tuner.loss.item()})
+        monitor.write(done, len(self.blocks), "all blocks", self.iterations, metrics)
+
+    def _kl(self) -> float:
+        return agreement(self.task.teacher, self.student, self.images.split(self._at_once)).kl
 
     def _random(self, number: int) -> RandomState:
         """A block's own, so that a run that goes on does as one that never stopped."""

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from gdfq import ranks
 from gdfq.batch import Batch
 from gdfq.config import Config, StudentConfig
-from gdfq.errors import GdfqError
 from gdfq.graph import Teacher, quantized_layers
 from gdfq.nn import FakeQuantize
 from gdfq.objective import Outputs, student_objective
@@ -71,21 +70,12 @@ class FineTuner:
         self.runner = IterationRunner(config.run.cuda_graph, random.device, random)
 
     def run(self, after_iteration: Callable[[], None] = lambda: None) -> None:
-        """Train for `reconstruction.finetune_iterations`, at rates that fall to 0. The callback may raise to stop.
-
-        Raises:
-            GdfqError: the loss became NaN or infinite.
-        """
+        """Train for `reconstruction.finetune_iterations`, at rates that fall to 0. The callback may raise to stop."""
         count = self.config.reconstruction.finetune_iterations
         for iteration in range(count):
             set_rates(self.optimizer, 1 - iteration / count)
             self.runner.run("finetune", self._iteration)
             after_iteration()
-        if not self.loss.isfinite():
-            raise GdfqError(
-                "fine-tuning all blocks together, the loss became NaN or infinite: lower "
-                "reconstruction.finetune_learning_rate or reconstruction.finetune_step_learning_rate"
-            )
         self.steps.settle()
 
     def _iteration(self) -> None:

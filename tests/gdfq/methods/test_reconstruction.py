@@ -208,6 +208,23 @@ def test_fine_tuning_begins_at_what_was_reconstructed_and_trains_on():
     assert after < 0.9 * before
 
 
+@pytest.mark.parametrize("rate", [3.0, 1e30])  # the one spoils Q, the other makes all of it NaN
+def test_what_fine_tuning_spoils_is_undone(rate):
+    settings = {"reconstruction.iterations": 30}
+    task, images = task_of(Residual, settings)
+    run(task, images)
+    names = [f"reconstruction.finetune_{name}" for name in ("learning_rate", "step_learning_rate")]
+    tuned, images = task_of(Residual, settings | dict.fromkeys(names, rate) | {"reconstruction.finetune_iterations": 3})
+    with pytest.warns(
+        UserWarning, match=r"further from P than before \(KL .* undone: lower reconstruction.finetune_lear"
+    ):
+        run(tuned, images)
+    x = torch.randn(4, *task.captured.image_shape)
+    assert torch.equal(tuned.student(x), task.student(x))
+    state = task.student.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in tuned.student.state_dict().items())
+
+
 def test_memory_for_no_batch():
     task, images = task_of(Residual, {"reconstruction.memory_gib": 1e-6})
     with pytest.raises(gdfq.GdfqError, match=r"memory_gib' = 1e-06 holds no batch of 8 images at the block of 'conv1'"):
