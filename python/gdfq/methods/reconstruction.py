@@ -184,7 +184,9 @@ class Reconstruction:
         monitor.write(done, len(self.blocks), "all blocks", self.iterations, metrics)
 
     def _kl(self) -> float:
-        return agreement(self.task.teacher, self.student, self.images.split(self._at_once)).kl
+        """Of Q to P, over the bank."""
+        parts = -(-len(self.images) // self._at_once)  # of about the same size: each has images for all ranks
+        return agreement(self.task.teacher, self.student, self.images.tensor_split(parts)).kl
 
     def _random(self, number: int) -> RandomState:
         """A block's own, so that a run that goes on does as one that never stopped."""
