@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import gdfq
@@ -34,6 +33,7 @@ from benchmarks.accuracy_in_time import MEAN, STD, Subject, subject
 from gdfq.api import default_preset
 from gdfq.config import parse_override
 from gdfq.data import load_dataset
+from gdfq.evaluate import agreement
 from gdfq.methods.method import Data
 from gdfq.provenance import describe, provenance
 from gdfq.registry import METHODS
@@ -96,16 +96,12 @@ def compared(p: torch.nn.Module, q: torch.nn.Module, images: Dataset) -> dict[st
         batches = [(labels, p(x).double(), q(x).double()) for x, labels in DataLoader(images, 256)]
     labels, wanted, given = map(torch.cat, zip(*batches, strict=True))
     right_p, right_q = ((logits.argmax(1) == labels).double() for logits in (wanted, given))
-    divergence = F.kl_div(given.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True)
+    both = torch.stack([wanted, given], 1)
     return {
         "float": 100 * right_p.mean().item(),
         "top1": 100 * right_q.mean().item(),
         "paired_error": 100 * (right_q - right_p).std(correction=0).item() / len(labels) ** 0.5,
-        "as_float": {
-            "top1": 100 * (wanted.argmax(1) == given.argmax(1)).double().mean().item(),
-            "kl": divergence.item(),
-            "images": len(labels),
-        },
+        "as_float": asdict(agreement(lambda logits: logits[:, 0], lambda logits: logits[:, 1], [both])),
     }
 
 

@@ -42,6 +42,7 @@ def test_rows_and_banks(tmp_path, monkeypatch, capsys):
     assert (again["bank"], other["bank"]) == ("read", "read")
     assert again["top1"] == first["top1"], "the same images, the same result"
     assert again["as_float"]["kl"] > other["as_float"]["kl"] > 0
+    assert len(measured("--methods", "minmax")) == 3
     assert "W8A8, onnx, cifar, inversion.images=8" in capsys.readouterr().out
 
 

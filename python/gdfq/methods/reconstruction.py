@@ -169,9 +169,8 @@ class Reconstruction:
             before = self._kl()
             tuner.run(after_iteration)
             after = self._kl()
-        metrics = {"finetune/kl": tuner.loss.item()}
-        if not after <= WORSE * before:
-            metrics = {}
+        is_worse = not after <= WORSE * before  # or NaN
+        if is_worse:
             self.student.load_state_dict(alone)
             warnings.warn(
                 f"all blocks trained together, Q was further from P than before (KL {before:.3g}, then {after:.3g} on "
@@ -181,7 +180,8 @@ class Reconstruction:
             )
         self.iterations = tuner.runner.description
         done = len(self.blocks) * self.settings.iterations + self.settings.finetune_iterations
-        monitor.write(done, len(self.blocks), "all blocks", self.iterations, metrics)
+        loss = {} if is_worse else {"finetune/kl": tuner.loss.item()}
+        monitor.write(done, len(self.blocks), "all blocks", self.iterations, loss)
 
     def _kl(self) -> float:
         """Of Q to P, over the bank."""

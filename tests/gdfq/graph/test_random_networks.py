@@ -51,7 +51,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @settings(
-    max_examples=MANY or 6,
+    max_examples=MANY or 12,
     derandomize=not MANY,
     database=None,
     deadline=None,
@@ -114,6 +114,6 @@ def check(folder: Path, spec: Spec) -> None:
     assert torch.equal(loaded(x), found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_random_networks(tmp_path):
     check(tmp_path)

@@ -49,10 +49,10 @@ def assert_same(one: Trainer, other: Trainer) -> None:
     assert one.choice == other.choice
 
 
-OTHERS = [
+LONG = [
+    {},
     {"generator__architecture": "conditional", "quantizer__straight_through": "clipped"},
     {"student__fixed_bns": False, "quantizer__target": "paper", "student__momentum": 0.0},
-    {"schedule__reestimate_ranges": False},
     {"schedule__generator_epochs": 4},
     {"images__transforms": {"low_pass": {"cutoff": 3.0}}, "quantizer__observer": "learned_step"},
 ]
@@ -61,9 +61,9 @@ OTHERS = [
 @pytest.mark.parametrize(
     "changes",
     [
-        {"run__precision": "bfloat16"},
+        {"run__precision": "bfloat16", "schedule__reestimate_ranges": False},
         {"student__optimizer": "ait", "images__source": "qimera"},
-        *(pytest.param(changes, marks=pytest.mark.long) for changes in OTHERS),
+        *(pytest.param(changes, marks=pytest.mark.long) for changes in LONG),
     ],
 )
 def test_replayed_iterations_equal_eager_ones_bit_for_bit(graphs, changes):
