@@ -1,5 +1,7 @@
 """Small networks with everything that users write: for tests that need a model and not its accuracy."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -31,6 +33,17 @@ def remembering(images: torch.Tensor) -> nn.Module:
             module.momentum = None
     model(images)
     return model.eval()
+
+
+@functools.cache
+def capture_once(
+    make: Callable[[], nn.Module], size: int | None = None, device: torch.device | str = "cpu"
+) -> CapturedModel:
+    """`make()` with such a BN, captured: it takes a second, and whatever is built of it is a copy. Random numbers that
+    are drawn afterwards are those without it."""
+    with torch.random.fork_rng(), torch.inference_mode(False):  # whoever asks first
+        torch.manual_seed(0)
+        return capture(randomize_batch_norm(make()), size, device=device)
 
 
 PIXELS = Pixels.around((0.3, -0.2, 0.1), (0.5, 0.6, 0.4), "set")

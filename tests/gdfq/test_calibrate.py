@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from small_models import Plain, Residual, randomize_batch_norm
+from small_models import Plain, Residual, capture_once, randomize_batch_norm
 
 import gdfq
 from gdfq.calibrate import calibrate
 from gdfq.config import Config, QuantizerConfig
 from gdfq.errors import GdfqError
-from gdfq.graph import build_quantized, capture
+from gdfq.graph import build_quantized
 from gdfq.nn import activation_quantizers
 from gdfq.observers import Histogram, LearnedStep
 from gdfq.registry import METHODS
@@ -18,7 +18,7 @@ BATCHES = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(seed
 
 def new_student(make=Residual, **quantizer):
     torch.manual_seed(0)
-    return build_quantized(capture(randomize_batch_norm(make())), QuantizerConfig(**quantizer))[0]
+    return build_quantized(capture_once(make), QuantizerConfig(**quantizer))[0]
 
 
 def ranges(student) -> torch.Tensor:

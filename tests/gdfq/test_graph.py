@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import Plain, Residual, TwoHeads, Unusual, randomize_batch_norm
+from small_models import Plain, Residual, TwoHeads, Unusual, capture_once, randomize_batch_norm
 from torch import nn
 from torch.nn import functional as F
 
@@ -95,7 +95,7 @@ def test_users_model_is_never_modified_and_names_stay(make, target):
 
 
 def test_deploy_quantizes_what_a_runtime_reads_as_integers():
-    _, summary = build_quantized(capture(randomize_batch_norm(Residual())), QuantizerConfig())
+    _, summary = build_quantized(capture_once(Residual), QuantizerConfig())
     assert [entry.name for entry in summary.weights] == ["conv1", "conv2", "depthwise", "grouped", "fc"]
     names = [entry.name for entry in summary.activations]
     # image; relu(bn1) feeds conv2 and, through slice and zero padding, the add; bn2 feeds the add; the ReLU6 behind the
@@ -110,7 +110,7 @@ def test_deploy_quantizes_what_a_runtime_reads_as_integers():
 
 
 def test_paper_quantizes_only_relu_outputs_and_says_what_stayed_float():
-    _, summary = build_quantized(capture(randomize_batch_norm(Residual())), QuantizerConfig(target="paper"))
+    _, summary = build_quantized(capture_once(Residual), QuantizerConfig(target="paper"))
     assert len(summary.weights) == 5
     assert [entry.fused for entry in summary.activations] == [
         "batch_norm, relu", "", "batch_norm, relu6", "batch_norm, relu6",
@@ -122,7 +122,7 @@ def test_paper_quantizes_only_relu_outputs_and_says_what_stayed_float():
 
 
 def test_max_pool_keeps_the_grid_and_two_batch_norms_get_a_quantizer_each():
-    _, summary = build_quantized(capture(randomize_batch_norm(TwoHeads())), QuantizerConfig(target="paper"))
+    _, summary = build_quantized(capture_once(TwoHeads), QuantizerConfig(target="paper"))
     assert [entry.fused for entry in summary.activations] == [
         "batch_norm, relu",
         "batch_norm, relu6",
@@ -131,7 +131,7 @@ def test_max_pool_keeps_the_grid_and_two_batch_norms_get_a_quantizer_each():
 
 
 def test_a_layer_is_counted_once_and_picking_channels_keeps_the_grid():
-    _, summary = build_quantized(capture(randomize_batch_norm(Unusual())), QuantizerConfig(target="paper"))
+    _, summary = build_quantized(capture_once(Unusual), QuantizerConfig(target="paper"))
     assert [entry.name for entry in summary.weights] == ["conv", "twice", "over_channels", "fc"]
     # The first call of `twice` reads relu(bn), picked by index; the second what was written together.
     assert [(entry.op, entry.name) for entry in summary.stayed_float if "input activation of conv" in entry.op] == [
@@ -190,13 +190,13 @@ def test_for_onnx_the_quantized_model_computes_multiples_of_steps(bits):
 
 
 def test_ranges_are_nan_until_observed():
-    student, _ = build_quantized(capture(randomize_batch_norm(Plain())), QuantizerConfig())
+    student, _ = build_quantized(capture_once(Plain), QuantizerConfig())
     assert student(torch.randn(2, 3, 8, 8)).isnan().all()
 
 
 @pytest.mark.parametrize("make", [Residual, Unusual])
 def test_gradients_reach_every_parameter_of_q_and_none_of_the_teacher(make):
-    captured = capture(randomize_batch_norm(make()))
+    captured = capture_once(make)
     teacher = build_teacher(captured)
     student, _ = build_quantized(captured, QuantizerConfig())
     calibrate(student, [torch.randn(8, 3, 8, 8)])
@@ -211,14 +211,14 @@ def test_gradients_reach_every_parameter_of_q_and_none_of_the_teacher(make):
 
 
 def test_size_counts_packed_weights():
-    captured = capture(randomize_batch_norm(Plain()))
+    captured = capture_once(Plain)
     _, summary = build_quantized(captured, QuantizerConfig(weight_bits=4))
     weights, rest = 8 * 3 * 9 + 5 * 8, 8 + 8 + 5
     assert size_in_bytes(captured, summary) == (4 * (weights + rest), weights // 2 + 4 * rest)
 
 
 def test_any_batch_size_and_channels_last():
-    captured = capture(randomize_batch_norm(Residual()))
+    captured = capture_once(Residual)
     teacher = build_teacher(captured).to(memory_format=torch.channels_last)
     for n in (1, 3, 17):
         x = torch.randn(n, 3, 8, 8)
@@ -279,7 +279,7 @@ class PaddedImage(Plain):
 
 
 def test_a_padded_image_is_still_the_image():
-    _, summary = build_quantized(capture(randomize_batch_norm(PaddedImage())), QuantizerConfig())
+    _, summary = build_quantized(capture_once(PaddedImage), QuantizerConfig())
     assert [(entry.name, entry.bits) for entry in summary.activations] == [("x", 8), ("bn", 8), ("mean", 4)]
 
 
@@ -303,7 +303,7 @@ def test_efficientnet_lite0_is_traced_quantized_and_trained():
 
 
 def test_what_is_added_lies_where_the_model_does():
-    captured = capture(randomize_batch_norm(Residual()))
+    captured = capture_once(Residual)
     captured.module.to("meta")  # stands in for a GPU
     student, _ = build_quantized(captured, QuantizerConfig(observer="learned_step"))
     assert {tensor.device.type for tensor in student.state_dict().values()} == {"meta"}

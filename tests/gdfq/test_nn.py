@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from quantizer_oracle import quantize
-from small_models import Plain, Residual, randomize_batch_norm
+from small_models import Plain, Residual, capture_once
 
 import gdfq_ext
 from gdfq.config import QuantizerConfig
-from gdfq.graph import build_quantized, capture, quantized_layers
+from gdfq.graph import build_quantized, quantized_layers
 from gdfq.nn import StoredQuantizer, WeightFakeQuantize
 from gdfq.run import folder as run_folder
 
@@ -96,7 +96,7 @@ def stored_student():
 
 
 def new_student(make=Residual):
-    return build_quantized(capture(randomize_batch_norm(make())), QuantizerConfig())[0]
+    return build_quantized(capture_once(make), QuantizerConfig())[0]
 
 
 def test_a_state_dict_with_stored_weights_loads_into_a_fresh_student(tmp_path):

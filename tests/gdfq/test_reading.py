@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_models import Plain, randomize_batch_norm
+from small_models import Plain, capture_once
 
 from gdfq.config import Config
 from gdfq.data import ImageFolder, load_dataset
 from gdfq.data.reading import PART, read, reading_workers
 from gdfq.evaluate import evaluate
-from gdfq.graph import build_teacher, capture
+from gdfq.graph import build_teacher
 from gdfq.images.real import RealImages, calibration_batches
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,7 @@ def test_counts_are_exact(images, batch_size):
 
 
 def test_real_images_are_drawn_alike(images):
-    teacher = build_teacher(capture(randomize_batch_norm(Plain())))
+    teacher = build_teacher(capture_once(Plain))
     settings = {"schedule.batch_size": 10, "schedule.range_batches": 3}
     first, second = (Config.load("cifar", settings | {"run.workers": workers}) for workers in (0, 2))
     pairs = [images[number] for number in range(COUNT)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from recorded_graph import RecordedGraph
-from small_models import Residual, TwoHeads, Unusual, capture_remembering_smooth_images, randomize_batch_norm
+from small_models import Residual, TwoHeads, Unusual, capture_once, capture_remembering_smooth_images
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from gdfq import recompute
 from gdfq.config import Config
 from gdfq.errors import GdfqError
-from gdfq.graph import CapturedModel, build_quantized, build_teacher, capture
+from gdfq.graph import CapturedModel, build_quantized, build_teacher
 from gdfq.images.inversion import invert
 from gdfq.registry import SOURCES
 from gdfq.train import cuda_graph
@@ -79,7 +79,7 @@ def gradient(teacher, images: torch.Tensor) -> tuple[list[torch.Tensor], Made, i
 @pytest.mark.parametrize("make", [Residual, TwoHeads, Unusual, Deep])
 def test_teachers_are_equal(make, monkeypatch):
     torch.manual_seed(0)
-    captured = capture(randomize_batch_norm(make()))
+    captured = capture_once(make)
     images = torch.randn(4, 3, 8, 8)
     expected, made, kept = gradient(build_teacher(captured), images)
     found, made_again, kept_again = gradient(build_teacher(captured, checkpointing=True), images)
@@ -134,7 +134,7 @@ def test_not_together_with_torch_compile():
 
 
 def test_what_training_reads_of_the_teacher_is_computed_again():
-    deep = capture(randomize_batch_norm(Deep()))
+    deep = capture_once(Deep)
     kept = []
     for checkpointing in (False, True):
         config = Config.load("cifar", SHORT | {"run.checkpointing": checkpointing})

@@ -1,19 +1,18 @@
 """What a target makes of the quantizer: where it stands, which levels it has, what a bias is a multiple of."""
 
-import functools
 import itertools
 
 import pytest
 import torch
 from distinct_inputs import distinct_inputs
-from small_models import Plain, Residual, TwoHeads, randomize_batch_norm
+from small_models import Plain, Residual, TwoHeads, capture_once
 from torch import nn
 from torch.nn import functional as F
 
 from gdfq.calibrate import calibrate
 from gdfq.config import Config
 from gdfq.errors import GdfqError
-from gdfq.graph import build_quantized, capture, quantized_layers
+from gdfq.graph import build_quantized, quantized_layers
 from gdfq.graph.query import batch_norm_of, quantizer_of
 from gdfq.nn import activation_quantizers
 from gdfq.registry import TARGETS
@@ -42,14 +41,9 @@ class Dense(nn.Module):
         return self.fc(F.avg_pool2d(x, 4).flatten(1))
 
 
-@functools.cache
-def captured(make):
-    return capture(randomize_batch_norm(make()))
-
-
 def student_of(make=Residual, target="onnx", **changes):
     config = Config.load("cifar", {"quantizer.target": target, **changes}).quantizer
-    student, summary = build_quantized(captured(make), config)
+    student, summary = build_quantized(capture_once(make), config)
     calibrate(student, [torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))])
     return student, summary
 

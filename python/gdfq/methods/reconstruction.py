@@ -20,7 +20,6 @@ from gdfq.calibrate import calibrate
 from gdfq.clip_values import mse
 from gdfq.config import Config, Section
 from gdfq.errors import GdfqError
-from gdfq.evaluate import agreement
 from gdfq.graph.blocks import Block, find_blocks
 from gdfq.images.bank import seed_of_part
 from gdfq.memory import explained, images_at_once
@@ -160,21 +159,25 @@ class Reconstruction:
         self.iterations = trainer.runner.description
 
     def _finetune(self, after_iteration: Callable[[], None], monitor: Monitor) -> None:
-        """All blocks together; what makes Q worse than its blocks alone is undone."""
+        """All blocks together; what makes Q worse than its blocks alone is undone.
+
+        Moved and blended images of the bank tell: the images themselves are what each block was fitted to, and on them
+        Q is hardly ever better in the end.
+        """
         alone = {name: value.clone() for name, value in self.student.state_dict().items()}
         quantizers = dict.fromkeys(quantizer for block in self.blocks for quantizer in block.quantizers)
         state = self._random(len(self.blocks))
         tuner = FineTuner(self.task.teacher, self.student, quantizers, self.images, self.task.config, state)
         with explained("fine-tuning all blocks together", self._sizes(), self.task.folder):
-            before = self._kl()
+            before = tuner.divergence(self._random(len(self.blocks) + 1))
             tuner.run(after_iteration)
-            after = self._kl()
+            after = tuner.divergence(self._random(len(self.blocks) + 1))
         is_worse = not after <= WORSE * before  # or NaN
         if is_worse:
             self.student.load_state_dict(alone)
             warnings.warn(
                 f"all blocks trained together, Q was further from P than before (KL {before:.3g}, then {after:.3g} on "
-                "the bank), so that this was undone: lower reconstruction.finetune_learning_rate and "
+                "moved and blended images), so that this was undone: lower reconstruction.finetune_learning_rate and "
                 "reconstruction.finetune_step_learning_rate, or set reconstruction.finetune_iterations to 0",
                 stacklevel=4,
             )
@@ -182,11 +185,6 @@ class Reconstruction:
         done = len(self.blocks) * self.settings.iterations + self.settings.finetune_iterations
         loss = {} if is_worse else {"finetune/kl": tuner.loss.item()}
         monitor.write(done, len(self.blocks), "all blocks", self.iterations, loss)
-
-    def _kl(self) -> float:
-        """Of Q to P, over the bank."""
-        parts = -(-len(self.images) // self._at_once)  # of about the same size: each has images for all ranks
-        return agreement(self.task.teacher, self.student, self.images.tensor_split(parts)).kl
 
     def _random(self, number: int) -> RandomState:
         """A block's own, so that a run that goes on does as one that never stopped."""

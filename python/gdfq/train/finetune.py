@@ -78,32 +78,46 @@ class FineTuner:
             after_iteration()
         self.steps.settle()
 
+    @torch.no_grad()
+    def divergence(self, random: RandomState) -> float:
+        """KL of Q to P, the mean over about as many views as the bank has images."""
+        batches = -(-len(self.images) // self.config.reconstruction.batch_size)
+        total = torch.zeros((), device=self.random.device)
+        with products_in_tf32(self.config.run.precision == "tf32"):
+            for _ in range(batches):
+                total += self._share_of_loss(random)
+        ranks.add_up([total])
+        return total.item() / batches
+
     def _iteration(self) -> None:
-        run = self.config.run
-        with products_in_tf32(run.precision == "tf32"):
-            images = self._views(self.config.reconstruction.batch_size)
-            with autocast(run.precision, self.random.device):
-                with torch.no_grad():
-                    logits, readings = self.read(images)
-                batch = Batch(images, logits.argmax(1), logits, readings=readings)
-                answers = self.student(images)
-            loss, _ = self.objective(Outputs(batch, answers, readings))
+        with products_in_tf32(self.config.run.precision == "tf32"):
+            loss = self._share_of_loss(self.random)
             self.loss.copy_(loss.detach())
             self.optimizer.zero_grad()
             with ranks.adding_up_gradients(self.optimizer, [self.loss]):
                 loss.backward()
             self.optimizer.step()
 
-    def _views(self, count: int) -> Tensor:
+    def _share_of_loss(self, random: RandomState) -> Tensor:
+        """This rank's, of one batch; all ranks' make the mean over its images."""
+        images = self._views(self.config.reconstruction.batch_size, random)
+        with autocast(self.config.run.precision, random.device):
+            with torch.no_grad():
+                logits, readings = self.read(images)
+            batch = Batch(images, logits.argmax(1), logits, readings=readings)
+            answers = self.student(images)
+        return self.objective(Outputs(batch, answers, readings))[0]
+
+    def _views(self, count: int, random: RandomState) -> Tensor:
         """This rank's of so many images, `(n, C, H, W)`."""
         height, width = self.images.shape[2:]
-        first, second = self._whole(len(self.images), count), self._whole(len(self.images), count)
+        first, second = (_whole(len(self.images), count, random) for _ in range(2))
         rows, columns = (
-            self._whole(2 * (size // FARTHEST) + 1, count)[:, None] + torch.arange(size, device=self.random.device)
+            _whole(2 * (size // FARTHEST) + 1, count, random)[:, None] + torch.arange(size, device=random.device)
             for size in (height, width)
         )
-        columns = torch.where(self._share(count)[:, None] < 0.5, columns.flip(1), columns)
-        blended, weight = self._share(count) < 0.5, self._share(count)
+        columns = torch.where(_share(count, random)[:, None] < 0.5, columns.flip(1), columns)
+        blended, weight = _share(count, random) < 0.5, _share(count, random)
         weight = torch.where(blended, weight, 1.0).view(-1, 1, 1, 1)
         x, other = (self._moved(of, rows, columns) for of in (first, second))
         return other.lerp(x, weight)
@@ -116,14 +130,15 @@ class FineTuner:
         images, channels = (torch.arange(size, device=x.device) for size in x.shape[:2])
         return padded[images.view(-1, 1, 1, 1), channels.view(-1, 1, 1), rows[:, None, :, None], columns[:, None, None]]
 
-    def _whole(self, below: int, count: int) -> Tensor:
-        """This rank's of so many whole numbers."""
-        drawn = torch.randint(below, (count,), generator=self.random.generator, device=self.random.device)
-        return ranks.shard(drawn)
 
-    def _share(self, count: int) -> Tensor:
-        """This rank's of so many numbers of 0 to 1."""
-        return ranks.shard(torch.rand(count, generator=self.random.generator, device=self.random.device))
+def _whole(below: int, count: int, random: RandomState) -> Tensor:
+    """This rank's of so many whole numbers."""
+    return ranks.shard(torch.randint(below, (count,), generator=random.generator, device=random.device))
+
+
+def _share(count: int, random: RandomState) -> Tensor:
+    """This rank's of so many numbers of 0 to 1."""
+    return ranks.shard(torch.rand(count, generator=random.generator, device=random.device))
 
 
 @torch.no_grad()

@@ -1,12 +1,10 @@
 """Q in integers against onnxruntime, which computes the same file: no level anywhere in the network is another."""
 
-import functools
-
 import numpy as np
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from small_models import Plain, Residual, TwoHeads, randomize_batch_norm
+from small_models import Plain, Residual, TwoHeads, capture_once
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -15,7 +13,7 @@ from gdfq.config import Config
 from gdfq.deploy import write
 from gdfq.deploy.integers import Averaged, IntegerSimulation, Sum, _in_float64, normalized
 from gdfq.deploy.runtime import session
-from gdfq.graph import build_quantized, capture
+from gdfq.graph import build_quantized
 from gdfq_ext import Grid
 
 
@@ -64,11 +62,6 @@ class Dense(nn.Module):
         return self.fc(F.relu6(self.bns[1](x)).mean((2, 3)))
 
 
-@functools.cache
-def captured(make):
-    return capture(randomize_batch_norm(make()))
-
-
 @pytest.mark.parametrize("make", [Plain, Residual, TwoHeads, Pools, Dense])
 @pytest.mark.parametrize(
     ("bits", "target"), [(4, "onnx"), (8, "onnx"), (4, "int4-symmetric"), (4, {"activation_scheme": "symmetric"})]
@@ -76,7 +69,7 @@ def captured(make):
 def test_it_computes_what_onnxruntime_does(make, bits, target):
     torch.manual_seed(0)
     settings = {"quantizer.weight_bits": bits, "quantizer.activation_bits": bits, "quantizer.target": target}
-    student, _ = build_quantized(captured(make), Config.load("cifar", settings).quantizer)
+    student, _ = build_quantized(capture_once(make), Config.load("cifar", settings).quantizer)
     calibrate(student, [torch.randn(8, 3, 8, 8) for _ in range(4)])
     images = 1.5 * torch.randn(64, 3, 8, 8)
     (logits,) = session(write(student, (3, 8, 8)).model).run(None, {"images": images.numpy()})

@@ -4,18 +4,17 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from functools import cache
 
 import pytest
 import torch
-from small_models import Plain, Residual, randomize_batch_norm
+from small_models import Plain, Residual, capture_once
 from torch import nn
 
 from gdfq.calibrate import end_pass
 from gdfq.config import QuantizerConfig
 from gdfq.deploy.standard import to_standard
 from gdfq.errors import GdfqError
-from gdfq.graph import build_quantized, capture
+from gdfq.graph import build_quantized
 from gdfq.nn import observing
 
 
@@ -23,13 +22,8 @@ def images(count: int = 48):
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-@cache
-def captured(network):
-    return capture(randomize_batch_norm(network()))
-
-
 def quantized(network, **settings):
-    student, _ = build_quantized(captured(network), QuantizerConfig(**settings))
+    student, _ = build_quantized(capture_once(network), QuantizerConfig(**settings))
     with observing(student), torch.no_grad():
         for batch in images().split(8):
             student(batch)
@@ -169,10 +163,10 @@ def test_what_is_no_quantized_model():
     with pytest.raises(GdfqError, match=r"takes a quantized model, as result\.model .* not a Sequential"):
         to_standard(nn.Sequential())
     with pytest.raises(GdfqError, match="takes a quantized model"):
-        to_standard(captured(Plain).module)
+        to_standard(capture_once(Plain).module)
 
 
 def test_ranges_that_were_never_observed():
-    student, _ = build_quantized(captured(Plain), QuantizerConfig())
+    student, _ = build_quantized(capture_once(Plain), QuantizerConfig())
     with pytest.raises(GdfqError, match="quantized places"):
         to_standard(student)

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto
-from small_models import Plain, Residual, TwoHeads, Unusual, randomize_batch_norm
+from small_models import Plain, Residual, TwoHeads, Unusual, capture_once, randomize_batch_norm
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -471,7 +471,7 @@ def test_an_unknown_operator_is_named_with_its_place():
 
 
 def test_ranges_that_were_never_observed_are_named():
-    student, _ = build_quantized(capture(randomize_batch_norm(Plain())), Config.load("cifar").quantizer)
+    student, _ = build_quantized(capture_once(Plain), Config.load("cifar").quantizer)
     with pytest.raises(GdfqError, match="NaN or Inf in the activations"):
         write(student, SHAPE)
 

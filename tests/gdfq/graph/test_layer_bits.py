@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import Plain, Residual, randomize_batch_norm
+from small_models import Plain, Residual, capture_once, randomize_batch_norm
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,7 +39,7 @@ class Fork(nn.Module):
 
 
 def quantized(layers: dict, make=Residual, **changes):
-    captured = capture(randomize_batch_norm(make()))
+    captured = capture_once(make)
     config = Config.load("cifar", {"quantizer.layers": layers, **changes}).quantizer
     return captured, *build_quantized(captured, config)
 
@@ -148,7 +148,7 @@ def test_weights_are_quantized_to_the_bits_of_their_layer(target, schemes):
 def test_a_stored_model_knows_the_bits_of_its_layers(tmp_path):
     layers = {"<first>": {"weights": 8, "activations": 6}, "<last>": "float"}
     config = Config.load("cifar", {"quantizer.layers": layers}).quantizer
-    student, _ = build_quantized(capture(randomize_batch_norm(Residual())), config)
+    student, _ = build_quantized(capture_once(Residual), config)
     x = torch.randn(8, 3, 8, 8)
     calibrate(student, [x])
     run_folder.save_quantized(tmp_path / "q.safetensors", student, config, (3, 8, 8))
@@ -192,7 +192,7 @@ class Halves(Plain):
 
 
 def test_a_part_of_a_parameter_stays_float_where_that_is_set():
-    captured = capture(randomize_batch_norm(Halves()))
+    captured = capture_once(Halves)
     layers = {"conv2d*": {"weights": "float", "activations": 8}}
     student, summary = build_quantized(captured, Config.load("cifar", {"quantizer.layers": layers}).quantizer)
     assert [entry.name for entry in summary.weights] == ["fc"]

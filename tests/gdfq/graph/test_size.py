@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import Plain, randomize_batch_norm
+from small_models import Plain, capture_once, randomize_batch_norm
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -144,7 +144,7 @@ class Attends(Plain):
 
 
 def test_layers_of_one_module_are_told_apart():
-    captured = capture(randomize_batch_norm(Attends()))
+    captured = capture_once(Attends)
     student, summary = build_quantized(captured, QuantizerConfig(weight_bits=4))
     assert len({entry.name for entry in summary.weights}) == len(summary.weights) == 2 + 4
     assert len(quantized_layers(student)) == 3  # the others' weights are computed

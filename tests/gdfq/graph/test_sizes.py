@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from small_models import Plain, Residual, TwoHeads, Unusual, randomize_batch_norm
+from small_models import Plain, Residual, TwoHeads, Unusual, capture_once, randomize_batch_norm
 from torch import nn
 from torch.nn import functional as F
 
@@ -159,15 +159,15 @@ def refusal(model: nn.Module, shape: tuple[int, ...]) -> str:
 
 
 def test_what_is_refused_is_said_in_words():
-    teacher = build_teacher(capture(randomize_batch_norm(CountsInPython())))
+    teacher = build_teacher(capture_once(CountsInPython))
     assert "16 x 12 were given" in (words := refusal(teacher, (2, 3, 16, 12)))
     assert "captured for 8 x 8" in words
     assert "image_size=(16, 12)" in words
     assert "takes (N, 3, H, W)" in refusal(teacher, (2, 4, 8, 8))
     assert "takes (N, 3, H, W)" in refusal(teacher, (3, 8, 8))
-    alone = build_teacher(capture(randomize_batch_norm(OtherwiseAlone())))
+    alone = build_teacher(capture_once(OtherwiseAlone))
     assert "a single image was given" in refusal(alone, (1, 3, 8, 8))
-    large = build_teacher(capture(randomize_batch_norm(OtherwiseInLargeBatches())))
+    large = build_teacher(capture_once(OtherwiseInLargeBatches))
     assert "5 images of 8 x 8 were given at once" in refusal(large, (5, 3, 8, 8))
 
 
@@ -184,7 +184,7 @@ class TakesItsLength(Plain):
 @pytest.mark.parametrize("make", [SplitsTheBatch, TakesItsLength])
 def test_a_graph_for_one_batch_size_is_refused_at_once(make):
     with pytest.raises(GdfqError, match="nor may it depend on the batch size"):
-        capture(randomize_batch_norm(make()))
+        capture_once(make)
 
 
 class DropsAlways(Plain):
@@ -194,11 +194,11 @@ class DropsAlways(Plain):
 
 def test_random_logits_are_refused_in_words():
     with pytest.raises(GdfqError, match=r"in eval mode: something in it is random"):
-        capture(randomize_batch_norm(DropsAlways()))
+        capture_once(DropsAlways)
 
 
 def quantized(make) -> nn.Module:
-    student, _ = build_quantized(capture(randomize_batch_norm(make())), QuantizerConfig())
+    student, _ = build_quantized(capture_once(make), QuantizerConfig())
     calibrate(student, [torch.randn(8, 3, 8, 8)])
     return student.requires_grad_(False)
 

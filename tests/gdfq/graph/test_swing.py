@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from small_models import Residual, Unusual, randomize_batch_norm
+from small_models import Residual, Unusual, capture_once, randomize_batch_norm
 from torch import nn
 
 from gdfq.graph import build_teacher, capture, swinging
@@ -71,7 +71,7 @@ def test_strided_convolutions_alone_are_swung():
 
 
 def test_the_same_seed_swings_alike_and_every_pass_anew():
-    teacher = build_teacher(capture(randomize_batch_norm(Residual())))
+    teacher = build_teacher(capture_once(Residual))
     x = torch.randn(4, 3, 8, 8)
     one, other = (swinging(teacher.reader(()), torch.Generator().manual_seed(5)) for _ in range(2))
     passes = [one(x)[0] for _ in range(8)]
@@ -80,7 +80,7 @@ def test_the_same_seed_swings_alike_and_every_pass_anew():
 
 
 def test_other_image_sizes_and_networks_without_strides():
-    teacher = build_teacher(capture(randomize_batch_norm(Residual())))
+    teacher = build_teacher(capture_once(Residual))
     assert swinging(teacher.reader(()), torch.Generator())(torch.randn(2, 3, 12, 10))[0].shape == (2, 5)
     network = randomize_batch_norm(Unusual())  # whose Conv3d has strides over the channels
     x = torch.randn(2, 3, 8, 8)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from small_models import Residual, randomize_batch_norm
+from small_models import Residual, capture_once
 from torch.nn import functional as F
 
 from gdfq.config import Config, GeneratorConfig
-from gdfq.graph import build_teacher, capture
+from gdfq.graph import build_teacher
 from gdfq.images.qimera import SuperposedGenerator, qimera
 from gdfq.random_state import RandomState
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def new_source(**settings):
-    captured = capture(randomize_batch_norm(Residual()))
+    captured = capture_once(Residual)
     own = {f"qimera.{name}": value for name, value in settings.items()}
     config = Config.load("cifar", {"images.source": "qimera", "run.held_out_images": 4, **own})
     return qimera(build_teacher(captured), captured, config, CPU)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from small_models import Plain, randomize_batch_norm
+from small_models import Plain, capture_once
 
 from gdfq.config import Config
 from gdfq.errors import GdfqError
-from gdfq.graph import build_teacher, capture
+from gdfq.graph import build_teacher
 from gdfq.images.real import RealImages, calibration_batches
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ def numbered(count: int) -> list[tuple[torch.Tensor, int]]:
 
 
 def real_images(dataset) -> RealImages:
-    teacher = build_teacher(capture(randomize_batch_norm(Plain())))
+    teacher = build_teacher(capture_once(Plain))
     return RealImages(dataset, teacher, SHAPE, 5, config(), CPU)
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from small_models import Plain, randomize_batch_norm
+from small_models import Plain, capture_once
 
 from gdfq.config import Config
-from gdfq.graph import build_teacher, capture
+from gdfq.graph import build_teacher
 from gdfq.registry import SOURCES
 
 SETTINGS = {
@@ -17,7 +17,7 @@ SETTINGS = {
 
 def new_source(name: str, **changes):
     torch.manual_seed(0)
-    captured = capture(randomize_batch_norm(Plain()))
+    captured = capture_once(Plain)
     config = Config.load("cifar", SETTINGS | {key.replace("__", "."): value for key, value in changes.items()})
     return SOURCES[name](build_teacher(captured), captured, config, torch.device("cpu"))
 

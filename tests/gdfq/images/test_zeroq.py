@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from small_models import Plain, randomize_batch_norm
+from small_models import Plain, capture_once
 
 from gdfq.config import Config
-from gdfq.graph import build_teacher, capture
+from gdfq.graph import build_teacher
 from gdfq.images.zeroq import ZeroqConfig, invert, zeroq
 
 CPU = torch.device("cpu")
@@ -14,7 +14,7 @@ SHAPE = (3, 8, 8)
 
 @pytest.fixture
 def captured():
-    return capture(randomize_batch_norm(Plain()))
+    return capture_once(Plain)
 
 
 def config(**changes) -> Config:

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from small_models import Plain, Residual, randomize_batch_norm
+from small_models import Plain, Residual, capture_once
 from torch.nn import functional as F
 
 import gdfq_ext
@@ -23,7 +23,7 @@ BATCHES = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(seed
 
 
 def new_student(make=Plain, **quantizer):
-    captured = capture(randomize_batch_norm(make()))
+    captured = capture_once(make)
     return build_quantized(captured, QuantizerConfig(**quantizer))[0]
 
 

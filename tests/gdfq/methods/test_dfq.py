@@ -6,7 +6,7 @@ import pytest
 import torch
 from quantizer_oracle import quantize, to_numpy
 from scipy import integrate, stats
-from small_models import Plain, Residual, TwoHeads, randomize_batch_norm
+from small_models import Plain, Residual, TwoHeads, capture_once, randomize_batch_norm
 from torch import nn
 from torch.nn import functional as F
 
@@ -94,14 +94,14 @@ def in_float64(model: nn.Module, student: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize(("make", "pairs"), [(Chain, PAIRS), (Residual, [("depthwise", "grouped")]), (TwoHeads, [])])
 def test_pairs_are_layers_without_a_branch_between(make, pairs):
-    captured = capture(randomize_batch_norm(make()))
+    captured = capture_once(make)
     for target in ("onnx", "paper"):
         student = build_quantized(replace_relu6(captured), QuantizerConfig(target=target))[0]
         assert names(equalizable_pairs(student)) == pairs
 
 
 def test_a_channel_cannot_be_scaled_through_a_relu6():
-    student = build_quantized(capture(randomize_batch_norm(Residual())), QuantizerConfig())[0]
+    student = build_quantized(capture_once(Residual), QuantizerConfig())[0]
     assert equalizable_pairs(student) == []
 
 

@@ -5,10 +5,10 @@ import time
 
 import pytest
 import torch
-from small_models import Residual, randomize_batch_norm
+from small_models import Residual, capture_once
 
 from gdfq.config import QuantizerConfig
-from gdfq.graph import build_quantized, capture, quantized_layers
+from gdfq.graph import build_quantized, quantized_layers
 from gdfq.methods.squant import rounding, squant
 from gdfq_ext import quantizer_grid
 
@@ -79,7 +79,7 @@ def test_errors_cancel_in_every_kernel_and_channel():
 
 
 def test_q_has_these_weights_and_keeps_them_on_the_grid():
-    student, _ = build_quantized(capture(randomize_batch_norm(Residual())), QuantizerConfig())
+    student, _ = build_quantized(capture_once(Residual), QuantizerConfig())
     squant(student, [torch.randn(8, 3, 8, 8)])
     for layer in quantized_layers(student):
         weight = student.get_parameter(layer.weight)

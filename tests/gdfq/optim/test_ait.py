@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from small_models import Residual, randomize_batch_norm
+from small_models import Residual, capture_once, randomize_batch_norm
 
 import gdfq
 from gdfq.config import Config
-from gdfq.graph import build_quantized, capture, quantized_layers
+from gdfq.graph import build_quantized, quantized_layers
 from gdfq.optim.ait import AIT, ait, choose_kappas
 from gdfq.optim.rates import set_rates
 
@@ -72,7 +72,7 @@ def test_where_every_step_changes_enough_it_is_sgd_with_nesterov():
 
 
 def test_rates_fall_together_and_only_quantized_weights_are_lengthened():
-    captured = capture(randomize_batch_norm(Residual()))
+    captured = capture_once(Residual)
     config = Config.load("cifar", {"student.optimizer": "ait", "ait.tau": 0.02, "student.learning_rate": 0.5})
     student, _ = build_quantized(captured, config.quantizer)
     optimizer = ait(student, config)

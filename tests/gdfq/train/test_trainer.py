@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import Plain, Residual, Unusual, randomize_batch_norm
+from small_models import Plain, Residual, Unusual, capture_once, randomize_batch_norm
 
 import gdfq
 from gdfq.config import Config
 from gdfq.errors import GdfqError
-from gdfq.graph import build_quantized, build_teacher, capture
+from gdfq.graph import build_quantized, build_teacher
 from gdfq.nn import activation_quantizers
 from gdfq.registry import SOURCES
 from gdfq.run import folder as run_folder
@@ -50,7 +50,7 @@ def short_config(**changes) -> Config:
 
 def new_trainer(make=Residual, device="cpu", **changes) -> Trainer:
     torch.manual_seed(0)
-    captured = capture(randomize_batch_norm(make()), device=device)
+    captured = capture_once(make, device=device)
     config = short_config(**changes)
     teacher, student = build_teacher(captured), build_quantized(captured, config.quantizer)[0]
     source = SOURCES[config.images.source or "generator"](teacher, captured, config, torch.device(device))
