@@ -51,7 +51,7 @@ class ReconstructionConfig(Section):
     batch_size: int = Field(32, ge=1)
     begin: Literal["squant", "nearest"] = Field("squant", description="the rounding that is learned begins there")
     rounding_learning_rate: float = Field(1e-2, gt=0, description="of Adam")
-    step_learning_rate: float = Field(1.2e-2, ge=0, description="of Adam, as a share of each activation's first step")
+    step_learning_rate: float = Field(1.2e-2, ge=0, description="of Adam, as a share of each activation's step")
     ranges: Literal["minmax", "mse"] = Field(
         "mse", description="of activations, to begin with: all values, or those with the least squared error"
     )
@@ -61,8 +61,10 @@ class ReconstructionConfig(Section):
     penalty_weight: float = Field(1.0, ge=0, description="of what roundings pay for being neither up nor down")
     warmup: float = Field(0.2, ge=0, lt=1, description="share of the iterations before they do")
     finetune_iterations: int = Field(300, ge=0, description="of all blocks together in the end")
-    finetune_learning_rate: float = Field(0.02, gt=0, description="of Adam there, as a share of each weight's step")
-    finetune_step_learning_rate: float = Field(0.03, ge=0, description="the same, of activations' steps")
+    finetune_learning_rate: float = Field(
+        0.02, gt=0, description="of Adam there, as a share of each weight's step, with 2 bits of that of 3"
+    )
+    finetune_step_learning_rate: float = Field(0.03, ge=0, description="the same, of each activation's step")
     memory_gib: float | None = Field(
         None,
         gt=0,

@@ -143,7 +143,8 @@ def _share(count: int, random: RandomState) -> Tensor:
 
 @torch.no_grad()
 def _settle(student: fx.GraphModule, share: float) -> list[dict[str, Any]]:
-    """Weights become what they have been rounded to; for an optimizer: they, whose rates are a share of their steps."""
+    """Weights become what they have been rounded to; for an optimizer: they, whose rates are a share of their steps, of
+    2 bits of what these were with 3: at such a share of the coarser ones training diverges."""
     groups = []
     for layer in {layer.weight: layer for layer in quantized_layers(student)}.values():
         weight = student.get_parameter(layer.weight)
@@ -151,5 +152,6 @@ def _settle(student: fx.GraphModule, share: float) -> list[dict[str, Any]]:
         weight.copy_(layer.quantizer.quantized(layer.index, weight))
         layer.quantizer.store(layer.index, grid.step, grid.zero_point)
         weight.requires_grad_(True)
-        groups.append(with_own_rate(weight, share * grid.step.mean().item()))
+        step = grid.step.mean().item() * min(1.0, (2**layer.bits - 1) / (2**3 - 1))
+        groups.append(with_own_rate(weight, share * step))
     return groups
