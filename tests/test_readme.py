@@ -31,6 +31,7 @@ def environment(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_python_example(environment, tmp_path):
     shutil.copy(ROOT / "examples" / "custom_resnet20.py", tmp_path)
     code = "import torch; from custom_resnet20 import resnet20; torch.save(resnet20().state_dict(), 'resnet20.pth')"

@@ -329,6 +329,7 @@ def test_rounds_are_written_as_they_come(fake_workers, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_is_ended_leaves_its_rounds_and_no_process(tmp_path):
     out = tmp_path / "step.json"
     sizes = ["--model", TINY.model, "--image-size", "8", "--batch", "4", "--threads", "1", "--iterations", "100000"]

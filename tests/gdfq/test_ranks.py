@@ -148,7 +148,7 @@ def test_another_number_of_ranks_goes_on(computed, count):
         ("raised", ["8 LostRank: rank 1 of 2: ValueError: planted", "7 ValueError: planted"]),
         ("killed", ["8 LostRank: rank 1 of 2 is gone; what was saved is whole: --resume goes on", None]),
         ("killed in backward", ["8 LostRank: rank 1 of 2 is gone; what was saved is whole", None]),
-        ("late", ["8 LostRank: rank 1 of 2 did not answer in time", "8 LostRank: rank 1 of 2 did not answer in time"]),
+        pytest.param("late", ["8 LostRank: rank 1 of 2 did not answer in time"] * 2, marks=pytest.mark.long),
         ("full disk", ["7 GdfqError: cannot write to ", "8 LostRank: rank 0 of 2: cannot write to "]),
         ("terminated", ["8 Stopped: stopped after iteration 8 of 30; everything is saved"] * 2),
     ],
@@ -167,7 +167,8 @@ def test_what_stops_one_rank_stops_all_and_is_said(fault, said, tmp_path):
 
 
 # The one makes its bank ahead, the other while it trains.
-@pytest.mark.parametrize("method", [pytest.param("squant", marks=pytest.mark.long), "gdfq"])
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["squant", "gdfq"])
 def test_a_bank_that_is_stopped_goes_on_and_is_the_same(method, tmp_path):
     settings = {
         "method": method, "calibration.images": "inverted", "images.source": "inverted", "inversion.images": 44,

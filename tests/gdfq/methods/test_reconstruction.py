@@ -11,6 +11,7 @@ from torch import nn
 import gdfq
 from gdfq.calibrate import calibrate
 from gdfq.config import Config
+from gdfq.demo import teacher, test_set
 from gdfq.evaluate import agreement
 from gdfq.graph import build_quantized, build_teacher, quantized_layers
 from gdfq.methods import Task
@@ -119,6 +120,7 @@ def test_learned_steps_stay_on_the_quantizers(observer):
         )
 
 
+@pytest.mark.long
 def test_a_run_that_stopped_anywhere_ends_as_one_that_did_not(tmp_path):
     settings = {"reconstruction.finetune_iterations": 3}
     whole, images = task_of(Residual, settings)
@@ -206,6 +208,28 @@ def test_fine_tuning_begins_at_what_was_reconstructed_and_trains_on():
     run(tuned, images)
     before, after = (agreement(each.teacher, each.student, [images]).kl for each in (task, tuned))
     assert after < 0.9 * before
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("error:all blocks trained together")
+def test_what_is_better_on_real_images_stays(tmp_path):
+    """The bank's own images, which each block has learned by heart, would say that it is worse."""
+    images = torch.stack([test_set().image(number) for number in range(1000)])
+    real, bank = [], None
+    for together in (0, 100):
+        settings = {
+            "quantizer.target": "paper", "inversion.images": 64, "inversion.iterations": 30,
+            "reconstruction.iterations": 100, "reconstruction.finetune_iterations": together, "run.seed": 0,
+        }  # fmt: skip
+        if bank is not None:
+            settings["images.file"] = str(bank)
+        found = gdfq.quantize(
+            teacher(), Config.load("demo", settings), run_dir=tmp_path / str(together), progress=False
+        )
+        bank = bank or tmp_path / str(together) / run_folder.IMAGES
+        with torch.no_grad():
+            real.append(agreement(teacher(), found.model.eval(), [images]).kl)
+    assert real[1] < 0.9 * real[0]
 
 
 @pytest.mark.parametrize("rate", [3.0, 1e30])  # the one spoils Q, the other makes all of it NaN
