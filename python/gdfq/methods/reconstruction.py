@@ -62,7 +62,7 @@ class ReconstructionConfig(Section):
     warmup: float = Field(0.2, ge=0, lt=1, description="share of the iterations before they do")
     finetune_iterations: int = Field(300, ge=0, description="of all blocks together in the end")
     finetune_learning_rate: float = Field(
-        0.02, gt=0, description="of Adam there, as a share of each weight's step, with 2 bits of that of 3"
+        0.02, gt=0, description="of Adam there, as a share of each weight's step, with 2 bits of that with 3"
     )
     finetune_step_learning_rate: float = Field(0.03, ge=0, description="the same, of each activation's step")
     memory_gib: float | None = Field(

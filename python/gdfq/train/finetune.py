@@ -143,8 +143,8 @@ def _share(count: int, random: RandomState) -> Tensor:
 
 @torch.no_grad()
 def _settle(student: fx.GraphModule, share: float) -> list[dict[str, Any]]:
-    """Weights become what they have been rounded to; for an optimizer: they, whose rates are a share of their steps, of
-    2 bits of what these were with 3: at such a share of the coarser ones training diverges."""
+    """Weights become what they have been rounded to; for an optimizer: they, whose rates are a share of their steps;
+    with 2 bits, of what their steps would be with 3: a share of the coarse ones makes training diverge."""
     groups = []
     for layer in {layer.weight: layer for layer in quantized_layers(student)}.values():
         weight = student.get_parameter(layer.weight)
