@@ -8,7 +8,8 @@ FOLDER holds CIFAR-10's images, test.npz and train.npz, and a network for them, 
 out. Test images choose nothing: settings are compared by `--training-images`. A bank of images is made once for each
 seed and kept in BANKS, where all methods, bits and settings of reconstruction find it. Methods that are
 calibrated are given training images. What FILE holds already is kept, or measured again. Each row is measured in a
-process of its own, `--jobs` at a time; seconds are the processor's, since others may share the machine.
+process of its own, `--jobs` at a time, on the device that `run.device` says. Seconds are the processor's, since others
+may share the machine; on a GPU they are the clock's.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import gdfq
 from benchmarks.accuracy_in_time import MEAN, STD, Subject, subject
-from gdfq.api import default_preset
+from gdfq.api import default_preset, device_named
 from gdfq.config import parse_override
 from gdfq.data import load_dataset
 from gdfq.evaluate import agreement
@@ -91,9 +92,15 @@ def bank_of(args: argparse.Namespace, preset: str, settings: dict[str, Any], see
 
 
 def compared(p: torch.nn.Module, q: torch.nn.Module, images: Dataset) -> dict[str, Any]:
-    """Top-1 of both on labeled images, the standard error of their difference, and how far Q's answers are from P's."""
+    """Top-1 of both on labeled images, the standard error of their difference, and how far Q's answers are from P's.
+
+    Q's device computes; P is moved there.
+    """
+    device = next(q.buffers()).device
+    p.to(device)
     with torch.inference_mode():
-        batches = [(labels, p(x).double(), q(x).double()) for x, labels in DataLoader(images, 256)]
+        moved = ((x.to(device), labels) for x, labels in DataLoader(images, 256))
+        batches = [(labels, p(x).double().cpu(), q(x).double().cpu()) for x, labels in moved]
     labels, wanted, given = map(torch.cat, zip(*batches, strict=True))
     right_p, right_q = ((logits.argmax(1) == labels).double() for logits in (wanted, given))
     both = torch.stack([wanted, given], 1)
@@ -109,7 +116,8 @@ def quantized(
     what: Subject, config: gdfq.Config, bank: Path | None, real: Dataset | None, images: Dataset
 ) -> dict[str, Any]:
     """What is found on `images` of one run, calibrated on `real` ones; those that it makes are left as `bank`."""
-    start = time.process_time()
+    now = time.process_time if device_named(config.run.device).type == "cpu" else time.perf_counter
+    start = now()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         result = gdfq.quantize(what.network, config, run_dir=run, calibrate_on=real, progress=False)
@@ -117,7 +125,7 @@ def quantized(
         if bank is not None and made.exists():
             bank.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(made, bank)
-    seconds, peak = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    seconds, peak = now() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return compared(what.network.eval(), result.model.eval(), images) | {
         "seconds": seconds,
         "bank": "read" if config.images.file else "made",
@@ -181,7 +189,7 @@ def _mean(values: list[float | None], digits: int) -> str:
     return f"{statistics.mean(known):.{digits}f}" if len(known) == len(values) else ""
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -202,7 +210,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="rows that are measured at the same time")
     parser.add_argument("--out", type=Path, required=True, help="a JSON file; what it holds already is kept")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
     facts = provenance(args.threads)
     rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     variants = ABLATION if args.ablation else [dict(map(parse_override, args.set))]

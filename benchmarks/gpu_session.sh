@@ -216,23 +216,32 @@ first() {
 second() {
     tables() {
         show tail 1500 memcheck.log
+        show tail 1500 ranks.log
         show tail 1500 huge.log
         show tail 2500 killed-run.log
-        show tail 2500 accuracy.log
+        show tail 2000 accuracy.log
+        show tail 1500 reconstruction.log
     }
-    local cifar=() sanitizer=() training shape=() small=()
+    local cifar=() sanitizer=() training shape=() small=() short=()
     prebuilt || build || without_library
-    # Training takes what a killed run and huge tensors leave, and the sanitizer what is left then.
-    training=$(($(left) - 75 - 25))
-    ((training > 180)) && training=180
+    # GDFQ's training takes what others leave, and the sanitizer what is left then.
+    training=$(($(left) - 60 - 75 - 45))
+    ((training > 100)) && training=100
     [[ -d $visit/cifar10 ]] && cifar=(--cifar "$visit/cifar10")
     if ((dry)); then
         training=1 shape=(--batch 4 --images 32)
         small=(--model gdfq.demo:teacher --image-size 28 --batch 2 --iterations 8)
+        short=(--test-images 32 --set inversion.images=8)
+        for setting in inversion.iterations reconstruction.iterations reconstruction.finetune_iterations; do
+            short+=(--set "$setting=1")
+        done
     fi
+    try reconstruction 60 "$PYTHON" -m benchmarks.accuracy "${cifar[@]}" --preset cifar --target paper "${short[@]}" \
+        --out "$results/reconstruction.json"
     try accuracy $((training + 30)) "$PYTHON" -m benchmarks.accuracy_in_time --seconds "$training" "${cifar[@]}" \
         "${shape[@]}" --run "$runs/accuracy" --out "$results/accuracy.json"
     try killed-run 75 "$PYTHON" -m benchmarks.killed_run "${small[@]}" --runs "$runs" --out "$results/killed-run.json"
+    try ranks 40 "${pytest[@]}" tests/gpu/test_several_gpus.py
     try huge 40 "${pytest[@]}" tests/gpu/test_huge.py
     # Every operation once on small, odd shapes: a sanitizer slows everything down. The caching allocator would hide
     # what is written behind a tensor's end.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accuracy_in_time, killed_run, step_suite, zero_numerators
+from benchmarks import accuracy, accuracy_in_time, killed_run, step_suite, zero_numerators
 from benchmarks.ops import __main__ as ops
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +128,8 @@ def test_commands_are_what_the_tools_take(machine, visit, call):
     for command in machine.commands:
         module, arguments = command.module, command.arguments[2:]
         if module.startswith("benchmarks.") and module != "benchmarks.every_op_once":
-            tools = {tool.__name__: tool.parse for tool in (accuracy_in_time, killed_run, step_suite, zero_numerators)}
+            tools = (accuracy, accuracy_in_time, killed_run, step_suite, zero_numerators)
+            tools = {tool.__name__: tool.parse for tool in tools}
             tools["benchmarks.ops"] = lambda arguments: ops.plan(ops.parse(arguments))  # which looks at names, too
             tools[module](arguments)
         elif module == "benchmarks.every_op_once":
@@ -138,7 +139,10 @@ def test_commands_are_what_the_tools_take(machine, visit, call):
         "first": [
             "pytest", "benchmarks.zero_numerators", "benchmarks.ops", "benchmarks.step_suite", "benchmarks.step_suite",
         ],
-        "second": ["benchmarks.accuracy_in_time", "benchmarks.killed_run", "pytest", "benchmarks.every_op_once"],
+        "second": [
+            "benchmarks.accuracy", "benchmarks.accuracy_in_time", "benchmarks.killed_run", "pytest", "pytest",
+            "benchmarks.every_op_once",
+        ],
     }[call]  # fmt: skip
     assert [module for module in checked if module not in ("pip", "setup.py", "-c")] == wanted
 
@@ -399,10 +403,12 @@ def test_dry_run(tmp_path):
         assert all("is loaded" in row["backend"] for name, row in cell["providers"].items() if name != "floor")
     assert loads(files["results/ops/results.json"])["rows"]
     assert len(loads(files["results/zero-numerators.json"])["rows"]) == 10
-    accuracy = loads(files["results/accuracy.json"])
-    assert accuracy["exit_code"] == 130  # SIGTERM ended it, and it had saved
-    assert 0 < accuracy["iterations"] < accuracy["planned_iterations"]
-    assert 0 < accuracy["top1"]["quantized"] <= 100
+    (row,) = loads(files["results/reconstruction.json"])["rows"]
+    assert (row["method"], row["bank"]) == ("reconstruction", "made")
+    trained = loads(files["results/accuracy.json"])
+    assert trained["exit_code"] == 130  # SIGTERM ended it, and it had saved
+    assert 0 < trained["iterations"] < trained["planned_iterations"]
+    assert 0 < trained["top1"]["quantized"] <= 100
     killed = loads(files["results/killed-run.json"])
     assert killed["equal"]
     assert killed["killed_after"] < killed["iterations"][1] == killed["iterations"][0]

@@ -42,7 +42,7 @@ from gdfq.train.finetune import FineTuner
 from gdfq.train.reconstruct import BlockTrainer
 from gdfq.train.trainer import Trainer
 
-CPU = torch.device("cpu")
+DEVICE = torch.device(os.environ.get("GDFQ_RANK_CASES_ON", "cpu"))  # tests/gpu sets it
 SETTINGS = {
     "method": "gdfq",
     "schedule.epochs": 6,
@@ -53,7 +53,7 @@ SETTINGS = {
     "schedule.range_batches": 2,
     "schedule.milestones": [5],
     "run.held_out_images": 10,
-    "run.device": "cpu",
+    "run.device": str(DEVICE),
     "reconstruction.batch_size": 9,
     "student.temperature": 1.0,
     "quantizer.weight_bits": 3,
@@ -83,7 +83,7 @@ def new_model() -> torch.nn.Module:
 
 
 # Once, for all processes that are forked of one that has imported this.
-CAPTURED = capture(new_model())
+CAPTURED = capture(new_model(), device=DEVICE)
 TEACHER = build_teacher(CAPTURED)
 
 
@@ -92,11 +92,11 @@ def new_config(seed: int = 0, **settings: Any) -> Config:
 
 
 def images(count: int, seed: int = 0) -> Tensor:
-    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def labeled(count: int) -> list[tuple[Tensor, int]]:
-    return [(image, number % 5) for number, image in enumerate(images(count))]
+    return [(image, number % 5) for number, image in enumerate(images(count).cpu())]
 
 
 def new_student(config: Config) -> Any:
@@ -109,9 +109,9 @@ def new_trainer(seed: int = 0, real: int = 0, **settings: Any) -> Trainer:
     config = new_config(seed, **settings)
     student = new_student(config)
     if real:
-        source: Any = RealImages(labeled(real), TEACHER, (3, 8, 8), 5, config, CPU)
+        source: Any = RealImages(labeled(real), TEACHER, (3, 8, 8), 5, config, DEVICE)
     else:
-        source = SOURCES[config.images.source or "generator"](TEACHER, CAPTURED, config, CPU)
+        source = SOURCES[config.images.source or "generator"](TEACHER, CAPTURED, config, DEVICE)
     return Trainer(TEACHER, student, source, config)
 
 
@@ -177,7 +177,7 @@ def block(seed: int) -> dict[str, Tensor]:
         bank = images(20, seed)
         given, exact = (store.keep(20, iter([piece(bank)])) for piece in (first.quantized(), first.exact()))
         wanted = store.keep(20, iter([second.exact()(exact.select(torch.arange(20)))]))
-    trainer = BlockTrainer(second, config, given, exact, wanted, RandomState(seed, CPU), nearest)
+    trainer = BlockTrainer(second, config, given, exact, wanted, RandomState(seed, DEVICE), nearest)
     trainer.optimizer = trainer._optimizer()
     trainer._schedule(0.5)  # with the penalty
     trainer._iteration()
@@ -189,7 +189,7 @@ def finetune(seed: int) -> dict[str, Tensor]:
     config = new_config(seed)
     student = new_student(config)
     quantizers = [module for module in student.modules() if isinstance(module, FakeQuantize)]
-    tuner = FineTuner(TEACHER, student, quantizers, images(20, seed), config, RandomState(seed, CPU))
+    tuner = FineTuner(TEACHER, student, quantizers, images(20, seed), config, RandomState(seed, DEVICE))
     tuner._iteration()
     return gradients(Q=student) | {"loss": tuner.loss}
 
@@ -203,7 +203,7 @@ def calibrated(rule: Any, seed: int) -> dict[str, Tensor]:
 
 def bank(seed: int) -> dict[str, Tensor]:
     settings = {"inversion.images": 11, "inversion.batch_size": 4, "inversion.iterations": 3}
-    source = SOURCES["inverted"](TEACHER, CAPTURED, new_config(seed, **settings), CPU)
+    source = SOURCES["inverted"](TEACHER, CAPTURED, new_config(seed, **settings), DEVICE)
     source.kept = Kept() if ranks.is_first() else None
     result = {"bank": source.bank, "held out": source.held_out_part}
     left = ranks.from_first(lambda: sorted(source.kept.parts))
@@ -349,9 +349,9 @@ def work(rank: int, count: int, folder: Path, seeds: range) -> None:
     torch.save(results, folder / f"{count}-{rank}.pt")
 
 
-def join(rank: int, count: int, folder: Path, seconds: int = 60) -> None:
-    method = f"file://{folder}/group-{count}"
-    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=count, timeout=timedelta(seconds=seconds))
+def join(rank: int, count: int, folder: Path, seconds: int = 60, backend: str = "gloo") -> None:
+    method, timeout = f"file://{folder}/group-{count}", timedelta(seconds=seconds)
+    dist.init_process_group(backend, init_method=method, rank=rank, world_size=count, timeout=timeout)
 
 
 # --- what goes wrong ---
