@@ -216,6 +216,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     facts = provenance(args.threads)
+    del facts["command"]  # one of several that a file is of; each row says what it is of
     rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     variants = ABLATION if args.ablation else [dict(map(parse_override, args.set))]
     spawn = multiprocessing.get_context("spawn")
