@@ -202,11 +202,16 @@ def operators(model: "ModelProto | str | Path", layers: Collection[str] | None =
 
 
 def _named(model: "ModelProto") -> "ModelProto":
-    """A copy in which nodes without a name have that of their first output."""
+    """A copy in which nodes without a name have that of their first output, or one like it where that is taken."""
     result = type(model)()
     result.CopyFrom(model)
+    taken = {node.name for node in result.graph.node}
     for node in result.graph.node:
-        node.name = node.name or node.output[0]
+        if not node.name:
+            node.name = node.output[0]
+            while node.name in taken:
+                node.name += "'"
+            taken.add(node.name)
     return result
 
 

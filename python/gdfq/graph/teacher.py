@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 import gdfq_ext
 from gdfq import ranks
@@ -158,13 +159,18 @@ def build_teacher(captured: CapturedModel, checkpointing: bool = False) -> Teach
                     values.append(value)
             behind.add(y)
             node = y
-        if node.op != "get_attr" and math.prod(map(int, getattr(node.meta.get("val"), "shape", ())[2:])) > 1:
+        if node.op != "get_attr" and _has_maps(node.meta.get("val")):
             features = node
     _bring_to_scale(module, statistics, first)
     call_ahead(module, "image_sizes", captured.sizes)
     graph.lint()
     readings = {"statistics": tuple(statistics), "first_statistics": tuple(first), "features": features}
     return Teacher(module, readings, layers, checkpointing)
+
+
+def _has_maps(value: Any) -> bool:
+    """Whether it is a tensor `(N, C, H, W)` of more than one pixel, or of a size that is known in the pass alone."""
+    return guard_or_true(math.prod(getattr(value, "shape", ())[2:]) > 1)
 
 
 def _bring_to_scale(module: fx.GraphModule, statistics: BatchNormStatistics, first: BatchNormStatistics) -> None:

@@ -97,13 +97,15 @@ def test_what_is_in_float_is_named(model):
 
 
 def test_names_that_nodes_lack():
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])
+    """They have their output's, unless another node is called like that."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3]) for name in "xy")
     weight = onnx.numpy_helper.from_array(np.eye(3, dtype=np.float32), "weight")
-    graph = helper.make_graph([helper.make_node("MatMul", ["x", "weight"], ["y"])], "g", [x], [y], [weight])
+    products = [("x", "a", ""), ("a", "b", "a"), ("b", "y", "")]  # what goes in, what comes out, the node's name
+    nodes = [helper.make_node("MatMul", [before, "weight"], [after], name) for before, after, name in products]
+    graph = helper.make_graph(nodes, "g", [x], [y], [weight])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    assert operators(model).layers.floats == ("y",)
-    assert model.graph.node[0].name == ""
+    assert operators(model).layers.floats == ("a'", "a", "y")
+    assert [node.name for node in model.graph.node] == ["", "a", ""]
 
 
 def test_times_in_turns():

@@ -36,6 +36,24 @@ class Inverted(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+class Cropped(nn.Module):
+    """A sum with what is cut to the size that a convolution leaves: torch.export does not know it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.larger = nn.Conv2d(8, 8, 1, stride=2)
+        self.smaller = nn.Conv2d(8, 8, 3, stride=2)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.bn(self.stem(x)))
+        x, y = self.larger(x), self.smaller(x)
+        cut = x.size(-1) - y.size(-1)
+        return self.fc((y + x[:, :, :-cut, :-cut]).relu().mean((2, 3)))
+
+
 class Everywhere(nn.Module):
     """The image is read to the very end: nothing can be cut."""
 
@@ -108,7 +126,7 @@ def test_where_it_cannot_be_cut():
 
 
 @pytest.mark.parametrize("target", ["onnx", "paper"])
-@pytest.mark.parametrize("model", [Inverted, Everywhere, Folded, Plain, Residual], ids=lambda model: model.__name__)
+@pytest.mark.parametrize("model", [Inverted, Cropped, Everywhere, Folded, Plain, Residual], ids=lambda model: model.__name__)
 @torch.no_grad()
 def test_one_after_the_other_they_are_q_and_p(model, target):
     captured, student = quantized(model(), target=target)
