@@ -57,7 +57,8 @@ def test_a_file_extends_a_preset(tmp_path):
 
 def numbers(preset, overrides=None, effort="default"):
     config = Config.load(preset, overrides, effort)
-    return config.inversion.images, config.reconstruction.iterations
+    own = config.reconstruction
+    return config.inversion.images, own.iterations + own.finetune_iterations
 
 
 @pytest.mark.parametrize("preset", ["cifar", "imagenet", "demo"])
