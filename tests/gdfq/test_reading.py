@@ -137,7 +137,10 @@ def test_ctrl_c_and_killed_workers_end_in_one_line(tmp_path, folder, model, code
 
 def evaluated(model: str, data: Path, *options: str) -> tuple[int, str, str]:
     """Exit code, standard output and error of `gdfq evaluate` with two workers, soon: no worker is waited for."""
-    code = "import sys; from gdfq.cli import main; sys.exit(main())"
+    code = (  # what runs in the background of a shell ignores Ctrl-C, and so would what it starts
+        "import signal, sys; from gdfq.cli import main; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main())"
+    )
     command = [sys.executable, "-c", code, "evaluate", f"--model={model}", f"--data={data}", "--workers=2", *options]
     paths = os.pathsep.join(map(str, (ROOT / "python", ROOT, MODELS.parent)))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}

@@ -126,7 +126,9 @@ def test_where_it_cannot_be_cut():
 
 
 @pytest.mark.parametrize("target", ["onnx", "paper"])
-@pytest.mark.parametrize("model", [Inverted, Cropped, Everywhere, Folded, Plain, Residual], ids=lambda model: model.__name__)
+@pytest.mark.parametrize(
+    "model", [Inverted, Cropped, Everywhere, Folded, Plain, Residual], ids=lambda model: model.__name__
+)
 @torch.no_grad()
 def test_one_after_the_other_they_are_q_and_p(model, target):
     captured, student = quantized(model(), target=target)
