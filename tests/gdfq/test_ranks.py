@@ -26,8 +26,6 @@ SEEDS = range(2)
 NEAR = 1e-5
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["rank_cases"])
-# By the BN behind, or nearly: these gradients are what rounding leaves of nothing.
-TAKEN_OUT = ("G linear.bias", "G conv1.bias", "G conv2.bias", "G conv3.bias", "Q activation_quantizers.x.observer.step")
 
 
 def run(function, count, *args) -> list[int]:
@@ -58,27 +56,12 @@ def computed(tmp_path_factory):
     return {count: [torch.load(folder / f"{count}-{rank}.pt") for rank in range(count)] for count in (1, 2, 4)}
 
 
-def difference(one: dict, other: dict, taken_out: tuple[str, ...] = TAKEN_OUT) -> float:
-    """The largest, as a share of the largest value of its tensor."""
-    assert one.keys() == other.keys()
-    differences = [0.0]
-    for name, value in one.items():
-        if name.endswith(taken_out) or not value.numel():
-            continue
-        equal = value.isfinite() & other[name].isfinite()
-        assert torch.equal(value[~equal].nan_to_num(), other[name][~equal].nan_to_num()), name
-        if equal.any():
-            scale = other[name][equal].abs().max().clamp_min(1e-12)
-            differences.append(((value - other[name])[equal].abs().max() / scale).item())
-    return max(differences)
-
-
 def nearer(computed, count, name, case=None) -> float:
     """Of the seeds, how far from one rank: with one of them a value may come to lie across a rounding boundary."""
     one = computed[1][0]
-    taken_out = TAKEN_OUT + (("Q depthwise.bias", "Q grouped.bias") if name == "moving statistics" else ())
+    taken_out = rank_cases.TAKEN_OUT + (("Q depthwise.bias", "Q grouped.bias") if name == "moving statistics" else ())
     results = [(computed[count][0][name, seed], one[case or name, seed]) for seed in SEEDS]
-    return min(difference(*pair, taken_out) for pair in results)
+    return min(rank_cases.difference(*pair, taken_out) for pair in results)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -139,7 +122,7 @@ def test_after_twenty_iterations_no_further_from_one_rank_than_another_order_of_
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_another_number_of_ranks_goes_on(computed, count):
-    assert difference(computed[count][0]["interrupted", 0], computed[2][0]["interrupted", 0]) < 1e-3
+    assert rank_cases.difference(computed[count][0]["interrupted", 0], computed[2][0]["interrupted", 0]) < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,6 @@ import torch.distributed as dist
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device")]
 CASES = ("ranges", "warm-up", "embedding", "conditional", "buckets", "histogram", "block", "fine-tuning")
 NEAR = 1e-4  # convolutions may sum in another order for half a batch
-# By the BN behind, or nearly: these gradients are what rounding leaves of nothing.
-TAKEN_OUT = ("G linear.bias", "G conv1.bias", "G conv2.bias", "G conv3.bias")
 
 
 def run(function, count: int, *arguments) -> list[int]:
@@ -46,21 +44,17 @@ def compute(rank: int, count: int, folder: Path) -> None:
 
 
 def test_one_iteration_is_that_of_one_rank(tmp_path):
+    from rank_cases import difference  # here: what a rank imports, it computes with on its own GPU
+
     for count in (1, 2):
         assert run(compute, count, tmp_path) == [0] * count
     one, first, second = (torch.load(tmp_path / f"{name}.pt", map_location="cpu") for name in ("1-0", "2-0", "2-1"))
     for case in CASES:
-        apart = []
-        for seed in range(2):  # with one of them a value may come to lie across a rounding boundary
-            expected, found = one[case, seed], first[case, seed]
+        for seed in range(2):
+            found = first[case, seed]
             assert all(torch.equal(value, second[case, seed][name]) for name, value in found.items()), case
-            differences = [
-                (found[name] - value).abs().max() / value.abs().max().clamp_min(1e-12)
-                for name, value in expected.items()
-                if not name.endswith(TAKEN_OUT) and value.numel() and value.isfinite().all()
-            ]
-            apart.append(max(map(float, differences)))
-        assert min(apart) < NEAR, case
+        # With one of the seeds a value may come to lie across a rounding boundary.
+        assert min(difference(first[case, seed], one[case, seed]) for seed in range(2)) < NEAR, case
 
 
 def replay(rank: int, count: int, folder: Path) -> None:
