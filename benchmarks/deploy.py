@@ -4,12 +4,14 @@
 
 The demonstration's network and EfficientNet-Lite0 have trained weights. The others' are random: their BN statistics
 are set from images first, and their logits centred, so that quantizers use their codes and all sorts of classes come
-out; a row says how far that is so. Images are the shipped ones, in color, at the network's size. Ranges are calibrated,
-nothing is trained: what is tried here is the file.
+out; a row says how far that is so, and does not count where a quantizer uses less than half of the codes that it can
+use, or there are fewer than five classes. Images are the shipped ones, in color, at the network's size. Ranges are
+calibrated, nothing is trained: what is tried here is the file.
 """
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -26,6 +28,7 @@ from benchmarks.step_providers import fit_classifier
 from gdfq.calibrate import calibrate
 from gdfq.demo import teacher, test_set
 from gdfq.deploy.export import Quantized, export
+from gdfq.deploy.grids import Grid
 from gdfq.deploy.levels import Simulation
 from gdfq.deploy.runtime import KINDS
 from gdfq.graph import Pixels, build_quantized, capture
@@ -108,14 +111,33 @@ def row(name: str, model: nn.Module, bits: tuple[int, int], count: int, threads:
         exported = export(quantized, Path(folder) / "file.onnx", threads=threads)
     with torch.inference_mode():
         levels, _ = Simulation(student, exported.written.codes).levels(next(images(0, USED_ON, channels, size)))
-    used = {
-        name: len(levels[name].unique()) / (code.grid.highest - code.grid.lowest + 1)
-        for name, code in exported.written.codes.items()
-    }
+    there_are = attainable(student, {name: code.grid for name, code in exported.written.codes.items()})
+    used = {name: len(levels[name].unique()) / count for name, count in there_are.items()}
     found |= {"least_share_of_codes_used": min(used.values()), "least_used": min(used, key=used.get)}
     classes = exported.verification.argmax["synthetic"].classes
     found |= {"classes_seen": classes, "counts": min(used.values()) >= 0.5 and classes >= 5}
     return found | _in_short(exported.to_dict()) | {"seconds": time.monotonic() - start}
+
+
+def attainable(student: fx.GraphModule, grids: dict[str, Grid]) -> dict[str, int]:
+    """How many codes each quantizer can use: all that it has, or fewer where it reads averages of codes, of which there
+    may be fewer."""
+    counts = {name: grid.highest - grid.lowest + 1 for name, grid in grids.items()}
+    names = {name.removesuffix(".quantizer"): name for name in grids}
+    for node in student.graph.find_nodes(op="call_function", target=torch.ops.aten.avg_pool2d.default):
+        source = node.args[0]
+        while source.target not in names:  # what moves codes
+            source = source.args[0]
+        for name in (names[reader.target] for reader in node.users if reader.target in names):
+            counts[name] = len({grids[name].code(y) for y in averages(grids[names[source.target]], node.args[1])})
+    return counts
+
+
+def averages(grid: Grid, window: list[int]) -> Iterator[float]:
+    """Every value that the average of a window of codes can have."""
+    count = math.prod(window)
+    lowest, highest = (count * (code - grid.zero_point) for code in (grid.lowest, grid.highest))
+    return (sum_of_codes * grid.step / count for sum_of_codes in range(lowest, highest + 1))
 
 
 def _in_short(exported: dict[str, Any]) -> dict[str, Any]:

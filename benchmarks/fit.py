@@ -1,11 +1,11 @@
 """Does a report say when its figures say nothing? Runs made bad on purpose against good ones, and what each reported.
 
     python -m benchmarks.fit --networks chosen --out FILE
-    python -m benchmarks.fit --networks counted --cifar FOLDER --out FILE
+    python -m benchmarks.fit --networks counted --method reconstruction --cifar FOLDER --out FILE
 
 The bounds of `gdfq.fit` were chosen on the networks `chosen`; the table counts the others. FOLDER holds CIFAR-10's test
 images and a ResNet-20 for them, see `benchmarks/gpu_prepare.sh`. A run is bad that is told a wrong scale of the pixels,
-whose generator does not learn, whose network has BN statistics of something else, or that is judged on noise.
+whose images are not learned, whose network has BN statistics of something else, or that is judged on noise.
 """
 
 import argparse
@@ -32,7 +32,10 @@ from gdfq.provenance import describe, provenance
 from gdfq.run.files import write_text
 
 FACTORS = (1.5, 2.0, 4.0, 16.0, 255.0, 1 / 1.5, 1 / 4, 1 / 255)  # every fourth of them for a network
-SHORT = {"method": "gdfq", "schedule.iterations": 40}  # of the 100 of the preset `demo`
+METHODS = {  # settings, and those that leave its images as they begin
+    "gdfq": ({"schedule.iterations": 40}, {"generator.learning_rate": 1e-12}),  # of the 100 of the preset `demo`
+    "reconstruction": ({}, {"inversion.learning_rate": 1e-12}),
+}
 
 
 @dataclass(frozen=True)
@@ -96,27 +99,30 @@ def of_noise(network: nn.Module, size: int) -> nn.Module:
 
 
 def runs(
-    subject: Subject, factors: tuple[float, ...]
+    subject: Subject, factors: tuple[float, ...], method: str
 ) -> Iterator[tuple[str, bool, nn.Module, dict[str, Any], dict[str, Any]]]:
     """What is done, whether that is good, the network, settings, and what else `quantize` is given."""
     network = subject.network
     captured = capture(network, subject.size)
     pixels = infer(build_teacher(captured), captured.image_shape)
     yield "as it is", True, network, {}, {}
-    yield "zeroq", True, network, {"method": "zeroq"}, {}
     for factor in factors:
         wrong = {"mean": [factor * mean for mean in pixels.mean], "std": [factor * std for std in pixels.std]}
         settings = {f"model.input_{key}": values for key, values in wrong.items()}
         yield f"pixels x {factor:.3g}", False, network, settings, {}
-    yield "G not trained", False, network, {"generator.learning_rate": 1e-12}, {}
+    yield "images not learned", False, network, METHODS[method][1], {}
     yield "permuted BN statistics", False, permuted(network), {}, {}
     yield "BN statistics of noise", False, of_noise(network, subject.size), {}, {}
-    yield "judged on noise", False, network, {"method": "calibrated"}, {"calibrate_on": subject.images}
+    if method == "gdfq":  # of others these would be the same runs
+        yield "zeroq", True, network, {"method": "zeroq"}, {}
+        yield "judged on noise", False, network, {"method": "calibrated"}, {"calibrate_on": subject.images}
 
 
-def measured(subject: Subject, done: str, good: bool, network: nn.Module, settings: dict, given: dict) -> dict:
-    config = gdfq.Config.load("demo", SHORT | {"model.image_size": subject.size} | settings)
-    row = {"network": subject.name, "run": done, "good": good}
+def measured(
+    subject: Subject, method: dict[str, Any], done: str, good: bool, network: nn.Module, settings: dict, given: dict
+) -> dict:
+    config = gdfq.Config.load("demo", method | {"model.image_size": subject.size} | settings)
+    row = {"network": subject.name, "run": done, "good": good, "method": config.method}
     try:
         result = gdfq.quantize(network, config, progress=False, **given)
     except gdfq.GdfqError as error:
@@ -158,6 +164,7 @@ def main() -> None:
         prog="python -m benchmarks.fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--networks", choices=["chosen", "counted"])
+    parser.add_argument("--method", choices=list(METHODS), default="gdfq", help="default: %(default)s")
     parser.add_argument(
         "--judge", type=Path, nargs="+", help="judge what these results hold by today's bounds, and count"
     )
@@ -179,10 +186,11 @@ def main() -> None:
     if args.networks is None or args.out is None:
         parser.error("give --networks and --out, or --judge")
     result = provenance(torch.get_num_threads())
+    settings = {"method": args.method} | METHODS[args.method][0]
     rows: list[dict] = []
     for number, subject in enumerate(subjects(args.networks, args.cifar)):
-        for run in runs(subject, FACTORS[number::4]):
-            rows.append(row := measured(subject, *run))
+        for run in runs(subject, FACTORS[number::4], args.method):
+            rows.append(row := measured(subject, settings, *run))
             print(f"{row['network']}, {row['run']}: {'; '.join(verdict(row)) or 'trusted'}", flush=True)
             write_text(args.out, json.dumps(result | {"rows": rows}, indent=1) + "\n")
     print(f"{table(rows)}\n{describe(result)}")
