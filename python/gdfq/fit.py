@@ -10,6 +10,7 @@ from gdfq.graph import Pixels, Teacher
 from gdfq.graph.scale import negligible
 
 SOUND = 0.24  # of the distance that noise has
+FAR = 0.3  # nats, as where each mean is off by 0.8 deviations
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,13 @@ def mean_distances(layers: list[LayerFit]) -> tuple[float, float]:
 def problems(layers: list[LayerFit]) -> list[str]:
     """What speaks against images; docs/fit.md has how often it is right."""
     distance, of_noise = mean_distances(layers)
-    if distance <= SOUND * of_noise:
+    bounds = {f"{SOUND:.0%} of what noise is, {of_noise:.3g}": SOUND * of_noise, f"{FAR:.3g}": FAR}
+    exceeded = [words for words, bound in bounds.items() if distance > bound]
+    if not exceeded:
         return []
     return [
-        f"the images' BN statistics are {distance:.3g} from P's, which is more than {SOUND:.0%} of what noise is, "
-        f"{of_noise:.3g}: such images P was not trained on"
+        f"the images' BN statistics are {distance:.3g} from P's, which is more than {exceeded[0]}: such images P was "
+        "not trained on"
     ]
 
 

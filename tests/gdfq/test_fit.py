@@ -8,7 +8,7 @@ import torch
 from small_models import Residual
 from torch import nn
 
-from gdfq.fit import effective_number, effective_rank, fit
+from gdfq.fit import LayerFit, effective_number, effective_rank, fit, problems
 from gdfq.graph import Pixels, build_teacher, capture
 
 
@@ -99,6 +99,13 @@ def test_figures_on_images_that_fit_are_trusted_and_noise_is_not():
     teacher, pixels = build_teacher(capture(model)), Pixels.around((0.0,) * 3, (images.std().item(),) * 3, "set")
     assert not fit(teacher, images.split(200), pixels).problems
     assert fit(teacher, [pixels.scaled(torch.randn(200, 3, 8, 8))], pixels).problems
+
+
+@pytest.mark.parametrize(
+    ("distances", "trusted"), [((0.01, 0.1), True), ((0.1, 0.3), False), ((0.2, 10.0), True), ((0.4, 10.0), False)]
+)
+def test_images_must_fit_better_than_noise_and_well(distances, trusted):
+    assert (not problems([LayerFit("bn", *distances)])) is trusted
 
 
 def test_variety_is_how_many_classes_and_dimensions_there_are(model):

@@ -23,7 +23,13 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # 
 
 _SCALES = [4.0**power for power in range(-6, 9)]  # of the standard deviation; the start
 _ROUNDS = 3  # of least squares
+_LEAST_SLOPE = 1e-4  # of a BN input's mean by the images', both in standard deviations: less is what rounding makes
+_LEAST_GROWTH = 0.1  # of a BN input's deviation by the images', both in logarithms
 _ITERATIONS, _RATE = 200, 0.05  # of Adam
+_DOUBT = (
+    "the model takes the {} out of each image by itself, so that its BN layers say nothing of it: it is taken to be that "
+    "of standardized images, and pixels far from these are clipped; model.input_mean and model.input_std say it"
+)
 _SPREAD = 0.2  # weight of how different the channels' scales are, of which a first layer says the least
 
 
@@ -43,21 +49,21 @@ def pixels_of(model: nn.Module, inferred: Pixels, config: ModelConfig) -> Pixels
     if mean and std:
         return _as_set(mean, std, "set", inferred)
     known = _of_timm(model, channels)
-    if known and alike(known, inferred):
+    if known and (inferred.doubt or alike(known, inferred)):
         inferred = known
     elif known:
         inferred = replace(inferred, origin=f"{inferred.origin}, which its default_cfg does not fit")
     if mean or std:
         name = "mean" if mean else "std"
         origin = f"{name} set, the other {inferred.origin}"
-        return _as_set(mean or inferred.mean, std or inferred.std, origin, inferred)
+        return _as_set(mean or inferred.mean, std or inferred.std, origin, inferred, inferred.doubt)
     return inferred
 
 
-def _as_set(mean: tuple[float, ...], std: tuple[float, ...], origin: str, inferred: Pixels) -> Pixels:
+def _as_set(mean: tuple[float, ...], std: tuple[float, ...], origin: str, inferred: Pixels, doubt: str = "") -> Pixels:
     pixels = Pixels.around(mean, std, origin)
-    if alike(pixels, inferred):
-        return pixels
+    if inferred.doubt or alike(pixels, inferred):  # with a doubt there is nothing to contradict it
+        return replace(pixels, doubt=doubt)
     said = f"the first BN layers contradict the scale of pixels that is set: they say {inferred.numbers('mean', 'std')}"
     return replace(pixels, doubt=f"{said} (of the images as the model takes them)")
 
@@ -139,7 +145,11 @@ def infer(teacher: Teacher, shape: tuple[int, int, int]) -> Pixels:
         return replace(
             Pixels.standardized(shape[0]), origin="taken to be standardized: its first BN layers say nothing"
         )
-    return Pixels.around(tuple(mean.tolist()), tuple(std.tolist()), "inferred from its first BN layers")
+    unsaid = _unsaid(statistics, mean, std)
+    if "scale" in unsaid:
+        mean, std = (of / std.log().mean().exp() for of in (mean, std))
+    pixels = Pixels.around(tuple(mean.tolist()), tuple(std.tolist()), "inferred from its first BN layers")
+    return replace(pixels, doubt=_DOUBT.format(" and ".join(unsaid))) if unsaid else pixels
 
 
 class _Fields:
@@ -184,21 +194,40 @@ def _standardized(x: Tensor) -> Tensor:
 def _means(statistics: Callable[[Tensor], BatchNormStatistics], std: Tensor) -> Tensor:
     """The means `(C,)` that bring the first BN layers closest to the means they remember: least squares, repeated in
     case the layers before them are not affine."""
-
-    def misfit(mean: Tensor) -> Tensor:
-        found, _, running, variances = statistics(mean)
-        parts = zip(found, running, variances, strict=True)
-        return torch.cat([(m - r) / (var + negligible(var)).sqrt() for m, r, var in parts]).cpu().double()
-
     mean = torch.zeros_like(std)
     for _ in range(_ROUNDS):
-        at_mean = misfit(mean)
-        slopes = torch.stack([misfit(mean + step) - at_mean for step in torch.diag(std)], 1)
+        off, deviations = _compared(statistics(mean))
+        slopes = torch.stack([_compared(statistics(mean + step))[0] - off for step in torch.diag(std)], 1)
         if not slopes.isfinite().all():
             break
-        steps = torch.linalg.lstsq(slopes, -at_mean, driver="gelsd").solution
+        cutoff, largest = _LEAST_SLOPE * deviations.mean(), torch.linalg.matrix_norm(slopes, 2)
+        if largest <= cutoff:
+            break
+        steps = torch.linalg.lstsq(slopes, -off, rcond=(cutoff / largest).item(), driver="gelsd").solution
         mean = mean + std * steps.to(mean)
     return mean
+
+
+@torch.no_grad()
+def _unsaid(statistics: Callable[[Tensor, Tensor], BatchNormStatistics], mean: Tensor, std: Tensor) -> list[str]:
+    """What of the images P takes out of each by itself, so that no BN layer can remember it."""
+    off, deviations = _compared(statistics(mean, std))
+    of_brighter, _ = _compared(statistics(mean + std, std))
+    _, of_wider = _compared(statistics(mean, 4 * std))
+    alive = deviations > 0
+    growth = (of_wider[alive] / deviations[alive]).log().abs().mean() / math.log(4)
+    unsaid = ["mean"] if (of_brighter - off).norm() <= _LEAST_SLOPE * deviations.mean() else []
+    return [*unsaid, "scale"] if growth <= _LEAST_GROWTH else unsaid
+
+
+def _compared(statistics: BatchNormStatistics) -> tuple[Tensor, Tensor]:
+    """Of all BN inputs' channels, float64 on the CPU: how far the mean is off, and the deviation; in units of the
+    deviation that is remembered."""
+    found, variances, running_means, running_vars = statistics
+    units = [(var + negligible(var)).sqrt() for var in running_vars]
+    off = [(m - r) / unit for m, r, unit in zip(found, running_means, units, strict=True)]
+    deviations = [var.sqrt() / unit for var, unit in zip(variances, units, strict=True)]
+    return torch.cat(off).cpu().double(), torch.cat(deviations).cpu().double()
 
 
 def _distance(statistics: BatchNormStatistics) -> Tensor:

@@ -1,15 +1,18 @@
 """Mean and standard deviation of a network's images, found in its BN statistics, against images that made them."""
 
+import math
+
 import pytest
 import torch
 from small_models import randomize_batch_norm
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gdfq import demo
 from gdfq.config import ModelConfig
 from gdfq.errors import GdfqError
 from gdfq.graph import build_teacher, capture
-from gdfq.graph.scale import infer, pixels_of
+from gdfq.graph.scale import SAME, infer, pixels_of
 
 SIZE = 28
 BGR = torch.tensor([103.9, 116.8, 123.7]).view(3, 1, 1)
@@ -100,6 +103,38 @@ def test_any_number_of_channels(channels):
 def test_a_model_that_normalizes_inside():
     images = photographs(1)
     close(inferred(trained_on(images, strided, lambda x: (x - 0.286) / 0.353), 1), images)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "unsaid"),
+    [
+        (lambda x: x - x.mean((2, 3), keepdim=True), "the mean out"),
+        (lambda x: F.instance_norm(x), "the mean and scale out"),
+        (lambda x: x / x.abs().amax((1, 2, 3), keepdim=True), "the scale out"),
+    ],
+    ids=["mean of each image", "instance norm", "greatest of each image"],
+)
+@pytest.mark.parametrize("factor", [1.0, 255.0])
+def test_what_a_model_takes_out_of_each_image_is_doubted_until_it_is_set(prepare, unsaid, factor):
+    images = factor * (photographs(3) + 0.1)
+    model = trained_on(images, strided, prepare)
+    found = inferred(model, 3)
+    assert unsaid in found.doubt
+    assert "model.input_mean" in found.doubt
+    std, mean = torch.tensor(found.std), torch.tensor(found.mean)
+    assert mean.abs().max() < 4 * std.max()
+    if "scale" in unsaid:
+        assert std.log().mean().abs() < 0.01
+    else:
+        assert (std / images.std((0, 2, 3))).log().abs().max() < math.log(SAME)
+    known = pixels_of(model, found, ModelConfig(input_mean=0.3 * factor, input_std=0.4 * factor))
+    assert (known.doubt, known.std) == ("", (0.4 * factor,) * 3)
+    assert unsaid in pixels_of(model, found, ModelConfig(input_mean=0.3 * factor)).doubt
+
+
+@pytest.mark.parametrize("front", [strided, behind_relu, on_the_image])
+def test_what_a_model_does_not_take_out_is_not_doubted(front):
+    assert not inferred(trained_on(255 * photographs(3), front), 3).doubt
 
 
 def test_what_is_set_is_taken():
