@@ -10,6 +10,7 @@ from gdfq.graph import Pixels, Teacher
 from gdfq.graph.scale import negligible
 
 SOUND = 0.24  # of the distance that noise has
+NOISE = 0.03  # nats, as where each mean is off by a quarter of a deviation
 FAR = 0.3  # nats, as where each mean is off by 0.8 deviations
 
 
@@ -94,6 +95,10 @@ def mean_distances(layers: list[LayerFit]) -> tuple[float, float]:
 def problems(layers: list[LayerFit]) -> list[str]:
     """What speaks against images; docs/fit.md has how often it is right."""
     distance, of_noise = mean_distances(layers)
+    if of_noise <= NOISE:
+        return [
+            f"noise is {of_noise:.3g} from P's BN statistics, so that these are of no images, which noise is far from"
+        ]
     bounds = {f"{SOUND:.0%} of what noise is, {of_noise:.3g}": SOUND * of_noise, f"{FAR:.3g}": FAR}
     exceeded = [words for words, bound in bounds.items() if distance > bound]
     if not exceeded:

@@ -102,7 +102,14 @@ def test_figures_on_images_that_fit_are_trusted_and_noise_is_not():
 
 
 @pytest.mark.parametrize(
-    ("distances", "trusted"), [((0.01, 0.1), True), ((0.1, 0.3), False), ((0.2, 10.0), True), ((0.4, 10.0), False)]
+    ("distances", "trusted"),
+    [
+        ((0.01, 0.1), True),
+        ((0.1, 0.3), False),
+        ((0.2, 10.0), True),
+        ((0.4, 10.0), False),
+        ((0.001, 0.02), False),
+    ],
 )
 def test_images_must_fit_better_than_noise_and_well(distances, trusted):
     assert (not problems([LayerFit("bn", *distances)])) is trusted

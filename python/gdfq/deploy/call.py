@@ -95,6 +95,15 @@ class Call:
 
     def tensor(self, name: str) -> str:
         """`value` in float, by name; empty where the argument is None."""
+        argument = self.arguments[name]
+        given = self.as_it_is(name)
+        like = argument.meta.get("val") if isinstance(argument, fx.Node) else None
+        if not isinstance(like, Tensor) or like.is_floating_point():
+            return given
+        return self.builder.add("Cast", given, to=self.builder.type_of("float32"))
+
+    def as_it_is(self, name: str) -> str:
+        """The tensor by name, whatever its type is: a mask, indices; empty where the argument is None."""
         return "" if self.arguments[name] is None else self.value(name).as_float
 
     def run(self, tensor: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ def _picks(call: Call, axis: int, sizes: list[int]) -> list[int]:
 
 
 def _picked(call: Call) -> Move:
-    """Any other pick, element by element, the same one from every image."""
+    """Any other pick, element by element, the same one from every image, or zeros."""
     before, shape = call.shape("self"), call.shape()
     unknown = GdfqError(f"{call.place}: the ONNX writer does not know this use of {call.op}")
     if before[0] is not None or shape[0] is not None or None in before[1:] + shape[1:]:
@@ -205,13 +205,16 @@ def _picked(call: Call) -> Move:
         raise unknown
     numbers = torch.arange(1, 2 * count + 1, dtype=torch.float32).view(2, *before[1:])
     one, other = call.run(numbers).long()
-    if not torch.equal(one + count, other) or not one.numel() or one.min() < 1 or one.max() > count:
+    if not torch.equal(one + count * (one > 0), other) or not one.numel() or one.min() < 0 or one.max() > count:
         raise unknown
-    indices = call.builder.constant((one - 1).flatten().numpy(), np.int64)
+    padding = int(one.min() == 0)  # a zero in front
+    indices = call.builder.constant((one - 1 + padding).flatten().numpy(), np.int64)
     builder = call.builder
 
     def write(x: str, zero: np.generic) -> str:
         flat = builder.add("Reshape", x, call.as_reshape((None, count)))
+        if padding:
+            flat = builder.add("Pad", flat, builder.constant([0, 1, 0, 0], np.int64), builder.constant(zero))
         return builder.add("Reshape", builder.add("Gather", flat, indices, axis=1), call.as_reshape(shape))
 
     return write

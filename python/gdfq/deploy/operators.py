@@ -1,9 +1,12 @@
 """Operators that compute, in float unless a runtime fuses them with the quantizers around: aten to ONNX."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
+from torch import fx
 
 from gdfq.deploy.call import Call
 from gdfq.deploy.moves import pad, sliced
@@ -36,7 +39,7 @@ def _number(call: Call, name: str) -> float | None:
 
 
 def _times_alpha(call: Call, name: str = "other") -> str:
-    alpha = float(call.fixed("alpha"))
+    alpha = float(call.fixed("alpha")) if "alpha" in call.arguments else 1.0
     value = call.tensor(name)
     return value if alpha == 1 else call.builder.add("Mul", value, call.builder.constant(alpha, np.float32))
 
@@ -59,6 +62,10 @@ def _rsub(call: Call) -> Value:
 
 def _scale(operator: str) -> Operator:
     def scale(call: Call) -> Value:
+        rounding = call.arguments.get("rounding_mode")
+        if rounding:
+            quotient = call.builder.add(operator, call.tensor("self"), call.tensor("other"))
+            return call.computed("Floor", quotient) if rounding == "floor" else _truncated(call, quotient)
         if _number(call, "other") == 1:
             return call.value("self")
         return call.computed(operator, call.tensor("self"), call.tensor("other"))
@@ -70,10 +77,20 @@ def _clamp(low: str | float | None, high: str | float | None) -> Operator:
     """Bounds are numbers, or names of arguments."""
 
     def clamp(call: Call) -> Value:
+        if any(isinstance(call.arguments.get(str(bound)), fx.Node) for bound in (low, high)):
+            return _between_tensors(call)
         bounds = [call.fixed(bound) if isinstance(bound, str) else bound for bound in (low, high)]
         return Clamped(call.value("self"), *(None if bound is None else float(bound) for bound in bounds))
 
     return clamp
+
+
+def _between_tensors(call: Call) -> Value:
+    result = call.value("self")
+    for operator, bound in (("Max", "min"), ("Min", "max")):
+        if call.arguments.get(bound) is not None:
+            result = call.computed(operator, result.as_float, call.tensor(bound))
+    return result
 
 
 def _threshold(call: Call) -> Value:
@@ -102,6 +119,11 @@ def _elu(call: Call) -> Value:
     if scale == 1:
         return call.computed("Elu", call.tensor("self"), alpha=alpha)
     return call.computed("Selu", call.tensor("self"), alpha=alpha, gamma=scale)
+
+
+def _rrelu(call: Call) -> Value:
+    slope = (float(call.fixed("lower")) + float(call.fixed("upper"))) / 2
+    return call.computed("LeakyRelu", call.tensor("self"), alpha=slope)
 
 
 def _prelu(call: Call) -> Value:
@@ -225,7 +247,94 @@ def _pad(call: Call) -> Value:
 
 
 def _masked_fill(call: Call) -> Value:
-    return call.computed("Where", call.tensor("mask"), call.tensor("value"), call.tensor("self"))
+    return call.computed("Where", call.as_it_is("mask"), call.tensor("value"), call.tensor("self"))
+
+
+def _where(call: Call) -> Value:
+    return call.computed("Where", call.as_it_is("condition"), call.tensor("self"), call.tensor("other"))
+
+
+def _logic(operator: str) -> Operator:
+    """Of masks."""
+
+    def write(call: Call) -> Value:
+        if any(node.meta["val"].dtype != torch.bool for node in call.node.all_input_nodes):
+            raise call.unknown()
+        return call.computed(operator, *(call.as_it_is(name) for name in ("self", "other") if name in call.arguments))
+
+    return write
+
+
+def _differs(call: Call) -> Value:
+    equal = call.builder.add("Equal", call.tensor("self"), call.tensor("other"))
+    return call.computed("Not", equal)
+
+
+def _gather(call: Call) -> Value:
+    return call.computed("GatherElements", call.tensor("self"), call.as_it_is("index"), axis=call.fixed("dim"))
+
+
+def _argmax(operator: str) -> Operator:
+    def write(call: Call) -> Value:
+        if call.fixed("dim") is None:
+            raise call.unknown()
+        keep = int(call.fixed("keepdim"))
+        return call.computed(operator, call.tensor("self"), axis=call.fixed("dim"), keepdims=keep)
+
+    return write
+
+
+def _cumulative_sum(call: Call) -> Value:
+    return call.computed("CumSum", call.tensor("self"), call.builder.constant(call.fixed("dim"), np.int64))
+
+
+def _grid_sampler(call: Call) -> Value:
+    modes = ("linear", "nearest", "cubic"), ("zeros", "border", "reflection")
+    mode, padding = (
+        names[call.fixed(name)] for names, name in zip(modes, ("interpolation_mode", "padding_mode"), strict=True)
+    )
+    return call.computed(
+        "GridSample", call.tensor("input"), call.tensor("grid"), mode=mode, padding_mode=padding,
+        align_corners=int(call.fixed("align_corners")),
+    )  # fmt: skip
+
+
+# --- functions of one number ---
+
+
+def _in_turn(*steps: tuple[str, float] | tuple[str]) -> Operator:
+    """ONNX operators, each of what the one before gives, and of a number."""
+
+    def write(call: Call) -> Value:
+        x = call.tensor("self")
+        for number, (operator, *values) in enumerate(steps, 1):
+            inputs = (x, *(call.builder.constant(value, np.float32) for value in values))
+            if number == len(steps):
+                break
+            x = call.builder.add(operator, *inputs)
+        return call.computed(operator, *inputs)
+
+    return write
+
+
+def _softplus(call: Call) -> Value:
+    beta, threshold = (float(call.fixed(name)) for name in ("beta", "threshold"))
+    x, add, constant = call.tensor("self"), call.builder.add, call.builder.constant
+    if (beta, threshold) == (1, 20):  # behind which the difference is less than float32 holds
+        return call.computed("Softplus", x)
+    scaled = add("Mul", x, constant(beta, np.float32))
+    soft = add("Div", add("Softplus", scaled), constant(beta, np.float32))
+    return call.computed("Where", add("Greater", scaled, constant(threshold, np.float32)), x, soft)
+
+
+def _truncated(call: Call, x: str = "") -> Value:
+    x, add = x or call.tensor("self"), call.builder.add
+    return call.computed("Mul", add("Sign", x), add("Floor", add("Abs", x)))
+
+
+def _remainder(call: Call) -> Value:
+    x, y, add = call.tensor("self"), call.tensor("other"), call.builder.add
+    return call.computed("Sub", x, add("Mul", add("Floor", add("Div", x, y)), y))
 
 
 def _pow(call: Call) -> Value:
@@ -239,17 +348,26 @@ def _reciprocal_root(call: Call) -> Value:
     return call.computed("Reciprocal", call.builder.add("Sqrt", call.tensor("self")))
 
 
+def _copied(call: Call) -> Value:
+    if call.shape("src") != call.shape():
+        raise call.unknown()
+    return call.value("src")
+
+
 def _same(call: Call) -> Value:
     return call.value(next(iter(call.arguments)))
 
 
 _ALL = 2**31  # a bound that is no less than this is none
 _UNARY = {
-    "abs": "Abs", "ceil": "Ceil", "cos": "Cos", "erf": "Erf", "exp": "Exp", "floor": "Floor", "hardswish": "HardSwish",
-    "log": "Log", "mish": "Mish", "neg": "Neg", "reciprocal": "Reciprocal", "round": "Round", "sigmoid": "Sigmoid",
-    "sign": "Sign", "sin": "Sin", "softplus": "Softplus", "sqrt": "Sqrt", "tanh": "Tanh",
+    "abs": "Abs", "acos": "Acos", "acosh": "Acosh", "asin": "Asin", "asinh": "Asinh", "atan": "Atan", "atanh": "Atanh",
+    "ceil": "Ceil", "cos": "Cos", "cosh": "Cosh", "erf": "Erf", "exp": "Exp", "floor": "Floor",
+    "hardswish": "HardSwish", "isnan": "IsNaN", "log": "Log", "mish": "Mish", "neg": "Neg", "reciprocal": "Reciprocal",
+    "round": "Round", "sigmoid": "Sigmoid", "sign": "Sign", "sin": "Sin", "sinh": "Sinh", "sqrt": "Sqrt", "tan": "Tan",
+    "tanh": "Tanh",
 }  # fmt: skip
 _COMPARISONS = {"gt": "Greater", "ge": "GreaterOrEqual", "lt": "Less", "le": "LessOrEqual", "eq": "Equal"}
+_LOGIC = {"and": "And", "or": "Or", "xor": "Xor", "not": "Not"}
 _IDENTITIES = (
     "alias",
     "clone",
@@ -267,6 +385,8 @@ _IDENTITIES = (
 OPERATORS: dict[str, Operator] = {
     **{name: _unary(operator) for name, operator in _UNARY.items()},
     **{name: _binary(operator) for name, operator in _COMPARISONS.items()},
+    **{f"{prefix}_{name}": _logic(operator) for name, operator in _LOGIC.items() for prefix in ("bitwise", "logical")},
+    **{f"__{name}__": _logic(operator) for name, operator in _LOGIC.items()},
     **dict.fromkeys(_IDENTITIES, _same),
     "_log_softmax": _softmax("LogSoftmax"),
     "_softmax": _softmax("Softmax"),
@@ -275,6 +395,8 @@ OPERATORS: dict[str, Operator] = {
     "adaptive_avg_pool3d": adaptive_average_pool,
     "_adaptive_avg_pool2d": adaptive_average_pool,
     "add": _add,
+    "argmax": _argmax("ArgMax"),
+    "argmin": _argmax("ArgMin"),
     "avg_pool1d": average_pool,
     "avg_pool2d": average_pool,
     "avg_pool3d": average_pool,
@@ -289,15 +411,26 @@ OPERATORS: dict[str, Operator] = {
     "conv_transpose2d": _transposed_convolution,
     "conv_transpose3d": _transposed_convolution,
     "convolution": _transposed_convolution,
+    "copy": _copied,
+    "cumsum": _cumulative_sum,
     "div": _scale("Div"),
     "elu": _elu,
+    "erfc": _in_turn(("Erf",), ("Sub", 1.0), ("Neg",)),
+    "exp2": _in_turn(("Mul", math.log(2)), ("Exp",)),
+    "expm1": _in_turn(("Exp",), ("Sub", 1.0)),
+    "fmod": lambda call: call.computed("Mod", call.tensor("self"), call.tensor("other"), fmod=1),
+    "gather": _gather,
     "gelu": _gelu,
+    "grid_sampler": _grid_sampler,
     "group_norm": _group_norm,
     "hardsigmoid": _unary("HardSigmoid", alpha=1 / 6, beta=0.5),
     "hardtanh": _clamp("min_val", "max_val"),
     "instance_norm": _instance_norm,
     "layer_norm": _layer_norm,
     "leaky_relu": _with("LeakyRelu", alpha="negative_slope"),
+    "log10": _in_turn(("Log",), ("Div", math.log(10))),
+    "log1p": _in_turn(("Add", 1.0), ("Log",)),
+    "log2": _in_turn(("Log",), ("Div", math.log(2))),
     "log_softmax": _softmax("LogSoftmax"),
     "logsumexp": reduce("ReduceLogSumExp"),
     "masked_fill": _masked_fill,
@@ -307,26 +440,33 @@ OPERATORS: dict[str, Operator] = {
     "minimum": _binary("Min"),
     "mm": _binary("MatMul", second="mat2"),
     "mul": _scale("Mul"),
+    "ne": _differs,
     "constant_pad_nd": _pad,
     "pad": _pad,
     "pow": _pow,
     "prelu": _prelu,
     "_prelu_kernel": _prelu,
+    "prod": reduce("ReduceProd"),
     "relu": _clamp(0.0, None),
     "relu6": _clamp(0.0, 6.0),
+    "remainder": _remainder,
+    "rrelu": _rrelu,
     "rsqrt": _reciprocal_root,
     "rsub": _rsub,
     "silu": _gate("Sigmoid"),
     "slice_scatter": _slice_scatter,
     "softmax": _softmax("Softmax"),
+    "softplus": _softplus,
     "stack": _stack,
     "sub": _sub,
     "sum": reduce("ReduceSum"),
     "threshold": _threshold,
+    "trunc": _truncated,
     "upsample_bicubic2d": _resize("cubic"),
     "upsample_bilinear2d": _resize("linear"),
     "upsample_linear1d": _resize("linear"),
     "upsample_trilinear3d": _resize("linear"),
     "var": variance,
-    "where": lambda call: call.computed("Where", call.tensor("condition"), call.tensor("self"), call.tensor("other")),
+    "var_mean": lambda call: [variance(call), reduce("ReduceMean")(call)],
+    "where": _where,
 }

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 BATCHES = (2, 3)
 # Operators that read the size of a tensor, and none of its values.
-_SHAPE_ALONE = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
+SHAPE_ALONE = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class _Recorder(fx.Interpreter):
             if n.op not in ("placeholder", "output") and all(source in self.constants for source in n.all_input_nodes):
                 self.constants[n] = result
         holds_tensors = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result))
-        reads_values = holds_tensors and getattr(n.target, "_opname", "") not in _SHAPE_ALONE
+        reads_values = holds_tensors and getattr(n.target, "_opname", "") not in SHAPE_ALONE
         if n.op == "placeholder" or (reads_values and self.of_image & set(n.all_input_nodes)):
             self.of_image.add(n)
         self.seen[n] = pytree.tree_map_only(Tensor, lambda t: t.shape, result) if n in self.of_image else result

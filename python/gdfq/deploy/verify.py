@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -297,9 +298,23 @@ def _compare_with_float(
         result.float_time = next(iter(others), None)
 
 
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing goes to the standard output, from C++ either."""
+    saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(nowhere)
+
+
 def write_float(model: nn.Module, image: Tensor, path: Path) -> None:
     """`torch.onnx.export` of the float model, for any batch, by the exporter that needs no other package."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # where it fails, it prints the graph
+    with warnings.catch_warnings(), _silent():  # where it fails, it prints the graph
         warnings.simplefilter("ignore")
         torch.onnx.export(
             copy.deepcopy(model).cpu().eval(), (image,), path, dynamo=False, input_names=["images"],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.calibrate import check_ranges
+from gdfq.deploy.apart import taken_apart
 from gdfq.deploy.builder import Builder
 from gdfq.deploy.call import INPUT, Call
 from gdfq.deploy.grids import Grid, activation_grid
@@ -123,7 +124,8 @@ def write(
     builder = Builder(opset)
     _check_finite(student)
     check_ranges(student)
-    return _Writer(builder, student, tuple(image_shape), pixels).written(dict(metadata or {}))
+    parts = taken_apart(student, image_shape, {*OPERATORS, *MOVES})
+    return _Writer(builder, parts, tuple(image_shape), pixels).written(dict(metadata or {}))
 
 
 def _check_finite(student: fx.GraphModule) -> None:
@@ -180,7 +182,10 @@ class _Writer:
         if node.op == "call_module":
             return self._module(node, self.student.get_submodule(node.target))
         if node.target is operator.getitem:
-            return self.values[node.args[0]][node.args[1]]
+            source, index = node.args
+            if index >= len(self.values[source]):  # the places of a pool's values
+                raise Call(self.builder, source, self.seen, self.values).unknown()
+            return self.values[source][index]
         if not hasattr(node.target, "_schema"):
             raise self._unknown(node)
         call = Call(self.builder, node, self.seen, self.values)

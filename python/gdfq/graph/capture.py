@@ -358,7 +358,7 @@ def _to_normal_form(module: fx.GraphModule) -> None:
             if act:
                 node.args = (*node.args[:-1], act)
                 node.meta["name"] = node.meta.get("name") or name_of(node)
-                node.meta["image"] = False
+                node.meta |= {"image": False, "affine": False}
                 user.replace_all_uses_with(node)
                 graph.erase_node(user)
     graph.eliminate_dead_code()

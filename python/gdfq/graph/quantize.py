@@ -81,8 +81,8 @@ class _Rewriter:
 
     def run(self) -> tuple[fx.GraphModule, Summary]:
         wanted = self._values_to_quantize()
-        images = [value for value in wanted if is_image(value)]
-        reaches = reach_of(self.module, images, self.pixels) if self.pixels else {}
+        affine = [value for value in wanted if value.meta["affine"]]
+        reaches = reach_of(self.module, affine, self.pixels) if self.pixels else {}
         for node in list(self.graph.nodes):
             bits = wanted.get(node)
             result = self._rewrite_batch_norm(node, bits, reaches.get(node)) if node.target is batch_norm_act else node

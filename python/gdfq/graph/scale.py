@@ -27,8 +27,9 @@ _LEAST_SLOPE = 1e-4  # of a BN input's mean by the images', both in standard dev
 _LEAST_GROWTH = 0.1  # of a BN input's deviation by the images', both in logarithms
 _ITERATIONS, _RATE = 200, 0.05  # of Adam
 _DOUBT = (
-    "the model takes the {} out of each image by itself, so that its BN layers say nothing of it: it is taken to be that "
-    "of standardized images, and pixels far from these are clipped; model.input_mean and model.input_std say it"
+    "the model takes the {} out of each image by itself, so that its BN layers say nothing of it: images are taken to "
+    "be standardized in that, and where pixels themselves are quantized, those far from such are clipped, unless "
+    "model.input_mean and model.input_std say what they are"
 )
 _SPREAD = 0.2  # weight of how different the channels' scales are, of which a first layer says the least
 

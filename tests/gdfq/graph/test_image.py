@@ -79,6 +79,13 @@ IMAGE = {
     "low frequencies": lambda m, x: torch.fft.ifft2(torch.fft.fft2(x)).real,
     "in double": lambda m, x: (x.double() / 255).float(),
     "a view by hand": lambda m, x: x.reshape(x.shape[0], 3, -1).sub(0.5).reshape(x.shape),
+    "brought to its own scale": lambda m, x: m.instance(x),
+    "brought to its own scale, by hand": lambda m, x: (x - x.mean((1, 2, 3), True)) / x.std((1, 2, 3), keepdim=True),
+    "from its least to its greatest": lambda m, x: (
+        (x - x.amin((2, 3), True)) / (x.amax((2, 3), True) - x.amin((2, 3), True)) * 2 - 1
+    ),
+    "normalized in groups": lambda m, x: F.group_norm(x, 1, m.colors[0], m.colors[1]) / 2,
+    "as bright as it is": lambda m, x: x * x.mean((1, 2, 3), keepdim=True).sigmoid(),
 }
 NO_IMAGE = {
     "a convolution": lambda m, x: m.conv(x),
@@ -89,11 +96,12 @@ NO_IMAGE = {
     "sigmoid": lambda m, x: x.sigmoid(),
     "magnitude": lambda m, x: x.abs(),
     "divided by": lambda m, x: 1 / (x + 10),
-    "its own statistics": lambda m, x: m.instance(x),
-    "times its mean": lambda m, x: x * x.mean(),
     "exponent": lambda m, x: x.exp(),
     "image and layer": lambda m, x: torch.cat([x, m.conv(x)], 1),
     "image plus layer": lambda m, x: x + m.conv(x),
+    "times itself, moved": lambda m, x: x * x.flip(3),
+    "by its own contrast in places": lambda m, x: x / (F.avg_pool2d(x.abs(), 3, 1, 1) + 1),
+    "relu, then its own scale": lambda m, x: m.instance(x.relu()),
     "leaky": lambda m, x: F.leaky_relu(x),
 }
 
