@@ -3,10 +3,10 @@
     python -m benchmarks.fit --networks chosen --out FILE
     python -m benchmarks.fit --networks counted --method reconstruction --cifar FOLDER --out FILE
 
-The bounds of `gdfq.fit` were chosen on the networks `chosen`, that of noise when the networks `counted` had been seen as
-well; the table counts `counted` and `others`. FOLDER holds CIFAR-10's test
-images and a ResNet-20 for them, see `benchmarks/gpu_prepare.sh`. A run is bad that is told a wrong scale of the pixels,
-whose images are not learned, whose network has BN statistics of something else, or that is judged on noise.
+The bounds of `gdfq.fit` were chosen on the networks `chosen`, but for that of noise's distance, for which `counted` had
+been seen, too; not so `others`. FOLDER holds CIFAR-10's test images and a ResNet-20 for them, see
+`benchmarks/gpu_prepare.sh`. A run is bad that is told a wrong scale of the pixels, whose images are not learned, whose
+network has BN statistics of something else, or that is judged on noise.
 """
 
 import argparse

@@ -96,9 +96,7 @@ def problems(layers: list[LayerFit]) -> list[str]:
     """What speaks against images; docs/fit.md has how often it is right."""
     distance, of_noise = mean_distances(layers)
     if of_noise <= NOISE:
-        return [
-            f"noise is {of_noise:.3g} from P's BN statistics, so that these are of no images, which noise is far from"
-        ]
+        return [f"P's BN statistics are {of_noise:.3g} from those of noise, so that they are of no images"]
     bounds = {f"{SOUND:.0%} of what noise is, {of_noise:.3g}": SOUND * of_noise, f"{FAR:.3g}": FAR}
     exceeded = [words for words, bound in bounds.items() if distance > bound]
     if not exceeded:

@@ -82,23 +82,27 @@ def test_dead_channels_decide_nothing(model):
     assert found.layers[0].distance <= 100 / 8 + 1
 
 
-def test_figures_on_images_that_do_not_fit_are_distrusted(model):
-    captured = capture(model)
-    teacher, right = build_teacher(captured), Pixels.around((2.0,) * 3, (3.0,) * 3, "set")
-    smooth = torch.nn.functional.interpolate(torch.randn(64, 3, 2, 2), (8, 8), mode="bilinear")
-    assert fit(teacher, [3 * smooth], right).problems
-    (problem,) = fit(teacher, [400 * smooth], right).problems
-    assert "such images P was not trained on" in problem
+def smooth(count):
+    return nn.functional.interpolate(torch.randn(count, 3, 3, 3), (8, 8), mode="bilinear")
+
+
+def test_figures_on_images_that_do_not_fit_are_distrusted():
+    model, images = trained_on(lambda: smooth(600))
+    teacher, right = build_teacher(capture(model)), Pixels.around((0.0,) * 3, (images.std().item(),) * 3, "set")
+    assert not fit(teacher, images.split(200), right).problems
+    for wrong in (right.scaled(torch.randn(200, 3, 8, 8)), 1 + 2 * images, 400 * images):
+        (problem,) = fit(teacher, [wrong], right).problems
+        assert "such images P was not trained on" in problem
     nan = fit(teacher, [torch.full((4, 3, 8, 8), torch.nan)], right)
     assert nan.problems
     assert all(layer.distance == 100 for layer in nan.layers)
 
 
-def test_figures_on_images_that_fit_are_trusted_and_noise_is_not():
-    model, images = trained_on(lambda: nn.functional.interpolate(torch.randn(600, 3, 3, 3), (8, 8), mode="bilinear"))
-    teacher, pixels = build_teacher(capture(model)), Pixels.around((0.0,) * 3, (images.std().item(),) * 3, "set")
-    assert not fit(teacher, images.split(200), pixels).problems
-    assert fit(teacher, [pixels.scaled(torch.randn(200, 3, 8, 8))], pixels).problems
+def test_where_noise_fits_no_figure_is_trusted(model):
+    teacher, right = build_teacher(capture(model)), Pixels.around((2.0,) * 3, (3.0,) * 3, "set")
+    for images in (right.scaled(torch.randn(64, 3, 8, 8)), 3 * smooth(64)):
+        (problem,) = fit(teacher, [images], right).problems
+        assert "they are of no images" in problem
 
 
 @pytest.mark.parametrize(
