@@ -37,8 +37,8 @@ def taken_apart(student: fx.GraphModule, image_shape: tuple[int, int, int], know
     inputs = _Inputs(result, known)
     with torch.no_grad():
         inputs.run(torch.randn(_BATCH, *image_shape, generator=torch.Generator().manual_seed(0)))
-    for node, values in inputs.found.items():
-        _take_apart(result, node, values, known)
+    for node in [node for node in graph.nodes if _is_unknown(node, known)]:
+        _take_apart(result, node, inputs.values, known)
     graph.eliminate_dead_code()
     result.recompile()
     return result
@@ -59,17 +59,17 @@ class _Inputs(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, known: Container[str]) -> None:
         super().__init__(module)
         self.known = known
-        self.found: dict[fx.Node, dict[fx.Node, Any]] = {}
+        self.values: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         if _is_unknown(n, self.known):
-            self.found[n] = {source: self.env[source] for source in n.all_input_nodes}
+            self.values |= {source: self.env[source] for source in n.all_input_nodes}
         return super().run_node(n)
 
 
 def _take_apart(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], known: Container[str]) -> None:
-    """Replace a node, if all that it is made of is known and it reads nothing but tensors and sizes."""
-    sources = list(values)
+    """Replace a node, in `values` as well, if all that it is made of is known."""
+    sources = node.all_input_nodes
 
     def call(*given: Any) -> Any:
         by_node = dict(zip(sources, given, strict=True))
@@ -80,7 +80,7 @@ def _take_apart(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any
     try:
         with fx_config.patch(use_duck_shape=False), sdpa_kernel(SDPBackend.MATH), torch.no_grad():  # type: ignore[attr-defined]
             trace = partial(make_fx, decomposition_table=table, tracing_mode="symbolic")
-            given = list(values.values())
+            given = [values[source] for source in sources]
             written_in_place = trace(call)(*given)
             parts = trace(torch.func.functionalize(written_in_place, remove="mutations"))(*given)
     except Exception:  # what cannot be traced stays, and is named by who meets it
@@ -102,10 +102,10 @@ def _take_apart(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any
     with module.graph.inserting_before(node):
         copied = dict(zip(parts.graph.find_nodes(op="placeholder"), sources, strict=True))
         found = module.graph.graph_copy(parts.graph, copied)
-    if isinstance(found, fx.Node):
-        node.replace_all_uses_with(found)
-    else:
-        for user in list(node.users):
-            user.replace_all_uses_with(found[user.args[1]])  # one of several results
-            module.graph.erase_node(user)
-    module.graph.erase_node(node)
+    several = {} if isinstance(found, fx.Node) else {user: found[user.args[1]] for user in node.users}
+    for old, new in (several or {node: found}).items():
+        old.replace_all_uses_with(new)
+        if old in values:
+            values[new] = values[old]
+    for old in [*several, node]:
+        module.graph.erase_node(old)

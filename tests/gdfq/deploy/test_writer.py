@@ -450,7 +450,9 @@ OPERATORS = {
     "remainders": lambda x: x.remainder(0.3) + x.fmod(0.4) + x.trunc() + (3 * x).frac(),
     "rms norm": lambda x: F.rms_norm(x, (9,)),
     "rrelu": lambda x: F.rrelu(x) + F.selu(x) + F.softplus(x, 3.0, 1.5),
-    "square": lambda x: x.square(),
+    "square": lambda x: (
+        x.square().square() + F.normalize(torch.var_mean(x.square(), 1)[0].square(), dim=2).unsqueeze(1)
+    ),
 }
 
 
