@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from torch import SymInt, Tensor, fx, nn
+from torch import Tensor, fx, nn
 
 from gdfq.graph.nodes import WEIGHTED, average_pool_inputs, op_of
 from gdfq.graph.query import (
@@ -23,6 +23,7 @@ from gdfq.graph.query import (
     quantizer_of,
     unrounded,
 )
+from gdfq.graph.sizes import Size, hints, same_size, symbols
 from gdfq.nn import BatchNormActFakeQuantize, BiasFakeQuantize, FakeQuantize
 
 
@@ -33,7 +34,6 @@ class Instead(NamedTuple):
     args: tuple[Any, ...]
 
 
-Size = int | SymInt
 Change = Callable[[fx.Node], Instead | None]
 
 
@@ -116,7 +116,7 @@ class Block:
                 return graph.call_module(f"instead.{node.name}", args)
             size = _known_size(node, batch)
             if size is not None:
-                return graph.call_method("size", (copied[self.entry], 0)) if size is batch else int(size)
+                return graph.call_method("size", (copied[self.entry], 0)) if size is batch else hints([size])[0]
             if node.op in ("get_attr", "call_module"):
                 found[node.target] = operator.attrgetter(node.target)(self.student)
             return graph.node_copy(node, copied.__getitem__)
@@ -171,7 +171,7 @@ def _cuts(student: fx.GraphModule, nodes: list[fx.Node]) -> list[int]:
     result = next(iter(student.graph.find_nodes(op="output")))
     cuts, reach = [], 0  # how far what came before is read
     for index, node in enumerate(nodes):
-        if reach <= index and _is_batch(node, batch):
+        if index in (0, len(nodes) - 1) or (reach <= index and _is_batch(node, batch)):
             cuts.append(index)
         readers = [reader for user in node.users for reader in _readers(user, batch)]
         reach = max([reach, *(place.get(reader, len(nodes)) for reader in readers if reader is not result)])
@@ -190,9 +190,9 @@ def _known_size(node: fx.Node, batch: Size) -> Size | None:
     if op_of(node) != "sym_size":
         return None
     size = node.args[0].meta["val"].shape[node.args[1]]
-    if str(size) == str(batch):
+    if same_size(size, batch):
         return batch
-    return None if str(batch) in str(size) else size
+    return None if symbols(size) & symbols(batch) else size
 
 
 def _batch(student: fx.GraphModule) -> Size:
@@ -203,7 +203,7 @@ def _batch(student: fx.GraphModule) -> Size:
 def _is_batch(node: fx.Node, batch: Size) -> bool:
     """Whether the value is a tensor with a row for every image."""
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dim() > 0 and str(value.shape[0]) == str(batch)
+    return isinstance(value, Tensor) and value.dim() > 0 and same_size(value.shape[0], batch)
 
 
 def _weight_of(student: fx.GraphModule, node: fx.Node) -> QuantizedWeight | None:

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from gdfq.graph.nodes import WEIGHTED, activation_name, batch_norm_act, is_clamp, is_image, op_of, preserves_values
+from gdfq.graph.sizes import hints
 
 _SPREAD = 100.0  # of what is tried: rounding and steps show
 _TOLERANCE = 1e-4  # of the largest value
@@ -99,8 +100,7 @@ class _Trial:
         likes = [source.meta["val"] for source in sources]
         if not all(map(_is_number, likes)):
             return {}
-        shapes = (tuple(map(int, like.shape)) for like in likes)
-        values = (_SPREAD * torch.randn(shape, generator=self.random) for shape in shapes)
+        values = (_SPREAD * torch.randn(hints(like.shape), generator=self.random) for like in likes)
         return {
             source: value.to(like.device, like.dtype)
             for source, value, like in zip(sources, values, likes, strict=True)
@@ -124,8 +124,8 @@ class _Trial:
             return operator.attrgetter(node.target)(self.module)
         value = node.meta["val"]
         if isinstance(value, torch.SymInt):
-            return int(value)
+            return hints([value])[0]
         if isinstance(value, torch.SymFloat):
-            return float(value)
+            return value.node.hint
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: self._value(source, given))
         return node.target(*args, **kwargs)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.graph.nodes import batch_norm_act
+from gdfq.graph.sizes import hints
 from gdfq.nn import BatchNormAct
 
 REACH = 3.0  # ImageNet's pixels reach from -2.1 to 2.6, MNIST's from -0.4 to 2.8
@@ -83,7 +84,7 @@ def reach_of(module: fx.GraphModule, values: list[fx.Node], pixels: Pixels) -> d
     ends = list(zip(pixels.low, pixels.high, strict=True))
     corners = list(itertools.product(*ends)) if channels <= 4 else [pixels.low, pixels.high]
     shape = next(node for node in module.graph.nodes if node.op == "placeholder").meta["val"].shape
-    images = torch.tensor(corners, device=device)[..., None, None].expand(-1, -1, *map(int, shape[2:])).contiguous()
+    images = torch.tensor(corners, device=device)[..., None, None].expand(-1, -1, *hints(shape[2:])).contiguous()
     run = _Evaluation(module)
     run.run(images, wanted=values)
     return {value: torch.stack(torch.aminmax(run.env[value])).float() for value in values}

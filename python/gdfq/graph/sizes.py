@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,26 @@ from gdfq.errors import GdfqError
 
 _SIZE_OF_INPUT = re.compile(r"L(?:\[[^\]]*\])+\.size\(\)\[(\d)\]")  # as guards of `torch.export` have it
 _NAMES = ("n", "c", "h", "w")
+
+
+Size = int | torch.SymInt
+
+
+def hints(shape: Iterable[Size]) -> tuple[int, ...]:
+    """Sizes as the graph was captured with; `int` of a symbol would fix it for all of the graph."""
+    return tuple(size.node.hint if isinstance(size, torch.SymInt) else size for size in shape)
+
+
+def same_size(one: Size, other: Size) -> bool:
+    """Whether two sizes are the same for all images: one symbol, or one number."""
+    if isinstance(one, torch.SymInt) and isinstance(other, torch.SymInt):
+        return one.node.expr == other.node.expr
+    return type(one) is type(other) and one == other
+
+
+def symbols(size: Size) -> set:
+    """What a size depends on."""
+    return size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
 
 
 class ImageSizes(nn.Module):

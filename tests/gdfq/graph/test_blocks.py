@@ -10,6 +10,7 @@ from gdfq.calibrate import calibrate
 from gdfq.config import QuantizerConfig
 from gdfq.graph import build_quantized, build_teacher, capture, quantized_layers
 from gdfq.graph.blocks import find_blocks
+from gdfq.graph.sizes import symbols
 from gdfq.models import load_model
 
 
@@ -52,6 +53,15 @@ class Cropped(nn.Module):
         x, y = self.larger(x), self.smaller(x)
         cut = x.size(-1) - y.size(-1)
         return self.fc((y + x[:, :, :-cut, :-cut]).relu().mean((2, 3)))
+
+
+class Measured(Plain):
+    """The image is scaled inside, and its sizes are read at the end."""
+
+    def forward(self, x):
+        height, width = x.shape[2:]
+        x = self.relu(self.bn(self.conv((x - 0.5) / 0.25)))
+        return self.fc(x.sum((2, 3)) / (height * width))
 
 
 class Everywhere(nn.Module):
@@ -120,6 +130,15 @@ def test_a_pooling_by_averages_begins_the_next_block():
     assert blocks[-1].entry.meta["val"].shape[2] == 2, "the classifier's block begins ahead of its pooling"
 
 
+@pytest.mark.parametrize("size", [8, 12])
+def test_sizes_of_the_image_that_are_read_behind_a_block(size):
+    """Scaling the image once fixed the number of images in the graph, which 12 seemed to depend on, as 2 is in it."""
+    captured, student = quantized(Measured(), size)
+    assert layers(student) == [["conv"], ["fc"]]
+    placeholder = next(iter(captured.module.graph.find_nodes(op="placeholder")))
+    assert len(symbols(placeholder.meta["val"].shape[0])) == 1
+
+
 def test_where_it_cannot_be_cut():
     assert layers(quantized(Everywhere())[1]) == [["conv", "fc"]]
     assert layers(quantized(Folded())[1]) == [["conv"], ["of_patch"], ["fc"]]
@@ -127,7 +146,7 @@ def test_where_it_cannot_be_cut():
 
 @pytest.mark.parametrize("target", ["onnx", "paper"])
 @pytest.mark.parametrize(
-    "model", [Inverted, Cropped, Everywhere, Folded, Plain, Residual], ids=lambda model: model.__name__
+    "model", [Inverted, Cropped, Measured, Everywhere, Folded, Plain, Residual], ids=lambda model: model.__name__
 )
 @torch.no_grad()
 def test_one_after_the_other_they_are_q_and_p(model, target):
