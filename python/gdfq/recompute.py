@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from gdfq.config import Config
 from gdfq.errors import GdfqError
-from gdfq.graph.sizes import hints
 from gdfq.registry import CHECKS
 
 
@@ -88,7 +87,7 @@ def _alive(nodes: list[fx.Node]) -> dict[fx.Node, int]:
 
 def _size(node: fx.Node) -> int:
     value = node.meta.get("val")
-    return math.prod(hints(value.shape[1:])) if isinstance(value, Tensor) else 0
+    return math.prod(map(int, value.shape[1:])) if isinstance(value, Tensor) else 0
 
 
 def _check(config: Config) -> None:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import fx
 
 from gdfq.deploy.call import Call
+from gdfq.deploy.masks import argmax, differs, gather, logic, masked_fill, where
 from gdfq.deploy.moves import pad, sliced
 from gdfq.deploy.pools import adaptive_average_pool, average_pool, mean, reduce, spread, variance
 from gdfq.deploy.values import Clamped, Computed, Joined, Value
@@ -246,44 +246,6 @@ def _pad(call: Call) -> Value:
     return Computed(call.builder, pad(call)(call.tensor("self"), value), "Pad")
 
 
-def _masked_fill(call: Call) -> Value:
-    return call.computed("Where", call.as_it_is("mask"), call.tensor("value"), call.tensor("self"))
-
-
-def _where(call: Call) -> Value:
-    return call.computed("Where", call.as_it_is("condition"), call.tensor("self"), call.tensor("other"))
-
-
-def _logic(operator: str) -> Operator:
-    """Of masks."""
-
-    def write(call: Call) -> Value:
-        if any(node.meta["val"].dtype != torch.bool for node in call.node.all_input_nodes):
-            raise call.unknown()
-        return call.computed(operator, *(call.as_it_is(name) for name in ("self", "other") if name in call.arguments))
-
-    return write
-
-
-def _differs(call: Call) -> Value:
-    equal = call.builder.add("Equal", call.tensor("self"), call.tensor("other"))
-    return call.computed("Not", equal)
-
-
-def _gather(call: Call) -> Value:
-    return call.computed("GatherElements", call.tensor("self"), call.as_it_is("index"), axis=call.fixed("dim"))
-
-
-def _argmax(operator: str) -> Operator:
-    def write(call: Call) -> Value:
-        if call.fixed("dim") is None:
-            raise call.unknown()
-        keep = int(call.fixed("keepdim"))
-        return call.computed(operator, call.tensor("self"), axis=call.fixed("dim"), keepdims=keep)
-
-    return write
-
-
 def _cumulative_sum(call: Call) -> Value:
     return call.computed("CumSum", call.tensor("self"), call.builder.constant(call.fixed("dim"), np.int64))
 
@@ -385,8 +347,8 @@ _IDENTITIES = (
 OPERATORS: dict[str, Operator] = {
     **{name: _unary(operator) for name, operator in _UNARY.items()},
     **{name: _binary(operator) for name, operator in _COMPARISONS.items()},
-    **{f"{prefix}_{name}": _logic(operator) for name, operator in _LOGIC.items() for prefix in ("bitwise", "logical")},
-    **{f"__{name}__": _logic(operator) for name, operator in _LOGIC.items()},
+    **{f"{prefix}_{name}": logic(operator) for name, operator in _LOGIC.items() for prefix in ("bitwise", "logical")},
+    **{f"__{name}__": logic(operator) for name, operator in _LOGIC.items()},
     **dict.fromkeys(_IDENTITIES, _same),
     "_log_softmax": _softmax("LogSoftmax"),
     "_softmax": _softmax("Softmax"),
@@ -395,8 +357,8 @@ OPERATORS: dict[str, Operator] = {
     "adaptive_avg_pool3d": adaptive_average_pool,
     "_adaptive_avg_pool2d": adaptive_average_pool,
     "add": _add,
-    "argmax": _argmax("ArgMax"),
-    "argmin": _argmax("ArgMin"),
+    "argmax": argmax("ArgMax"),
+    "argmin": argmax("ArgMin"),
     "avg_pool1d": average_pool,
     "avg_pool2d": average_pool,
     "avg_pool3d": average_pool,
@@ -419,7 +381,7 @@ OPERATORS: dict[str, Operator] = {
     "exp2": _in_turn(("Mul", math.log(2)), ("Exp",)),
     "expm1": _in_turn(("Exp",), ("Sub", 1.0)),
     "fmod": lambda call: call.computed("Mod", call.tensor("self"), call.tensor("other"), fmod=1),
-    "gather": _gather,
+    "gather": gather,
     "gelu": _gelu,
     "grid_sampler": _grid_sampler,
     "group_norm": _group_norm,
@@ -433,14 +395,14 @@ OPERATORS: dict[str, Operator] = {
     "log2": _in_turn(("Log",), ("Div", math.log(2))),
     "log_softmax": _softmax("LogSoftmax"),
     "logsumexp": reduce("ReduceLogSumExp"),
-    "masked_fill": _masked_fill,
+    "masked_fill": masked_fill,
     "matmul": _binary("MatMul"),
     "maximum": _binary("Max"),
     "mean": mean,
     "minimum": _binary("Min"),
     "mm": _binary("MatMul", second="mat2"),
     "mul": _scale("Mul"),
-    "ne": _differs,
+    "ne": differs,
     "constant_pad_nd": _pad,
     "pad": _pad,
     "pow": _pow,
@@ -468,5 +430,5 @@ OPERATORS: dict[str, Operator] = {
     "upsample_trilinear3d": _resize("linear"),
     "var": variance,
     "var_mean": lambda call: [variance(call), reduce("ReduceMean")(call)],
-    "where": _where,
+    "where": where,
 }
