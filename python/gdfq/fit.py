@@ -97,13 +97,12 @@ def problems(layers: list[LayerFit]) -> list[str]:
     distance, of_noise = mean_distances(layers)
     if of_noise <= NOISE:
         return [f"P's BN statistics are {of_noise:.3g} from those of noise, so that they are of no images"]
-    bounds = {f"{SOUND:.0%} of what noise is, {of_noise:.3g}": SOUND * of_noise, f"{FAR:.3g}": FAR}
-    exceeded = [words for words, bound in bounds.items() if distance > bound]
-    if not exceeded:
+    bound, words = min((SOUND * of_noise, f"{SOUND:.0%} of what noise is, {of_noise:.3g}"), (FAR, f"{FAR:.3g}"))
+    if distance <= bound:
         return []
     return [
-        f"the images' BN statistics are {distance:.3g} from P's, which is more than {exceeded[0]}: such images P was "
-        "not trained on"
+        f"the images' BN statistics are {distance:.3g} from P's, which is more than {words}: such images P was not "
+        "trained on"
     ]
 
 

@@ -77,7 +77,7 @@ def _clamp(low: str | float | None, high: str | float | None) -> Operator:
     """Bounds are numbers, or names of arguments."""
 
     def clamp(call: Call) -> Value:
-        if any(isinstance(call.arguments.get(str(bound)), fx.Node) for bound in (low, high)):
+        if any(isinstance(bound, str) and isinstance(call.arguments[bound], fx.Node) for bound in (low, high)):
             return _between_tensors(call)
         bounds = [call.fixed(bound) if isinstance(bound, str) else bound for bound in (low, high)]
         return Clamped(call.value("self"), *(None if bound is None else float(bound) for bound in bounds))

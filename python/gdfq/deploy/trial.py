@@ -1,10 +1,11 @@
 """What every node of Q's graph gives for two batches: sizes that depend on the batch, and what depends on no image."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 BATCHES = (2, 3)
@@ -36,13 +37,18 @@ class Seen:
 @torch.no_grad()
 def try_batches(student: fx.GraphModule, image_shape: tuple[int, int, int]) -> dict[fx.Node, Seen]:
     """Run Q on two batches of noise and keep what its nodes give."""
-    device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
-    random = torch.Generator().manual_seed(0)
     first = _Recorder(student, {})
     second = _Recorder(student, first.constants)
-    for batch, recorder in zip(BATCHES, (first, second), strict=True):
-        recorder.run(torch.randn(batch, *image_shape, generator=random).to(device))
+    for images, recorder in zip(noise(student, image_shape), (first, second), strict=True):
+        recorder.run(images)
     return {node: Seen(value, second.seen[node], node in first.of_image) for node, value in first.seen.items()}
+
+
+def noise(student: nn.Module, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
+    """A batch of each size in `BATCHES`, on Q's device."""
+    device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
+    random = torch.Generator().manual_seed(0)
+    return (torch.randn(count, *image_shape, generator=random).to(device) for count in BATCHES)
 
 
 class _Recorder(fx.Interpreter):

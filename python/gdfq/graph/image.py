@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from gdfq.graph.nodes import WEIGHTED, activation_name, batch_norm_act, is_clamp, is_image, op_of, preserves_values
+from gdfq.graph.nodes import (
+    WEIGHTED,
+    activation_name,
+    batch_norm_act,
+    holds_tensors,
+    is_clamp,
+    is_image,
+    op_of,
+    preserves_values,
+)
 from gdfq.graph.sizes import hints
 
 _SPREAD = 100.0  # of what is tried: rounding and steps show
@@ -25,15 +34,16 @@ def mark_image(module: fx.GraphModule) -> None:
     `meta["affine"]`, whether it is so without the last, so that bounds of pixels say what its own are."""
     trial = _Trial(module)
     for node in module.graph.nodes:
-        sources = [source for source in node.all_input_nodes if source.meta["of_image"]]
-        node.meta["of_image"] = node.op == "placeholder" or (bool(sources) and _holds_tensors(node))
+        sources = _sources(node)
+        node.meta["of_image"] = node.op == "placeholder" or (bool(sources) and holds_tensors(node))
         keeps = node.meta["of_image"] and all(map(is_image, sources)) and _keeps_image(node, trial)
         node.meta["affine"] = keeps and all(source.meta["affine"] for source in sources)
         node.meta["image"] = keeps or (node.meta["of_image"] and _scales_images(node, trial))
 
 
-def _holds_tensors(node: fx.Node) -> bool:
-    return any(isinstance(value, Tensor) for value in pytree.tree_leaves(node.meta.get("val")))
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The inputs that are computed from the image."""
+    return [source for source in node.all_input_nodes if source.meta["of_image"]]
 
 
 def _keeps_image(node: fx.Node, trial: "_Trial") -> bool:
@@ -71,7 +81,7 @@ class _Trial:
 
     def is_affine(self, node: fx.Node) -> bool:
         """Whether `node` is affine in its inputs that are computed from the image, all together."""
-        sources = self._sources(node)
+        sources = _sources(node)
         a, b = (self._draw(sources) for _ in range(2))
         middle = {source: (a[source] + b[source]) / 2 for source in sources}
         at_a, at_b, between = (self._run(node, given) for given in (a, b, middle))
@@ -82,7 +92,7 @@ class _Trial:
 
     def scales_each(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether of each image and channel, `node` gives `scale * source + shift`, whatever its other inputs are."""
-        given = self._draw(self._sources(node))
+        given = self._draw(_sources(node))
         x, found = given.get(source), self._run(node, given)
         if x is None or x.is_complex() or x.shape[2:].numel() <= 2 or [y.shape for y in found] != [x.shape]:
             return False
@@ -90,10 +100,6 @@ class _Trial:
         around_mean, result = (values - values.mean(2, keepdim=True) for values in (x, y))
         scale = (around_mean * result).sum(2, keepdim=True) / around_mean.square().sum(2, keepdim=True)
         return bool((result - scale * around_mean).abs().max() <= _TOLERANCE * y.abs().max())
-
-    def _sources(self, node: fx.Node) -> list[fx.Node]:
-        """The inputs that are computed from the image."""
-        return [source for source in node.all_input_nodes if source.meta["of_image"]]
 
     def _draw(self, sources: list[fx.Node]) -> dict[fx.Node, Tensor]:
         """Random values of their shapes; nothing, unless all of them are numbers."""

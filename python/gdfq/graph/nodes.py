@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
@@ -174,6 +175,10 @@ def computes(node: fx.Node) -> bool:
     if not node.meta.get("of_image"):
         return False  # constants, weights
     return not (preserves_values(node) or activation_name(node))
+
+
+def holds_tensors(node: fx.Node) -> bool:
+    return any(isinstance(value, Tensor) for value in pytree.tree_leaves(node.meta.get("val")))
 
 
 def is_image(node: fx.Node) -> bool:

@@ -14,7 +14,6 @@ from gdfq.errors import GdfqError
 _SIZE_OF_INPUT = re.compile(r"L(?:\[[^\]]*\])+\.size\(\)\[(\d)\]")  # as guards of `torch.export` have it
 _NAMES = ("n", "c", "h", "w")
 
-
 Size = int | torch.SymInt
 
 
